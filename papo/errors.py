@@ -1,0 +1,5 @@
+"""The one error a user is meant to read: a single line that says what, which value and what to do."""
+
+
+class PapoError(Exception):
+    """A failure explained in one line; printed without a traceback, from rank 0 only."""

@@ -1,0 +1,355 @@
+"""Rewards: extraction, verifiers, and a pool that nothing a verifier does can stop.
+
+No torch in this file: the pool's workers import it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from papo import reward
+from papo.errors import PapoError
+from papo.reward import RewardPool, Task, choose_verifier, extract, judge, load_verifier
+from papo.types import Completion, Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# Verifiers, as a user would write them
+
+
+class NeedsTwoArguments(Exception):
+    """Cannot be unpickled: pickle calls it with one argument."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a}{b}")
+
+
+def scripted(text, answer, metadata):
+    """Does what the completion says."""
+    if "mark" in metadata:
+        Path(metadata["mark"]).touch()
+    if text == "hang":
+        time.sleep(1e6)
+    if text == "hang in C":  # catastrophic backtracking holds the interpreter lock
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if text == "die":
+        os._exit(7)
+    if text == "leave":
+        sys.exit(3)
+    if text == "raise":
+        raise NeedsTwoArguments(1, 2)
+    if text == "not a number":
+        return "seven"
+    if text == "is torch loaded":
+        return float("torch" in sys.modules)
+    return {"none": None, "nan": math.nan, "inf": math.inf}.get(text, metadata.get("value", 0.0))
+
+
+def meet(text, answer, metadata):
+    """Returns only once two workers are in here at the same time."""
+    here, other = text.split()
+    Path(here).touch()
+    while not Path(other).exists():
+        time.sleep(0.01)
+    return 1.0
+
+
+def end_process(verifier):
+    """An initializer that fails."""
+    os._exit(3)
+
+
+def config(**changes):
+    values = {"workers": 2, "timeout_s": 20.0, "extract": "none", "threshold": 0.99}
+    return SimpleNamespace(**{**values, **changes})
+
+
+def completion(text, answer="1", **metadata):
+    return Completion(Problem(0, (), answer, metadata, (1,)), 0, (1,), (0.0,), False, text)
+
+
+def outcome(rewards):
+    return [(r.value, r.status) for r in rewards]
+
+
+SCRIPTED = f"{__name__}:scripted"
+
+
+# Extraction
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "expected"),
+    [
+        ("4 + 5 = 9.", "last_number", "9"),
+        ("it is -3", "last_number", "-3"),
+        ("it is \u22123", "last_number", "-3"),
+        ("5-3", "last_number", "3"),
+        ("(2)-3", "last_number", "3"),
+        ("x=-3", "last_number", "-3"),
+        ("5 - -3", "last_number", "-3"),
+        ("total 1,234,567.5 units", "last_number", "1234567.5"),
+        ("1, 2", "last_number", "2"),
+        ("1,2", "last_number", "2"),
+        ("of .5", "last_number", ".5"),
+        ("2e-3 m", "last_number", "2e-3"),
+        ("none here", "last_number", None),
+        ("", "last_number", None),
+        (r"so \boxed{7}", "boxed", "7"),
+        (r"\boxed{1} or \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{1", "boxed", None),
+        ("7", "boxed", None),
+        ("a\n b \n\n", "last_line", "b"),
+        ("\n", "last_line", None),
+        (" all of it ", "none", "all of it"),
+    ],
+)
+def test_extract(text, how, expected):
+    assert extract(text, how) == expected
+
+
+def test_extract_refuses_unknown_rule():
+    with pytest.raises(ValueError, match="first_word"):
+        extract("a", "first_word")
+
+
+# Verifiers
+
+
+def verdict(text, answer="1", *, verifier="exact", how="none", threshold=0.99, **metadata):
+    value, status, _ = judge(verifier, how, threshold, Task(text, answer, metadata))
+    return value, status
+
+
+def reasoning_gym_entry():
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset("chain_sum", size=1, seed=3)[0]
+
+
+def test_reasoning_gym_scores_the_extracted_answer():
+    entry = reasoning_gym_entry()
+    right, wrong = f"I say {entry['answer']}", f"I say {int(entry['answer']) + 1}"
+    rule = {"verifier": "reasoning_gym", "how": "last_number", "entry": entry}
+    assert verdict(right, entry["answer"], **rule) == (1.0, "ok")
+    assert verdict(wrong, entry["answer"], **rule) == (0.0, "ok")
+
+
+def test_reasoning_gym_partial_credit_is_cut_at_the_threshold():
+    entry = {"answer": "abc", "metadata": {"source_dataset": "spell_backward"}}
+    rule = {"verifier": "reasoning_gym", "entry": entry}
+    partial = reward._score_reasoning_gym("abd", "abc", {"entry": entry})
+    assert 0.0 < partial < 0.99
+    assert verdict("abd", "abc", **rule) == (0.0, "ok")
+    assert verdict("abd", "abc", threshold=partial / 2, **rule) == (1.0, "ok")
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "answer", "expected"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "boxed", "0.5", 1.0),
+        (r"so \boxed{\frac{1}{2}}", "boxed", r"$\frac{2}{4}$", 1.0),
+        (r"so \boxed{\frac{1}{2}}", "boxed", r"\boxed{\frac{2}{4}}", 1.0),
+        (r"so \boxed{\frac{1}{3}}", "boxed", "0.5", 0.0),
+        (r"we get $x = 2\sqrt{2}$", "none", r"\sqrt{8}", 1.0),
+        ("the answer is 12", "last_number", "12", 1.0),
+        ("the answer is 13", "last_number", "12", 0.0),
+    ],
+)
+def test_math_verify(text, how, answer, expected):
+    assert verdict(text, answer, verifier="math_verify", how=how) == (expected, "ok")
+
+
+def test_math_verify_works_off_the_main_thread():
+    """Requirement 31: math_verify's own SIGALRM timeouts would score 0 here."""
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(verdict("$2$", "2", verifier="math_verify"))
+    )
+    thread.start()
+    thread.join()
+    assert found == [(1.0, "ok")]
+
+
+def test_exact():
+    assert verdict(" yes ", "yes") == (1.0, "ok")
+    assert verdict("yes.", "yes") == (0.0, "ok")
+    assert verdict("no number", "1", how="last_number") == (0.0, "ok")
+
+
+def test_users_function_is_not_thresholded():
+    assert verdict("x", verifier=SCRIPTED, value=-0.25) == (-0.25, "ok")
+
+
+@pytest.mark.parametrize("text", ["none", "nan", "inf"])
+def test_no_verdict_is_a_masked_row(text):
+    """Requirement 12."""
+    value, status = verdict(text, verifier=SCRIPTED)
+    assert math.isnan(value)
+    assert status == "invalid"
+
+
+@pytest.mark.parametrize("text", ["raise", "leave", "not a number"])
+def test_exception_scores_zero(text):
+    assert verdict(text, verifier=SCRIPTED) == (0.0, "error")
+
+
+def test_choose_verifier():
+    assert choose_verifier("auto", "reasoning_gym") == "reasoning_gym"
+    assert choose_verifier("auto", "jsonl") == "math_verify"
+    assert choose_verifier("exact", "jsonl") == "exact"
+
+
+@pytest.mark.parametrize(
+    ("name", "mentions"),
+    [
+        ("exakt", "exact"),
+        ("no_such_module:f", "no_such_module"),
+        ("math:no_such_function", "no_such_function"),
+        ("math:pi", "float"),
+        (":f", "package.module:function"),
+    ],
+)
+def test_unknown_verifier_is_one_line(name, mentions):
+    with pytest.raises(PapoError, match=mentions) as caught:
+        load_verifier(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# The pool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RewardPool(config(), SCRIPTED) as shared:
+        yield shared
+
+
+def test_rewards_keep_the_order_of_the_completions(pool):
+    batch = [completion("x", value=float(i)) for i in range(64)]
+    assert outcome(pool.score(batch)) == [(float(i), "ok") for i in range(64)]
+
+
+def test_empty_batch(pool):
+    assert pool.score([]) == []
+
+
+def test_failures_cost_only_their_own_completion(pool, caplog):
+    before = pool.counts.copy()
+    texts = ["x", "raise", "die", "none", "leave", "x"]
+    with caplog.at_level(logging.WARNING, logger="papo.reward"):
+        rewards = pool.score([completion(t, answer="forty", value=1.0) for t in texts])
+    assert [r.status for r in rewards] == ["ok", "error", "error", "invalid", "error", "ok"]
+    assert [r.value for r in rewards if r.status != "invalid"] == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert math.isnan(rewards[3].value)
+    assert pool.counts - before == {"ok": 2, "error": 3, "invalid": 1}
+    assert "NeedsTwoArguments" in caplog.text
+    assert "exit code 7" in caplog.text
+    assert "'forty'" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="papo.reward"):
+        pool.score([completion("raise") for _ in range(5)])
+    assert [r.message for r in caplog.records] == ["rewards not scored normally: 5 more error"]
+
+
+def test_unpicklable_metadata_is_an_error(pool):
+    rewards = pool.score([completion("x", value=lambda: 0), completion("x", value=1.0)])
+    assert outcome(rewards) == [(0.0, "error"), (1.0, "ok")]
+
+
+def test_works_off_the_main_thread(pool):
+    """Requirement 31."""
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(pool.score([completion("x", value=1.0)])))
+    thread.start()
+    thread.join()
+    assert outcome(found) == [(1.0, "ok")]
+
+
+def test_workers_do_not_import_torch(pool):
+    assert outcome(pool.score([completion("is torch loaded")] * 4)) == [(0.0, "ok")] * 4
+
+
+def test_importing_rewards_does_not_import_torch():
+    code = "import sys, papo.reward; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path):
+    """Requirements 31 and 32: more hung verifiers than workers, some stuck in C code."""
+    rules = config(timeout_s=0.3)
+    with RewardPool(rules, SCRIPTED) as pool:
+        rewards = pool.score([completion(t) for t in ("hang", "hang in C", "hang", "hang in C")])
+        assert outcome(rewards) == [(0.0, "timeout")] * 4
+        assert pool.counts == {"timeout": 4}
+        rules.timeout_s = 20.0
+        pool._verifier = f"{__name__}:meet"
+        a, b = tmp_path / "a", tmp_path / "b"
+        rewards = pool.score([completion(f"{a} {b}"), completion(f"{b} {a}")])
+        assert outcome(rewards) == [(1.0, "ok")] * 2
+
+
+def test_killed_idle_worker_is_replaced():
+    before = {p.pid for p in multiprocessing.active_children()}
+    with RewardPool(config(), SCRIPTED) as pool:
+        pool.score([completion("x")] * 4)
+        workers = {p.pid for p in multiprocessing.active_children()} - before
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert outcome(pool.score([completion("x", value=1.0)] * 3)) == [(1.0, "ok")] * 3
+
+
+def test_workers_that_cannot_start_stop_the_run(monkeypatch):
+    monkeypatch.setattr(reward, "_prepare_worker", end_process)
+    with RewardPool(config(workers=1), SCRIPTED) as pool, pytest.raises(PapoError, match="workers"):
+        pool.score([completion("x")])
+
+
+@pytest.mark.parametrize("text", ["hang", "hang in C"])
+def test_workers_leave_with_a_killed_trainer(text, tmp_path):
+    """Nobody is left to hold the trainer's pipes: reading them ends."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        f"""
+import os, pathlib, signal, threading, time
+import test_reward as t
+
+MARK = {str(tmp_path / "mark")!r}
+
+if __name__ == "__main__":
+    pool = t.RewardPool(t.config(timeout_s=1.0), "test_reward:scripted")
+    batch = [t.completion({text!r}, mark=MARK)]
+    threading.Thread(target=pool.score, args=(batch,), daemon=True).start()
+    while not pathlib.Path(MARK).exists():
+        time.sleep(0.01)
+    print("up", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.stdout == "up\n"
+    assert done.returncode == -signal.SIGKILL

@@ -1,0 +1,141 @@
+// papo_kernels._C: pointers as integers, strides and sizes in, a RuntimeError out. The callers
+// (papo_kernels/cpu_impl.py and its CUDA sibling) own the tensors and have validated them.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "papo/launch.h"
+
+namespace py = pybind11;
+using namespace papo;
+
+namespace {
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
+
+#if defined(PAPO_WITH_CUDA)
+constexpr bool kHasCuda = true;
+#define PAPO_DISPATCH(launch, function, ...) \
+  ((launch).device >= 0 ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
+#else
+constexpr bool kHasCuda = false;
+#define PAPO_DISPATCH(launch, function, ...)                                  \
+  ((launch).device >= 0 ? Status{"papo_kernels was built without CUDA"} \
+                        : cpu::function(__VA_ARGS__))
+#endif
+
+void token_stats_fwd(const Matrix& logits, uintptr_t targets, uintptr_t state,
+                     const RowParams& row, const TokenStatsOut& out, const Launch& launch) {
+  const py::gil_scoped_release release;
+  check(PAPO_DISPATCH(launch, launch_token_stats_fwd, logits, pointer<int64_t>(targets),
+                      pointer<double>(state), row, out, launch));
+}
+
+void token_stats_bwd(const Matrix& logits, uintptr_t targets, uintptr_t state,
+                     const TokenStatsGrads& grads, const RowParams& row, const Matrix& dlogits,
+                     const Launch& launch) {
+  const py::gil_scoped_release release;
+  check(PAPO_DISPATCH(launch, launch_token_stats_bwd, logits, pointer<int64_t>(targets),
+                      pointer<double>(state), grads, row, dlogits, launch));
+}
+
+void policy_loss(const Matrix& logits, const TokenInputs& tokens, const PolicyLossParams& params,
+                 const Weighting& weighting, const RowParams& row, const PolicyLossOut& out,
+                 const Matrix& dlogits, const Launch& launch) {
+  const py::gil_scoped_release release;
+  check(PAPO_DISPATCH(launch, launch_policy_loss, logits, tokens, params, weighting, row, out,
+                      dlogits, launch));
+}
+
+void scale(const Matrix& matrix, uintptr_t factor, const Launch& launch) {
+  const py::gil_scoped_release release;
+  check(PAPO_DISPATCH(launch, launch_scale, matrix, pointer(factor), launch));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("has_cuda") = kHasCuda;
+  m.def("cpu_isa", &cpu::isa_name);
+
+  py::class_<Matrix>(m, "Matrix")
+      .def(py::init([](uintptr_t data, int64_t rows, int64_t cols, int64_t row_stride, int dtype) {
+             return Matrix{pointer(data), rows, cols, row_stride, static_cast<DType>(dtype)};
+           }),
+           py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
+           py::arg("dtype"));
+  py::class_<RowParams>(m, "RowParams")
+      .def(py::init([](double temperature, double softcap, int64_t vocab_size) {
+             return RowParams{temperature, softcap, vocab_size};
+           }),
+           py::arg("temperature"), py::arg("softcap"), py::arg("vocab_size"));
+  py::class_<TokenStatsOut>(m, "TokenStatsOut")
+      .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity, uintptr_t lse,
+                       uintptr_t state) {
+             return TokenStatsOut{pointer(logp), pointer(entropy), pointer(unit_polarity),
+                                  pointer(lse), pointer<double>(state)};
+           }),
+           py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"), py::arg("lse"),
+           py::arg("state"));
+  py::class_<TokenStatsGrads>(m, "TokenStatsGrads")
+      .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity) {
+             return TokenStatsGrads{pointer(logp), pointer(entropy), pointer(unit_polarity)};
+           }),
+           py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"));
+  py::class_<TokenInputs>(m, "TokenInputs")
+      .def(py::init([](uintptr_t targets, uintptr_t advantages, uintptr_t token_weight,
+                       uintptr_t old_logp, uintptr_t ref_logp, uintptr_t state) {
+             return TokenInputs{pointer<int64_t>(targets), pointer(advantages),
+                                pointer(token_weight), pointer(old_logp), pointer(ref_logp),
+                                pointer<double>(state)};
+           }),
+           py::arg("targets"), py::arg("advantages"), py::arg("token_weight"), py::arg("old_logp"),
+           py::arg("ref_logp"), py::arg("state"));
+  py::class_<PolicyLossParams>(m, "PolicyLossParams")
+      .def(py::init([](double clip_low, double clip_high, double dual_clip, double kl_coef,
+                       double entropy_coef) {
+             return PolicyLossParams{clip_low, clip_high, dual_clip, kl_coef, entropy_coef};
+           }),
+           py::arg("clip_low"), py::arg("clip_high"), py::arg("dual_clip"), py::arg("kl_coef"),
+           py::arg("entropy_coef"));
+  py::class_<Weighting>(m, "Weighting")
+      .def(py::init([](int shape, double strength, double dead_zone, uintptr_t phase,
+                       uintptr_t sigma, uintptr_t scale_) {
+             return Weighting{static_cast<WeightShape>(shape), strength, dead_zone,
+                              pointer(phase), pointer(sigma), pointer(scale_)};
+           }),
+           py::arg("shape"), py::arg("strength"), py::arg("dead_zone"), py::arg("phase"),
+           py::arg("sigma"), py::arg("scale"));
+  py::class_<PolicyLossOut>(m, "PolicyLossOut")
+      .def(py::init([](uintptr_t token_loss, uintptr_t logp, uintptr_t entropy,
+                       uintptr_t unit_polarity, uintptr_t polarity, uintptr_t weight,
+                       uintptr_t ratio, uintptr_t clipped) {
+             return PolicyLossOut{pointer(token_loss), pointer(logp),   pointer(entropy),
+                                  pointer(unit_polarity), pointer(polarity), pointer(weight),
+                                  pointer(ratio), pointer<bool>(clipped)};
+           }),
+           py::arg("token_loss"), py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"),
+           py::arg("polarity"), py::arg("weight"), py::arg("ratio"), py::arg("clipped"));
+  // device -1: the CPU, on `threads` threads.
+  py::class_<Launch>(m, "Launch")
+      .def(py::init([](int threads, int device, uintptr_t stream) {
+             return Launch{threads, device, pointer(stream)};
+           }),
+           py::arg("threads") = 1, py::arg("device") = -1, py::arg("stream") = 0);
+
+  m.def("token_stats_fwd", &token_stats_fwd, py::arg("logits"), py::arg("targets"),
+        py::arg("state"), py::arg("row"), py::arg("out"), py::arg("launch"));
+  m.def("token_stats_bwd", &token_stats_bwd, py::arg("logits"), py::arg("targets"),
+        py::arg("state"), py::arg("grads"), py::arg("row"), py::arg("dlogits"), py::arg("launch"));
+  m.def("policy_loss", &policy_loss, py::arg("logits"), py::arg("tokens"), py::arg("params"),
+        py::arg("weighting"), py::arg("row"), py::arg("out"), py::arg("dlogits"),
+        py::arg("launch"));
+  m.def("scale", &scale, py::arg("matrix"), py::arg("factor"), py::arg("launch"));
+}

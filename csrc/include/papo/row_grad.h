@@ -1,0 +1,84 @@
+// The gradient of logp, entropy and unit polarity with respect to a row's logits.
+//
+// With p = e^d / Z, mu = T/Z, s_j = d_j - mu (= log p_j + H, without the cancellation), Q = sum p^2,
+// S = sum p^2 s and a the sampled token:
+//   dlogp/du_j = [j=a] - p_j
+//   dH/du_j    = -p_j s_j
+//   dc/du_j    = p_j (2 p_j s_j + p_j - 2 S - Q - Q s_j + p_a s_a + p_a + p_a s_j) - [j=a] p_a (s_a + 1)
+// Weighted by the upstream gradients all of it is
+//   du_j = e^d_j (a0 + a1 d_j + e^d_j (b0 + b1 d_j)) + [j=a] g_t
+// with four coefficients per row, the powers of 1/Z folded in.
+#pragma once
+
+#include "papo/params.h"
+#include "papo/platform.h"
+#include "papo/row_state.h"
+
+namespace papo {
+
+template <typename A>
+struct Upstream {
+  A logp, entropy, unit_polarity;
+};
+
+template <typename A>
+struct RowGrad {
+  A a0, a1, b0, b1;
+  A target;  // the whole gradient of the sampled token, formed without rounding 1 - p_a
+
+  // e = exp(d), d = u - row_max, d finite.
+  PAPO_HD A element(A d, A e) const { return e * (a0 + a1 * d + e * (b0 + b1 * d)); }
+
+  static PAPO_HD RowGrad zero() { return {A(0), A(0), A(0), A(0), A(0)}; }
+};
+
+template <typename A>
+PAPO_HD RowGrad<A> make_row_grad(const RowState<A>& state, const RowStats<A>& r,
+                                 const Upstream<A>& g) {
+  // A masked sampled token has p = 0: its logp is -inf and the row's gradient is 0.
+  if (r.logp == -infinity<A>()) return RowGrad<A>::zero();
+  const A inv_Z = A(1) / state.Z;
+  const A gc = g.unit_polarity;
+  const A a1 = gc * (r.p_a - r.Q) - g.entropy;
+  const A a0 = gc * (r.p_a - r.Q + r.p_a * r.s_a - A(2) * r.S) - g.logp - a1 * r.mu;
+  const A b1 = A(2) * gc;
+  const A b0 = gc * (A(1) - A(2) * r.mu);
+  RowGrad<A> out;
+  out.a0 = a0 * inv_Z;
+  out.a1 = a1 * inv_Z;
+  out.b0 = b0 * inv_Z * inv_Z;
+  out.b1 = b1 * inv_Z * inv_Z;
+  // dc/du_a with q = 1 - p_a and the other tokens' Q_r = Q - p_a^2, S_r = S - p_a^2 s_a:
+  //   p_a (-(q^2 + Q_r)(1 + s_a) + 2 p_a q s_a - 2 S_r), small at both p_a -> 0 and p_a -> 1.
+  const A q = r.one_minus_p_a;
+  const A p2 = r.p_a * r.p_a;
+  const A Q_r = r.Q - p2;
+  const A S_r = r.S - p2 * r.s_a;
+  const A dc = r.p_a * (A(2) * r.p_a * q * r.s_a - (q * q + Q_r) * (A(1) + r.s_a) - A(2) * S_r);
+  out.target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc;
+  return out;
+}
+
+// u = softcap(z) / temperature; a masked (-inf) logit stays masked under a soft cap.
+template <typename A>
+PAPO_HD A scaled_logit(A z, const RowParams& row) {
+  if (row.softcap > 0.0 && z != -infinity<A>()) {
+    const A cap = static_cast<A>(row.softcap);
+    z = cap * tanh_of(z / cap);
+  }
+  return z / static_cast<A>(row.temperature);
+}
+
+// dz = du * du/dz. `capped` is softcap(z) = u * temperature.
+template <typename A>
+PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
+  // A masked token has du = 0 and an infinite `capped`.
+  if (row.softcap > 0.0 && du != A(0)) {
+    const A t = capped / static_cast<A>(row.softcap);
+    // (1 - t)(1 + t) keeps its digits where the cap saturates.
+    du *= (A(1) - t) * (A(1) + t);
+  }
+  return du / static_cast<A>(row.temperature);
+}
+
+}  // namespace papo

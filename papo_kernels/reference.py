@@ -1,0 +1,330 @@
+"""The eager oracle: the definitions, and their derivatives, on dense float64 tensors.
+
+Every other backend is tested against this one. It works on any device, computes in float64 whatever
+the dtype of the logits, holds several ``[N, V]`` float64 temporaries, and is never optimised. The
+four functions below the formulas are the protocol that all backends share.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .types import (
+    ELSEWHERE,
+    IGNORE_INDEX,
+    PolicyLossParams,
+    RowParams,
+    TokenInputs,
+    WeightingInputs,
+    acc_dtype,
+)
+
+
+class _Rows(NamedTuple):
+    """Rows of logits without what must not be read, and what became of those left out."""
+
+    logits: Tensor  # [N, vocab_size] float64, ignored rows 0
+    targets: Tensor  # [N], ignored rows 0
+    ignored: Tensor  # [N] bool
+    spoiled: Tensor  # [N] bool: NaN or +inf somewhere
+    bad: Tensor  # [N] bool: spoiled, or nothing but -inf
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, ignored: Tensor, row: RowParams, state: Tensor | None
+) -> _Rows:
+    z = torch.where(ignored[:, None], 0.0, logits[:, : row.vocab_size].double())
+    if state is None:
+        spoiled = (z.isnan() | z.isposinf()).any(dim=1)
+        bad = spoiled | z.isneginf().all(dim=1)
+    else:
+        spoiled = state[:, 1].isnan()
+        bad = spoiled | (state[:, 1] == 0)
+    return _Rows(z, torch.where(ignored, 0, targets), ignored, spoiled, bad)
+
+
+def _scaled(logits: Tensor, row: RowParams) -> Tensor:
+    """u = softcap(z) / temperature; a masked (-inf) logit stays masked and gets no gradient."""
+    masked = logits.isneginf()
+    z = torch.where(masked, 0.0, logits)
+    if row.softcap:
+        z = row.softcap * torch.tanh(z / row.softcap)
+    return torch.where(masked, -torch.inf, z / row.temperature)
+
+
+class _Statistics(NamedTuple):
+    """[N], but for p and log_p [N, vocab_size]; where p = 0 log_p is 0, as -inf would give 0 *
+    -inf."""
+
+    logp: Tensor
+    entropy: Tensor
+    unit_polarity: Tensor
+    lse: Tensor
+    Q: Tensor  # sum p^2
+    R: Tensor  # sum p^2 log p
+    p: Tensor
+    log_p: Tensor
+
+
+def _statistics(rows: _Rows, row: RowParams) -> _Statistics:
+    """The statistics of good rows by their definitions."""
+    u = _scaled(rows.logits, row)
+    masked = u.isneginf()
+    lse = torch.logsumexp(u, dim=1)
+    log_p = torch.where(masked, 0.0, u - lse[:, None])
+    p = torch.where(masked, 0.0, log_p.exp())
+    entropy = -(p * log_p).sum(dim=1)
+    logp = _target_logit(u, rows.targets) - lse
+    Q, R = (p * p).sum(dim=1), (p * p * log_p).sum(dim=1)
+    state_term = (p * p * (log_p + entropy[:, None])).sum(dim=1)
+    c = state_term + _sampled_term(logp, entropy)
+    return _Statistics(logp, entropy, c, lse, Q, R, p, log_p)
+
+
+def _statistics_from(state: Tensor, rows: _Rows, row: RowParams) -> _Statistics:
+    """The same from the sums of whole rows, of which `rows` may hold a shard."""
+    row_max, Z, T, Z2, T2, target_u = state.double().unbind(dim=1)
+    log_Z, mu, Q = Z.log(), T / Z, Z2 / Z**2
+    lse, entropy, logp = row_max + log_Z, log_Z - mu, target_u - row_max - log_Z
+    c = T2 / Z**2 - mu * Q + _sampled_term(logp, entropy)
+    u = _scaled(rows.logits, row)
+    log_p = torch.where(u.isneginf(), 0.0, u - lse[:, None])
+    p = torch.where(u.isneginf(), 0.0, log_p.exp())
+    return _Statistics(logp, entropy, c, lse, Q, T2 / Z**2 - log_Z * Q, p, log_p)
+
+
+def _state(rows: _Rows, row: RowParams) -> Tensor:
+    """[N, 6]: see `token_stats_fwd`."""
+    u = _scaled(rows.logits, row)
+    row_max = u.amax(dim=1)
+    masked = u.isneginf()
+    d = torch.where(masked, 0.0, u - row_max[:, None])
+    e = torch.where(masked, 0.0, d.exp())
+    sums = [row_max, e.sum(1), (e * d).sum(1), (e * e).sum(1), (e * e * d).sum(1)]
+    sums = [torch.where(rows.spoiled, torch.nan, s) for s in sums]
+    state = torch.stack([*sums, _target_logit(u, rows.targets)], dim=1)
+    return torch.where(rows.ignored[:, None], 0.0, state)
+
+
+def _target_logit(u: Tensor, targets: Tensor) -> Tensor:
+    """u of the sampled tokens, -inf of those elsewhere."""
+    chosen = u.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets == ELSEWHERE, -torch.inf, chosen)
+
+
+def _sampled_term(logp: Tensor, entropy: Tensor) -> Tensor:
+    return torch.where(logp.isneginf(), 0.0, -logp.exp() * (logp + entropy))
+
+
+def _reported(value: Tensor, rows: _Rows) -> Tensor:
+    """NaN for bad rows and 0 for ignored ones."""
+    return torch.where(rows.ignored, 0.0, torch.where(rows.bad, torch.nan, value))
+
+
+def _statistics_gradient(
+    stats: _Statistics, grads: tuple[Tensor, Tensor, Tensor], rows: _Rows, row: RowParams
+) -> Tensor:
+    """d(g_logp logp + g_entropy H + g_unit_polarity c) / dlogits, term by term, float64."""
+    g_logp, g_entropy, g_polarity = (g.to(rows.logits)[:, None] for g in grads)
+    p, log_p, entropy = stats.p, stats.log_p, stats.entropy[:, None]
+    Q, R = stats.Q[:, None], stats.R[:, None]
+    alive = ~stats.logp.isneginf()[:, None]
+    log_p_a = torch.where(alive, stats.logp[:, None], 0.0)
+    p_a = log_p_a.exp()
+    columns = torch.arange(p.shape[1], device=p.device)
+    one_hot = (columns == rows.targets[:, None]).to(p.dtype)
+
+    dlogp = one_hot - p
+    dentropy = -p * (log_p + entropy)
+    dstate_term = 2 * p * p * log_p + p * p - p * (2 * R + Q)
+    dstate_term += Q * dentropy + 2 * entropy * (p * p - p * Q)
+    dsampled_term = -p_a * dlogp * (log_p_a + entropy) - p_a * (dlogp + dentropy)
+    du = g_logp * dlogp + g_entropy * dentropy + g_polarity * (dstate_term + dsampled_term)
+
+    dz = du / row.temperature
+    if row.softcap:
+        dz = dz * (1.0 - torch.tanh(rows.logits / row.softcap) ** 2)
+    return torch.where(alive, dz, 0.0)
+
+
+def _row_gradient(grad: Tensor, rows: _Rows, like: Tensor) -> Tensor:
+    """`grad` in the shape and dtype of the logits: bad rows NaN, ignored rows and padding 0."""
+    grad = torch.where(rows.bad[:, None], torch.nan, grad)
+    full = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    full[:, : grad.shape[1]] = torch.where(rows.ignored[:, None], 0.0, grad).to(like.dtype)
+    return full
+
+
+def _weight(w: WeightingInputs | None, polarity: Tensor, unit_polarity: Tensor) -> Tensor:
+    if w is None:
+        return torch.ones_like(polarity)
+    phase, sigma, scale = w.phase.double(), w.sigma.double(), w.scale.double()
+    if w.shape == "sign":
+        h = torch.where(unit_polarity.abs() <= w.dead_zone, 0.0, polarity.sign())
+    else:
+        h = torch.tanh(polarity / sigma)
+    return scale * (1.0 + w.strength * phase * h)
+
+
+class _TokenLoss(NamedTuple):
+    """Of every token, [N]: the loss (token_weight not applied) and what is reported with it."""
+
+    loss: Tensor
+    polarity: Tensor
+    weight: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    dlogp: Tensor  # d loss / d logp
+
+
+def _token_loss(
+    stats: _Statistics,
+    tokens: TokenInputs,
+    params: PolicyLossParams,
+    weighting: WeightingInputs | None,
+) -> _TokenLoss:
+    advantages = tokens.advantages.double()
+    if tokens.old_logp is None:
+        ratio = torch.ones_like(stats.logp)
+    else:
+        ratio = torch.exp(stats.logp - tokens.old_logp.double())
+    polarity = ratio * advantages * stats.unit_polarity
+    weight = _weight(weighting, polarity, stats.unit_polarity)
+    adv = weight * advantages
+
+    plain = ratio * adv
+    bounded = ratio.clamp(1.0 - params.clip_low, 1.0 + params.clip_high) * adv
+    clipped = bounded < plain
+    loss = -torch.minimum(plain, bounded)
+    if params.dual_clip is not None:
+        cap = -params.dual_clip * adv
+        capped = (adv < 0) & (cap < loss)
+        loss, clipped = torch.where(capped, cap, loss), clipped | capped
+    dlogp = torch.where(clipped, 0.0, -plain)  # dr/dlogp = r
+
+    if params.kl_coef and tokens.ref_logp is not None:
+        gap = tokens.ref_logp.double() - stats.logp
+        growth = torch.expm1(gap)
+        k3 = torch.where(growth.isposinf(), growth, growth - gap)
+        loss, dlogp = loss + params.kl_coef * k3, dlogp - params.kl_coef * growth
+    loss = loss - params.entropy_coef * stats.entropy
+    return _TokenLoss(loss, polarity, weight, ratio, clipped, dlogp)
+
+
+# ---- the backend protocol -----------------------------------------------------------------------
+
+
+def token_stats_fwd(
+    logits: Tensor, targets: Tensor, row: RowParams, state: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of every row.
+
+    Args:
+        logits: ``[N, V]``, unit column stride, any row stride: whole rows, or a shard of their
+            columns.
+        targets: ``[N]`` int64; -100: the row is not read and its outputs are 0; -1: the sampled
+            token lies in another shard.
+        row: how logits become the distribution.
+        state: the state of the whole rows (``merge_states``): the logits are then not read.
+
+    Returns:
+        logp, entropy, unit_polarity, lse, each ``[N]`` float32 (float64 for float64 logits), and
+        the state ``[N, 6]`` float64: row_max, the sums Z, T, Z2, T2 about it, and the scaled logit
+        of the sampled token, -inf where that is masked or elsewhere. A shard without a finite logit
+        has the state (-inf, 0, 0, 0, 0, .), the identity of the merge; NaN and +inf make the state
+        NaN.
+    """
+    rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
+    if state is None:
+        stats, state = _statistics(rows, row), _state(rows, row)
+    else:
+        stats = _statistics_from(state, rows, row)
+    acc = acc_dtype(logits.dtype)
+    logp, entropy, unit_polarity, lse = (_reported(s, rows).to(acc) for s in stats[:4])
+    return logp, entropy, unit_polarity, lse, state
+
+
+def token_stats_bwd(
+    logits: Tensor,
+    targets: Tensor,
+    state: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    row: RowParams,
+    dlogits: Tensor | None = None,
+) -> Tensor:
+    """The gradient ``[N, V]`` for upstream gradients ``[N]`` of logp, entropy and unit polarity,
+    None being zero.
+
+    Args:
+        state: of the whole rows, as ``token_stats_fwd`` or ``merge_states`` gave it.
+        dlogits: where to write; may be the logits, and may be of a narrower dtype than float32
+            logits (not on the cpu backend). None: a new contiguous tensor of the logits' dtype.
+    """
+    rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
+    upstream = [torch.zeros_like(state[:, 0]) if g is None else g for g in grads]
+    stats = _statistics_from(state, rows, row)
+    grad = _statistics_gradient(stats, (upstream[0], upstream[1], upstream[2]), rows, row)
+    dlogits = torch.empty_like(logits) if dlogits is None else dlogits
+    return dlogits.copy_(_row_gradient(grad, rows, dlogits))
+
+
+def merge_states(states: Tensor) -> Tensor:
+    """The states of whole rows from those of their shards.
+
+    Args:
+        states: ``[shards, N, 6]`` float64; the order of the shards does not matter but to rounding.
+
+    Returns:
+        ``[N, 6]`` float64.
+    """
+    row_max, target_u = states[..., 0].amax(dim=0), states[..., 5].amax(dim=0)
+    empty = states[..., 0].isneginf() & (states[..., 1] == 0)
+    shift = torch.where(empty, 0.0, states[..., 0] - row_max)
+    alpha = shift.exp()
+    # exp underflows long before shift * 0 could matter; -inf * 0 would be NaN.
+    shift = torch.where(alpha == 0, 0.0, shift)
+    _, Z, T, Z2, T2, _ = states.unbind(dim=-1)
+    parts = (alpha * Z, alpha * (T + shift * Z), alpha**2 * Z2, alpha**2 * (T2 + shift * Z2))
+    return torch.stack([row_max, *(p.sum(dim=0) for p in parts), target_u], dim=1)
+
+
+def policy_loss_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: TokenInputs,
+    params: PolicyLossParams,
+    weighting: WeightingInputs | None,
+    row: RowParams,
+    dlogits: Tensor | None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum.
+
+    A row with target -100 or token weight 0 is not read and contributes exactly 0. ``dlogits`` is
+    as for ``token_stats_bwd``, ``state`` as for ``token_stats_fwd``.
+
+    Returns:
+        token_loss (token_weight applied), logp, entropy, unit_polarity, polarity, weight, ratio,
+        each ``[N]`` in the accumulation dtype, and clipped (bool ``[N]``).
+    """
+    ignored = (targets == IGNORE_INDEX) | (tokens.token_weight == 0)
+    rows = _rows(logits, targets, ignored, row, state)
+    stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
+    token = _token_loss(stats, tokens, params, weighting)
+    token_weight = tokens.token_weight.double()
+    per_token = (token_weight * token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
+    outputs = [_reported(x, rows).to(acc_dtype(logits.dtype)) for x in per_token]
+    if dlogits is not None:
+        g_logp, g_entropy = token_weight * token.dlogp, -params.entropy_coef * token_weight
+        upstream = (g_logp, g_entropy, torch.zeros_like(g_logp))
+        grad = _statistics_gradient(stats, upstream, rows, row)
+        dlogits.copy_(_row_gradient(grad, rows, dlogits))
+    return (*outputs, token.clipped & ~rows.ignored & ~rows.bad)
+
+
+def scale_(dlogits: Tensor, factor: Tensor) -> None:
+    """``dlogits *= factor``, a 0-dim tensor on the same device."""
+    dlogits.mul_(factor)

@@ -138,7 +138,7 @@ def linear_cases(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Case]:
 
         def trl_loss(h: Tensor, w: Tensor) -> Tensor:
             out = ChunkedLogProbFunction.apply(
-                h, w, None, targets, 1.0, 8192, None, 1.0, ("entropy",)
+                h, w, None, targets, 1.0, 32768, None, 1.0, ("entropy",)
             )
             return out[0].sum() + out[1].sum()
 

@@ -59,6 +59,15 @@ void scale(const Matrix& matrix, uintptr_t factor, const Launch& launch) {
   check(PAPO_DISPATCH(launch, launch_scale, matrix, pointer(factor), launch));
 }
 
+// Position of the first target that is neither a column nor ignored, -1 if there is none.
+int64_t first_bad_target(uintptr_t targets, int64_t count, int64_t vocab_size) {
+  const int64_t* t = pointer<int64_t>(targets);
+  for (int64_t i = 0; i < count; ++i) {
+    if ((t[i] < 0 || t[i] >= vocab_size) && t[i] != kIgnoreIndex) return i;
+  }
+  return -1;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -137,5 +146,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("policy_loss", &policy_loss, py::arg("logits"), py::arg("tokens"), py::arg("params"),
         py::arg("weighting"), py::arg("row"), py::arg("out"), py::arg("dlogits"),
         py::arg("launch"));
+  m.def("first_bad_target", &first_bad_target, py::arg("targets"), py::arg("count"),
+        py::arg("vocab_size"));
   m.def("scale", &scale, py::arg("matrix"), py::arg("factor"), py::arg("launch"));
 }

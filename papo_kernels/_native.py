@@ -37,6 +37,11 @@ def why_unavailable() -> str:
     return _load()[1]
 
 
+def loaded() -> ModuleType | None:
+    """The extension, None where it cannot be used."""
+    return _load()[0]
+
+
 def has_cuda() -> bool:
     """Whether the extension was built with its CUDA kernels (says nothing of the machine)."""
     module = _load()[0]

@@ -6,56 +6,56 @@ and resolve the backend when they run, so a compiled graph does not depend on it
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from . import _native
 from . import backend as backends
-from .types import (
-    IGNORE_INDEX,
-    STATE_SIZE,
-    PolicyLossParams,
-    RowParams,
-    TokenInputs,
-    WeightingInputs,
-    acc_dtype,
-)
+from .types import IGNORE_INDEX, STATE_SIZE, LossInputs, RowParams, acc_dtype
 
 
-class LossOptions(NamedTuple):
-    """The numbers of a policy-loss call, as the schema's `options`. `dual_clip` 0.0 means none."""
-
-    temperature: float
-    softcap: float
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    kl_coef: float
-    entropy_coef: float
-    strength: float
-    dead_zone: float
-
-
-def _backend(requested: str, logits: Tensor) -> Any:
+def backend_for(requested: str, logits: Tensor) -> Any:
     return backends.module(backends.choose(requested or None, logits.device, logits.dtype))
 
 
-def _check_targets(targets: Tensor, vocab_size: int) -> None:
+def check_target_values(targets: Tensor, vocab_size: int) -> None:
     """On a CPU a bad target raises before anything runs; GPU kernels guard their reads instead."""
     if targets.device.type != "cpu":
         return
-    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)
-    if bad.any():
-        at = int(bad.nonzero()[0])
+    native = _native.loaded()
+    if native is not None:
+        at = native.first_bad_target(targets.data_ptr(), targets.numel(), vocab_size)
+    else:
+        bad = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)
+        at = int(bad.nonzero()[0]) if bad.any() else -1
+    if at >= 0:
         raise ValueError(
             f"targets: expected values in [0, {vocab_size}) or {IGNORE_INDEX} (ignored), got "
             f"{int(targets[at])} at flat position {at}"
         )
 
 
-def _refuse_double_backward() -> None:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a call on `tensor` may go to its kernel directly: nothing traces or intercepts it.
+
+    torch's dispatcher spends more time in Python than a small kernel takes. Graphs, fake tensors,
+    subclasses and dispatch modes need it.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "papo_kernels: the backward pass is not differentiable; "
@@ -63,11 +63,17 @@ def _refuse_double_backward() -> None:
         )
 
 
+def refuse_lse(g_lse: Tensor | None) -> None:
+    if g_lse is not None:
+        raise RuntimeError(
+            "papo_kernels: TokenStats.lse is not differentiable; detach() it where it enters a loss"
+        )
+
+
 # ---- token_stats --------------------------------------------------------------------------------
 
 
-@custom_op("papo::token_stats", mutates_args=())
-def token_stats(
+def _token_stats(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
@@ -76,11 +82,14 @@ def token_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, unit_polarity, lse `[N]` and the row state `[N, 6]` that backward needs."""
-    _check_targets(targets, vocab_size)
+    check_target_values(targets, vocab_size)
     row = RowParams(temperature, softcap, vocab_size)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    outputs = _backend(backend, logits).token_stats_fwd(logits, targets, row)
+    outputs = backend_for(backend, logits).token_stats_fwd(logits, targets, row)
     return outputs
+
+
+token_stats = custom_op("papo::token_stats", _token_stats, mutates_args=())
 
 
 @token_stats.register_fake
@@ -97,8 +106,7 @@ def _(
     return logp, entropy, unit_polarity, lse, logits.new_empty((n, STATE_SIZE), dtype=torch.float64)
 
 
-@custom_op("papo::token_stats_bwd", mutates_args=())
-def token_stats_bwd(
+def _token_stats_bwd(
     logits: Tensor,
     targets: Tensor,
     state: Tensor,
@@ -117,8 +125,11 @@ def token_stats_bwd(
     )
     row = RowParams(temperature, softcap, vocab_size)
     dlogits: Tensor
-    dlogits = _backend(backend, logits).token_stats_bwd(logits, targets, state, upstream, row)
+    dlogits = backend_for(backend, logits).token_stats_bwd(logits, targets, state, upstream, row)
     return dlogits
+
+
+token_stats_bwd = custom_op("papo::token_stats_bwd", _token_stats_bwd, mutates_args=())
 
 
 @token_stats_bwd.register_fake
@@ -139,96 +150,64 @@ def _(
 
 def _token_stats_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, *ctx.options = inputs
-    *_, lse, state = output
+    state = output[-1]
     ctx.save_for_backward(logits, targets, state)
-    ctx.mark_non_differentiable(lse, state)
+    ctx.mark_non_differentiable(state)
     ctx.set_materialize_grads(False)
 
 
 def _token_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
+    refuse_lse(grads[3])
     dlogits = None
     if any(g is not None for g in grads[:3]):
         logits, targets, state = ctx.saved_tensors
-        dlogits = token_stats_bwd(logits, targets, state, *grads[:3], *ctx.options)
+        run: Any = _token_stats_bwd if is_plain(logits) else token_stats_bwd
+        dlogits = run(logits, targets, state, *grads[:3], *ctx.options)
     return dlogits, None, None, None, None, None
 
 
-token_stats.register_autograd(_token_stats_backward, setup_context=_token_stats_context)
+def _token_stats_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _token_stats_context(ctx, inputs, output)
+    # A traced graph asks for the gradient of every output, so lse cannot refuse one there.
+    ctx.mark_non_differentiable(*output[3:])
 
 
-class _NotDifferentiable(torch.autograd.Function):
-    """The identity on `value`, whose use in a loss raises instead of giving no gradient."""
+token_stats.register_autograd(_token_stats_backward, setup_context=_token_stats_op_context)
+
+
+class _TokenStats(torch.autograd.Function):
+    """The same autograd without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, logits: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        return value.view_as(value)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _token_stats(*inputs)
+        _token_stats_context(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"papo_kernels: {ctx.name} is not differentiable; detach() it where it enters a loss"
-        )
+    backward = staticmethod(_token_stats_backward)
 
 
-def not_differentiable(value: Tensor, logits: Tensor, name: str) -> Tensor:
-    """`value`, computed from `logits`, refusing gradients loudly (silently detached in a graph that
-    torch.compile traces, which asks for the gradient of every output)."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        return value
-    refusing: Tensor = _NotDifferentiable.apply(value, logits, name)
-    return refusing
+def run_token_stats(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """`token_stats`, by the shortest way."""
+    if not is_plain(logits):
+        return token_stats(logits, *rest)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        outputs: tuple[Tensor, ...] = _TokenStats.apply(logits, *rest)
+        return outputs
+    return _token_stats(logits, *rest)
 
 
 # ---- policy_loss --------------------------------------------------------------------------------
-
-
-class LossInputs(NamedTuple):
-    """What both policy-loss operations take after the logits, in the order of their schemas.
-
-    The weighting applies where phase, sigma and scale are given; `options` is a `LossOptions`.
-    """
-
-    targets: Tensor
-    advantages: Tensor
-    token_weight: Tensor
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    phase: Tensor | None
-    sigma: Tensor | None
-    scale: Tensor | None
-    shape: str
-    options: list[float]
-    vocab_size: int
-    backend: str
 
 
 def _run_policy_loss(
     logits: Tensor, inputs: LossInputs, dlogits: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyLossOutput`; `dlogits` receives the gradient of the loss."""
-    _check_targets(inputs.targets, inputs.vocab_size)
-    numbers = LossOptions(*inputs.options)
-    params = PolicyLossParams(
-        numbers.clip_low,
-        numbers.clip_high,
-        numbers.dual_clip or None,
-        numbers.kl_coef,
-        numbers.entropy_coef,
-    )
-    weighting = None
-    if inputs.phase is not None and inputs.sigma is not None and inputs.scale is not None:
-        scalars = (inputs.phase, inputs.shape, inputs.sigma, inputs.scale)
-        weighting = WeightingInputs(numbers.strength, *scalars, numbers.dead_zone)
-    token_loss, *parts = _backend(inputs.backend, logits).policy_loss_fwd(
-        logits,
-        inputs.targets,
-        TokenInputs(inputs.advantages, inputs.token_weight, inputs.old_logp, inputs.ref_logp),
-        params,
-        weighting,
-        RowParams(numbers.temperature, numbers.softcap, inputs.vocab_size),
-        dlogits,
+    check_target_values(inputs.targets, inputs.vocab_size)
+    token_loss, *parts = backend_for(inputs.backend, logits).policy_loss_fwd(
+        logits, inputs.targets, *inputs.unpack(), dlogits
     )
     logp, entropy, unit_polarity, polarity, weight, ratio, clipped = parts
     return token_loss.sum(), logp, entropy, unit_polarity, polarity, weight, ratio, clipped
@@ -246,10 +225,12 @@ def _fake_policy_loss(
     return loss, logp, entropy, unit_polarity, polarity, weight, ratio, clipped
 
 
-@custom_op("papo::scale_", mutates_args=("dlogits",))
-def scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
+def _scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
     """`dlogits [N, V] *= factor` (0-dim); free where the factor is 1."""
-    _backend(backend, dlogits).scale_(dlogits, factor)
+    backend_for(backend, dlogits).scale_(dlogits, factor)
+
+
+scale_ = custom_op("papo::scale_", _scale_, mutates_args=("dlogits",))
 
 
 @scale_.register_fake
@@ -257,8 +238,12 @@ def _(dlogits: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
 
-@custom_op("papo::policy_loss", mutates_args=())
-def policy_loss(
+def run_scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
+    """`scale_`, by the shortest way."""
+    (_scale_ if is_plain(dlogits) else scale_)(dlogits, factor, backend)
+
+
+def _policy_loss(
     logits: Tensor,
     targets: Tensor,
     advantages: Tensor,
@@ -295,6 +280,9 @@ def policy_loss(
     return *outputs, dlogits
 
 
+policy_loss = custom_op("papo::policy_loss", _policy_loss, mutates_args=())
+
+
 @policy_loss.register_fake
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs_grad = rest[-1]
@@ -310,21 +298,50 @@ def _policy_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _policy_loss_backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     others = (None,) * (ctx.n_inputs - 1)
     if g_loss is None:
         return None, *others
     if not ctx.needs_grad:
         raise RuntimeError("papo::policy_loss was called with needs_grad=False")
     (dlogits,) = ctx.saved_tensors
-    # A graph that is kept may come back for the unscaled gradient; otherwise this is its last use.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    # A graph that is kept may come back for the unscaled gradient, and a traced one must not write
+    # to what its forward part returns; otherwise this is the buffer's last use.
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if kept or not is_plain(dlogits):
         dlogits = dlogits.clone()
-    scale_(dlogits, g_loss, ctx.backend)
+    run_scale_(dlogits, g_loss, ctx.backend)
     return dlogits, *others
 
 
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The same autograd without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+        dlogits = logits.new_empty(logits.shape)
+        outputs = _run_policy_loss(logits, inputs, dlogits)
+        ctx.save_for_backward(dlogits)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.needs_grad, ctx.n_inputs = inputs.backend, True, 2
+        return outputs
+
+    backward = staticmethod(_policy_loss_backward)
+
+
+def run_policy_loss(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    """`policy_loss`, by the shortest way: the fields of `PolicyLossOutput`."""
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if not is_plain(logits):
+        return tuple(policy_loss(logits, *inputs, needs_grad)[:-1])
+    if needs_grad:
+        outputs: tuple[Tensor, ...] = _PolicyLoss.apply(logits, inputs)
+        return outputs
+    return _run_policy_loss(logits, inputs, None)
 
 
 # ---- policy_loss in place -----------------------------------------------------------------------
@@ -378,7 +395,11 @@ class _PolicyLossInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
-        outputs = policy_loss_(logits.detach().view(-1, logits.shape[-1]), *inputs)
+        rows = logits.detach().view(-1, logits.shape[-1])
+        if is_plain(logits):
+            outputs = _run_policy_loss(rows, inputs, rows)
+        else:
+            outputs = policy_loss_(rows, *inputs)
         ctx.mark_dirty(logits)
         ctx.save_for_backward(logits)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -388,7 +409,7 @@ class _PolicyLossInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        _refuse_double_backward()
+        refuse_double_backward()
         g_logits, g_loss = grads[:2]
         if g_logits is not None:
             raise RuntimeError(
@@ -397,15 +418,15 @@ class _PolicyLossInPlace(torch.autograd.Function):
             )
         if g_loss is None:
             return None, None
-        (dlogits,) = ctx.saved_tensors
         if ctx.spent:
             raise RuntimeError(
                 "policy_loss(inplace=True) can be differentiated once: its gradient buffer was "
                 "handed on; pass inplace=False to go backward a second time"
             )
+        (dlogits,) = ctx.saved_tensors
         ctx.spent = True
         dlogits = dlogits.detach()
-        scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
+        run_scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
         return dlogits, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -192,6 +193,64 @@ class WeightingInputs(NamedTuple):
     sigma: Tensor
     scale: Tensor
     dead_zone: float
+
+
+class LossOptions(NamedTuple):
+    """The numbers of a policy-loss call, as the schema's `options`. `dual_clip` 0.0 means none."""
+
+    temperature: float
+    softcap: float
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    kl_coef: float
+    entropy_coef: float
+    strength: float
+    dead_zone: float
+
+
+class LossInputs(NamedTuple):
+    """What both policy-loss operations take after the logits, in the order of their schemas.
+
+    The weighting applies where phase, sigma and scale are given; `options` is a `LossOptions`.
+    """
+
+    targets: Tensor
+    advantages: Tensor
+    token_weight: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    phase: Tensor | None
+    sigma: Tensor | None
+    scale: Tensor | None
+    shape: str
+    options: list[float]
+    vocab_size: int
+    backend: str
+
+    def unpack(
+        self,
+    ) -> tuple[TokenInputs, PolicyLossParams, WeightingInputs | None, RowParams]:
+        """As a backend takes them."""
+        numbers = LossOptions(*self.options)
+        weighting = None
+        if self.phase is not None and self.sigma is not None and self.scale is not None:
+            scalars = (self.phase, self.shape, self.sigma, self.scale)
+            weighting = WeightingInputs(numbers.strength, *scalars, numbers.dead_zone)
+        tokens = TokenInputs(self.advantages, self.token_weight, self.old_logp, self.ref_logp)
+        row = RowParams(numbers.temperature, numbers.softcap, self.vocab_size)
+        return tokens, _loss_params(numbers), weighting, row
+
+
+@lru_cache(maxsize=256)
+def _loss_params(numbers: LossOptions) -> PolicyLossParams:
+    return PolicyLossParams(
+        numbers.clip_low,
+        numbers.clip_high,
+        numbers.dual_clip or None,
+        numbers.kl_coef,
+        numbers.entropy_coef,
+    )
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -79,6 +79,13 @@ struct LaneSums {
     T2 = fma(e2, y, T2);
   }
 
+  PAPO_HD void add(const LaneSums& block) {
+    Z += block.Z;
+    T += block.T;
+    Z2 += block.Z2;
+    T2 += block.T2;
+  }
+
   // Moves the sums to a maximum larger by -shift / unit.
   PAPO_HD void rescale(V shift) {
     const V alpha = exp_scaled(shift);
@@ -169,7 +176,9 @@ struct Scanner {
 
   PAPO_HD void accumulate(const S* x, int64_t n) {
     const V unit = splat(static_cast<Scalar>(unit_of<V>()), V{});
-    LaneSums<V> s = sums;
+    // Fresh sums per block: added one by one to the row's, a block's many small terms would be lost in
+    // the rounding of a large one.
+    LaneSums<V> s;
     for (int64_t i = 0; i < n; i += kStep) {
       prefetch_next_block(x + i, kStep);
       V x0, x1;
@@ -181,7 +190,7 @@ struct Scanner {
       s.add(y0, e0);
       s.add(y1, e1);
     }
-    sums = s;
+    sums.add(s);
   }
 
   PAPO_HD RowState<double> result() const {

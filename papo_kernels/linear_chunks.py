@@ -1,0 +1,294 @@
+"""A call's tokens in chunks: the plan, the reused workspace, the gradients formed of each slab.
+
+Shapes: ``hidden [N, D]``, ``weight [V, D]``, a chunk's ``logits [n, V]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear_products import Head, low_rank, product
+from .types import acc_dtype
+
+Selection = slice | Tensor  # of rows: consecutive ones, or int64 indices
+
+_ALIGN = 64  # elements: rows of logits start on cache lines and vector loads
+# Where float32 logits have a half-precision gradient: few enough chunks for a product to be
+# efficient, enough for most of the workspace to go to the slab.
+_CHUNKS_PER_SLAB = 8
+_TILE_ROWS = 128  # of a matrix product on a GPU
+_CPU_WORKSPACE = 256 * 2**20
+# A GPU's workspace: every slab of tokens reads and writes the weight's float32 gradient once, so
+# slabs of a few thousand tokens are what keeps that below a few per cent of the products.
+_GPU_WORKSPACE_SHARE = 32
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+def default_workspace(device: torch.device) -> int:
+    """Bytes: 256 MiB, and at least 1/32 of a GPU's memory."""
+    if device.type != "cuda":
+        return _CPU_WORKSPACE
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(_CPU_WORKSPACE, total // _GPU_WORKSPACE_SHARE)
+
+
+# ---- the workspace ------------------------------------------------------------------------------
+
+
+class Active(NamedTuple):
+    """The rows to compute.
+
+    Attributes:
+        rows: their indices, or the number of all rows where none is left out.
+        ignored: `[N]` bool, which of them do not count all the same; None where all do.
+    """
+
+    rows: Tensor | int
+    ignored: Tensor | None
+
+    @property
+    def total(self) -> int:
+        return self.rows if isinstance(self.rows, int) else self.rows.numel()
+
+
+def active_rows(ignored: Tensor) -> Active:
+    """All rows but the ignored ones. A GPU would wait for their number, so there it is all rows:
+    the kernels skip the ignored ones."""
+    if ignored.device.type != "cpu":
+        return Active(ignored.shape[0], ignored)
+    rows = (~ignored).nonzero()[:, 0]
+    return Active(ignored.shape[0] if rows.numel() == ignored.numel() else rows, None)
+
+
+def _even(total: int, most: int) -> int:
+    """Rows of each of the fewest pieces of at most `most` rows, whole tiles of a product where that
+    fits: a product of 129 rows takes as long as one of 256."""
+    size = -(-total // max(1, -(-total // most)))
+    return min(total, most, -(-size // _TILE_ROWS) * _TILE_ROWS)
+
+
+class Plan(NamedTuple):
+    """How a call's rows go through its workspace.
+
+    A slab is the rows whose gradient of the logits is held together, for the two products that
+    follow; a chunk is the part of a slab whose logits are. They differ where float32 logits have a
+    half-precision gradient, which then has a buffer of its own; otherwise the gradient replaces the
+    logits and a slab is one chunk.
+    """
+
+    slab_rows: int
+    chunk_rows: int
+    slabs: int
+    pitch: int  # elements from row to row
+    narrow: bool  # whether the gradient has a buffer of its own
+
+
+def make_plan(
+    rows: int,
+    columns: int,
+    hidden_size: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    backward: bool,
+    budget: int,
+) -> Plan:
+    """The plan of a call.
+
+    Args:
+        columns: of the logits, the largest shard's where the vocabulary is split.
+        dtypes: of hidden states and logits.
+        backward: whether gradients of the logits are formed.
+        budget: bytes that the buffers may take; one row is held whatever it takes.
+    """
+    operand, dtype = dtypes
+    pitch = -(-max(1, columns) // _ALIGN) * _ALIGN
+    narrow = backward and operand != dtype
+    per_slab = _CHUNKS_PER_SLAB if narrow else 1
+    # Rows of hidden states that are gathered, widened or masked count too.
+    row_bytes = (pitch + 2 * hidden_size) * dtype.itemsize / per_slab
+    if narrow:
+        row_bytes += pitch * operand.itemsize
+    most = max(1, int(budget / row_bytes))
+    slab_rows = _even(rows, most)
+    slabs = -(-rows // max(1, slab_rows))
+    return Plan(slab_rows, _even(slab_rows, max(1, most // per_slab)), slabs, pitch, narrow)
+
+
+class Workspace:
+    """The buffers that every chunk's logits and their gradient pass through.
+
+    Args:
+        hidden: `[N, D]`, for dtype and device.
+        active: the rows to compute.
+        dtype: of the logits.
+        narrowing: whether the row kernels write the gradient of float32 logits in half precision.
+    """
+
+    def __init__(
+        self, hidden: Tensor, active: Active, plan: Plan, dtype: torch.dtype, narrowing: bool
+    ) -> None:
+        self._active, self._narrowing = active.rows, narrowing
+        self._slab_rows, self._chunk_rows = plan.slab_rows, plan.chunk_rows
+        self._logits = hidden.new_empty((plan.chunk_rows, plan.pitch), dtype=dtype)
+        self._narrow = hidden.new_empty((plan.slab_rows, plan.pitch)) if plan.narrow else None
+
+    def over_slabs(self) -> Iterator[Selection]:
+        """The rows of each slab in turn."""
+        active = self._active
+        total = active if isinstance(active, int) else active.numel()
+        for first in range(0, total, max(1, self._slab_rows)):
+            part = slice(first, min(first + self._slab_rows, total))
+            yield part if isinstance(active, int) else active[part]
+
+    def over_chunks(self, slab: Selection) -> Iterator[tuple[slice, Selection]]:
+        """Each chunk's place in the slab, and its rows."""
+        total = slab.stop - slab.start if isinstance(slab, slice) else slab.numel()
+        for first in range(0, total, max(1, self._chunk_rows)):
+            part = slice(first, min(first + self._chunk_rows, total))
+            if isinstance(slab, slice):
+                yield part, slice(slab.start + part.start, slab.start + part.stop)
+            else:
+                yield part, slab[part]
+
+    def logits(self, rows: int, columns: int) -> Tensor:
+        return self._logits[:rows, :columns]
+
+    def dlogits(self, part: slice, columns: int) -> Tensor:
+        """The gradient of the rows at `part` of the slab, for the products."""
+        if self._narrow is None:
+            return self._logits[: part.stop - part.start, :columns]
+        return self._narrow[part, :columns]
+
+    def kernel_target(self, part: slice, columns: int) -> Tensor:
+        """Where the row kernel writes the gradient of the chunk at `part`: over the logits where it
+        keeps their dtype; `keep_gradient` then moves it."""
+        if self._narrow is None or not self._narrowing:
+            return self._logits[: part.stop - part.start, :columns]
+        return self._narrow[part, :columns]
+
+    def keep_gradient(self, part: slice, columns: int) -> None:
+        if self._narrow is not None and not self._narrowing:
+            self._narrow[part, :columns] = self._logits[: part.stop - part.start, :columns]
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+class _Sum:
+    """The gradient of one parameter, summed over slabs in float32 (float64 for float64)."""
+
+    def __init__(self, parameter: Tensor, rows: int, slabs: int, dtype: torch.dtype | None) -> None:
+        # One slab: the product itself accumulates in float32 and rounds once.
+        held = acc_dtype(parameter.dtype) if slabs > 1 else parameter.dtype
+        self._full = torch.empty(parameter.shape, dtype=dtype or held, device=parameter.device)
+        self._dtype = dtype or parameter.dtype
+        self.rows = self._full[:rows]
+        self._full[rows:] = 0
+        self.started = False
+        if slabs == 0:
+            self._full.zero_()
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        product(a, b, self.rows, self.started)
+        self.started = True
+
+    def add_columns(self, dlogits: Tensor) -> None:
+        total = dlogits.sum(dim=0, dtype=acc_dtype(dlogits.dtype))
+        self.rows.copy_(self.rows + total if self.started else total)
+        self.started = True
+
+    def result(self) -> Tensor:
+        return self._full.to(self._dtype)
+
+
+class Gradients:
+    """Gradients of the head's inputs, formed slab by slab from the logits' gradient.
+
+    Args:
+        hidden: `[N, D]`.
+        head: what the logits came from.
+        full: weight, bias, lora_a and lora_b as the caller gave them, padding included.
+        needs: which gradients to form; the others cost nothing.
+        slabs: how many times `add` will be called.
+        partial: the head is one shard of several: dhidden and the gradient of lora_a are partial
+            sums and stay in float32.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        full: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        needs: Needs,
+        slabs: int,
+        partial: bool = False,
+    ) -> None:
+        self._head, self._needs = head, needs
+        wide = acc_dtype(hidden.dtype) if partial else None
+        columns = head.columns
+        slabs = slabs if columns else 0
+        self._dhidden = None
+        if needs.hidden:
+            self._dhidden = torch.zeros(
+                hidden.shape, dtype=wide or hidden.dtype, device=hidden.device
+            )
+        self._sums: dict[str, _Sum] = {}
+        for name, tensor in zip(("weight", "bias", "lora_a", "lora_b"), full, strict=True):
+            if tensor is not None and getattr(needs, name):
+                replicated = name == "lora_a"
+                rows = tensor.shape[0] if replicated else columns
+                self._sums[name] = _Sum(tensor, rows, slabs, wide if replicated else None)
+
+    def add(self, rows: Selection, hidden: Tensor, dlogits: Tensor, ignored: Tensor | None) -> None:
+        """`hidden [n, D]` and `dlogits [n, V]` of a slab; `ignored [n]` rows have zero dlogits."""
+        head, needs, sums = self._head, self._needs, self._sums
+        if head.columns == 0:
+            return
+        low_grad = None
+        if head.lora_b is not None and (needs.hidden or needs.lora_a):
+            low_grad = torch.mm(dlogits, head.lora_b).mul_(head.scaling)
+        if self._dhidden is not None:
+            self._add_hidden(rows, dlogits, low_grad, self._dhidden)
+        if ignored is not None and (needs.weight or needs.lora_a or needs.lora_b):
+            # 0 * NaN: a row that does not count may hold anything.
+            hidden = hidden.masked_fill(ignored[:, None], 0.0)
+        if needs.weight:
+            sums["weight"].add_product(dlogits.t(), hidden)
+        if needs.bias:
+            sums["bias"].add_columns(dlogits)
+        if needs.lora_a and low_grad is not None:
+            sums["lora_a"].add_product(low_grad.t(), hidden)
+        if needs.lora_b:
+            low = low_rank(head, hidden, acc_dtype(hidden.dtype)).to(dlogits.dtype)
+            sums["lora_b"].add_product(dlogits.t(), low)
+
+    def _add_hidden(
+        self, rows: Selection, dlogits: Tensor, low_grad: Tensor | None, dhidden: Tensor
+    ) -> None:
+        """dlogits W + (scaling dlogits B) A into its rows, which are written once."""
+        if isinstance(rows, slice):
+            out = dhidden[rows]
+        else:
+            out = dhidden.new_empty((rows.numel(), dhidden.shape[1]))
+        product(dlogits, self._head.weight, out)
+        if low_grad is not None and self._head.lora_a is not None:
+            product(low_grad, self._head.lora_a, out, add=True)
+        if not isinstance(rows, slice):
+            dhidden[rows] = out
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """dhidden and the gradients of weight, bias, lora_a, lora_b; None where not needed."""
+        sums = (self._sums.get(name) for name in Needs._fields[1:])
+        return self._dhidden, *(None if s is None else s.result() for s in sums)

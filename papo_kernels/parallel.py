@@ -1,0 +1,391 @@
+"""`linear_token_stats` and `linear_policy_loss` over a vocabulary split across ranks.
+
+Every rank of the group holds the same hidden states, targets and per-token inputs, and its own rows
+of the head's weight (Megatron's vocabulary parallelism): rank r's rows follow those of rank r - 1.
+Any split will do, shards without rows and shards of nothing but padding among them. All ranks get
+the same results, those of the whole head to float32 rounding. Gradients: of the weight's shard on
+its own rank; of hidden, and of the LoRA factor A, the full one on every rank.
+
+Collectives of a call: one of a dozen integers, so that every rank knows the split and raises the
+same errors (not where `shards` tells); one all-gather of row states, 48 bytes per token (one per
+chunk of tokens in the loss, whose gradients are formed as it goes); one all-reduce of the partial
+gradient of hidden, in float32. Without gradients there is no all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import check_row_options, loss_inputs
+from .keep import KeepSet
+from .linear import SOURCE, HeadArguments, LoRAHead, prepare, wanted_gradients
+from .linear_chunks import Needs, default_workspace
+from .linear_ops import scaled
+from .linear_passes import HeadInputs, HeadOptions, HeadPass, Shard
+from .ops import refuse_double_backward, refuse_lse
+from .reference import merge_states
+from .types import (
+    LossInputs,
+    PolarityWeighting,
+    PolicyLossOutput,
+    PolicyLossParams,
+    RowParams,
+    TokenInputs,
+    TokenStats,
+    acc_dtype,
+)
+
+
+def parallel_linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    shards: Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+    keep: KeepSet | None = None,
+    lora: LoRAHead | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> TokenStats:
+    """`linear_token_stats` with the rows of the head spread over the ranks of `group`.
+
+    A collective: every rank calls it, and goes backward through it, with the same arguments but for
+    `weight`, `bias` and `lora.b`, and the same upstream gradients.
+
+    Args:
+        weight: ``[V_r, D]``, this rank's rows, V_r >= 0. `bias` ``[V_r]`` and `lora.b`
+            ``[V_r, r]`` are split alike; `lora.a` is whole.
+        targets: ids in the whole vocabulary, and so are those of `keep`.
+        group: None for the default group.
+        shards: V_r of every rank, where known: saves the exchange of integers, and with it the wait
+            for a GPU; arguments are then checked on each rank alone.
+        vocab_size: of the whole vocabulary: rows from there on, on whichever rank, are padding.
+        hidden, temperature, softcap, logit_scale, chunk_bytes, backend, keep, lora, logits_dtype:
+            as for `linear_token_stats`.
+
+    Returns:
+        TokenStats, the same on every rank.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_stats`, on every rank where one of them does; and
+            for arguments that should be the same on every rank and are not.
+    """
+    arguments = HeadArguments(
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        vocab_size,
+        chunk_bytes,
+        backend,
+        keep,
+        lora,
+        logits_dtype,
+    )
+    call = _agree(group, shards, hidden, weight, targets, arguments)
+    *outputs, _ = _TokenStats.apply(
+        call.split, call.options, targets.reshape(-1).contiguous(), *call.inputs
+    )
+    return TokenStats(*(x.view(targets.shape) for x in outputs))
+
+
+def parallel_linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    token_weight: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    shards: Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    params: PolicyLossParams | None = None,
+    weighting: PolarityWeighting | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+    keep: KeepSet | None = None,
+    lora: LoRAHead | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> PolicyLossOutput:
+    """`linear_policy_loss` with the rows of the head spread over the ranks of `group`.
+
+    Three matrix products and no recomputation, as there; the gradient of hidden is reduced in the
+    forward pass, so backward needs no collective.
+
+    Args:
+        group, shards, weight, bias, lora, keep, vocab_size: as for `parallel_linear_token_stats`.
+        hidden, targets, advantages, token_weight, old_logp, ref_logp, params, weighting,
+            temperature, softcap, logit_scale, chunk_bytes, backend, logits_dtype: as for
+            `linear_policy_loss`.
+
+    Returns:
+        PolicyLossOutput, the same on every rank.
+
+    Raises:
+        TypeError, ValueError: as `parallel_linear_token_stats`.
+    """
+    arguments = HeadArguments(
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        vocab_size,
+        chunk_bytes,
+        backend,
+        keep,
+        lora,
+        logits_dtype,
+    )
+    call = _agree(group, shards, hidden, weight, targets, arguments)
+    loss_call = loss_inputs(
+        targets,
+        TokenInputs(advantages, token_weight, old_logp, ref_logp),
+        params,
+        weighting,
+        RowParams(call.options.temperature, call.options.softcap, call.options.vocab_size),
+        acc_dtype(call.options.logits_dtype),
+        backend,
+        source=SOURCE,
+    )
+    loss, *parts = _PolicyLoss.apply(
+        call.split, call.options, loss_call, wanted_gradients(call.inputs), *call.inputs
+    )
+    return PolicyLossOutput(loss, *(x.view(targets.shape) for x in parts))
+
+
+# ---- the split ----------------------------------------------------------------------------------
+
+
+class _Split(NamedTuple):
+    """Where this rank's rows lie."""
+
+    group: dist.ProcessGroup | None
+    rows: tuple[int, ...]  # of every rank's shard
+    rank: int
+
+    def shard(self, vocab_size: int) -> Shard:
+        first = sum(self.rows[: self.rank])
+        starts = [sum(self.rows[:r]) for r in range(len(self.rows))]
+        columns = max(
+            min(held, vocab_size - start) for start, held in zip(starts, self.rows, strict=True)
+        )
+        return Shard(first, columns, self._merge)
+
+    def _merge(self, state: Tensor) -> Tensor:
+        states = state.new_empty((len(self.rows) * state.shape[0], state.shape[1]))
+        dist.all_gather_into_tensor(states, state.contiguous(), group=self.group)
+        return merge_states(states.view(len(self.rows), *state.shape))
+
+    def reduce(self, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+        """`grads` (of hidden, weight, bias, lora_a, lora_b) with those of hidden and lora_a summed
+        over the ranks, in one collective."""
+        hidden, weight, bias, lora_a, lora_b = grads
+        partial = [g for g in (hidden, lora_a) if g is not None]
+        if len(partial) == 1:
+            dist.all_reduce(partial[0], group=self.group)
+        elif partial:
+            flat = torch.cat([g.view(-1) for g in partial])
+            dist.all_reduce(flat, group=self.group)
+            for g, part in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+                g.copy_(part.view_as(g))
+        hidden, lora_a = (None if g is None else g.to(dtype) for g in (hidden, lora_a))
+        return [hidden, weight, bias, lora_a, lora_b]
+
+
+class _Call(NamedTuple):
+    split: _Split
+    inputs: HeadInputs
+    options: HeadOptions
+
+
+def _agree(
+    group: dist.ProcessGroup | None,
+    shards: Sequence[int] | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    arguments: HeadArguments,
+) -> _Call:
+    """The checked call; raises on every rank what it raises on one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "group: expected a process group, but torch.distributed is not initialised"
+        )
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: expected one that this rank belongs to")
+    if shards is not None:
+        rows = tuple(int(x) for x in shards)
+        if len(rows) != world or rows[rank] != weight.shape[0]:
+            raise ValueError(
+                f"shards: expected {world} numbers of rows, of which this rank's ({rank}) is "
+                f"{weight.shape[0]}, got {rows}"
+            )
+        inputs, options = prepare(hidden, weight, targets, arguments, sum(rows))
+        return _Call(_Split(group, rows, rank), inputs, options)
+
+    error: Exception | None = None
+    facts = dict.fromkeys(_FACTS, 0)
+    try:
+        # No rank knows the number of rows yet: vocab_size is compared with it below.
+        inputs, options = prepare(hidden, weight, targets, arguments, arguments.vocab_size or 1)
+        facts = _facts(inputs, options, targets, arguments)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    everyone = _exchange([int(error is None), *facts.values()], group, _device(hidden))
+    if not all(row[0] for row in everyone):
+        _raise_together(error, group)
+    for name, values in zip(facts, zip(*(row[1:] for row in everyone), strict=True), strict=True):
+        if name not in _LOCAL and len(set(values)) > 1:
+            raise ValueError(f"{name}: expected the same on every rank, got {list(values)}")
+    column = {name: [row[1 + i] for row in everyone] for i, name in enumerate(facts)}
+    rows = tuple(column["rows of weight"])
+    check_row_options(sum(rows), 1.0, None, arguments.vocab_size, "rows of weight on all ranks")
+    options = options._replace(
+        vocab_size=sum(rows) if arguments.vocab_size is None else arguments.vocab_size,
+        chunk_bytes=min(column["workspace bytes"]),
+    )
+    return _Call(_Split(group, rows, rank), inputs, options)
+
+
+_LOCAL = ("rows of weight", "workspace bytes")
+_FACTS = (
+    *_LOCAL,
+    "columns of weight",
+    "number of tokens",
+    "dtype of hidden",
+    "logits_dtype",
+    "vocab_size",
+    "hidden or lora.a requires grad",
+    "rank of lora",
+    "number of kept ids",
+    "sum of targets",
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _facts(
+    inputs: HeadInputs, options: HeadOptions, targets: Tensor, arguments: HeadArguments
+) -> dict[str, int]:
+    needs = wanted_gradients(inputs)
+    values = (
+        inputs.weight.shape[0],
+        options.chunk_bytes or default_workspace(inputs.hidden.device),
+        inputs.weight.shape[1],
+        inputs.hidden.shape[0],
+        _DTYPES.index(inputs.hidden.dtype),
+        _DTYPES.index(options.logits_dtype),
+        -1 if arguments.vocab_size is None else arguments.vocab_size,
+        2 * needs.hidden + needs.lora_a,
+        0 if inputs.lora_a is None else inputs.lora_a.shape[0],
+        -1 if inputs.keep_ids is None else inputs.keep_ids.numel(),
+        int(targets.sum()),
+    )
+    return dict(zip(_FACTS, values, strict=True))
+
+
+def _device(hidden: object) -> torch.device:
+    return hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+
+
+def _exchange(
+    values: list[int], group: dist.ProcessGroup | None, device: torch.device
+) -> list[list[int]]:
+    """`values` of every rank, in rank order."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    everyone = mine.new_empty(dist.get_world_size(group) * len(values))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    rows: list[list[int]] = everyone.view(-1, len(values)).tolist()
+    return rows
+
+
+def _raise_together(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Every rank raises the error of the first rank that has one."""
+    mine = None if error is None else (isinstance(error, TypeError), str(error))
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    at, (is_type, message) = next((r, e) for r, e in enumerate(everyone) if e is not None)
+    if any(e != everyone[at] for e in everyone):
+        message = f"{message} (on rank {at} of the group)"
+    raise (TypeError if is_type else ValueError)(message) from error
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, split: _Split, options: HeadOptions, targets: Tensor, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        shard = split.shard(options.vocab_size)
+        outputs = HeadPass(HeadInputs(*inputs), options, targets, shard).token_stats_fwd()
+        state = outputs[-1]
+        ctx.split, ctx.options = split, options
+        ctx.save_for_backward(*inputs, targets, state)
+        ctx.mark_non_differentiable(state)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        refuse_lse(grads[3])
+        needs = Needs(*ctx.needs_input_grad[3:8])
+        if all(g is None for g in grads[:3]):
+            return (None,) * 10
+        *tensors, targets, state = ctx.saved_tensors
+        inputs = HeadInputs(*tensors)
+        shard = ctx.split.shard(ctx.options.vocab_size)
+        head_pass = HeadPass(inputs, ctx.options, targets, shard)
+        results = head_pass.token_stats_bwd(state, grads[:3], needs)
+        reduced = ctx.split.reduce(results, inputs.hidden.dtype)
+        return None, None, None, *reduced, None, None
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        split: _Split,
+        options: HeadOptions,
+        call: LossInputs,
+        needs: Needs,
+        *inputs: Any,
+    ) -> tuple[Tensor, ...]:
+        call = call._replace(vocab_size=options.vocab_size)
+        shard = split.shard(options.vocab_size)
+        head_pass = HeadPass(HeadInputs(*inputs), options, call.targets, shard)
+        outputs, grads = head_pass.policy_loss(call, needs)
+        reduced = split.reduce(grads, inputs[0].dtype)
+        ctx.needs, ctx.backend = needs, options.backend
+        ctx.save_for_backward(*reduced)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if g_loss is None:
+            return (None,) * 11
+        results = scaled(ctx.saved_tensors, ctx.needs, g_loss, ctx.backend)
+        return None, None, None, None, *results, None, None

@@ -1,0 +1,192 @@
+"""The inputs of the kernel tests: `Case` holds a call's arguments, the makers cover its regimes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import papo_kernels
+from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
+from tests.oracle import acc_dtype, plain_policy_loss, plain_token_stats
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one call. `logits [N, V]`, everything per token `[N]`."""
+
+    logits: Tensor
+    targets: Tensor
+    temperature: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    advantages: Tensor | None = None
+    token_weight: Tensor | None = None
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    params: PolicyLossParams = field(default_factory=PolicyLossParams)
+    weighting: PolarityWeighting | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("temperature", "softcap", "vocab_size")}
+
+    def token_stats(self, logits: Tensor, backend: str | None) -> TokenStats:
+        return papo_kernels.token_stats(logits, self.targets, **self.row, backend=backend)
+
+    def policy_loss(self, logits: Tensor, backend: str | None, **more: Any) -> PolicyLossOutput:
+        names = ("advantages", "token_weight", "old_logp", "ref_logp", "params", "weighting")
+        inputs = {name: getattr(self, name) for name in names}
+        return papo_kernels.policy_loss(
+            logits, self.targets, **inputs, **self.row, backend=backend, **more
+        )
+
+
+def _normal(n: int, v: int, g: torch.Generator) -> Tensor:
+    return 3.0 * torch.randn(n, v, generator=g)
+
+
+def _peaked(n: int, v: int, g: torch.Generator) -> Tensor:
+    z = _normal(n, v, g)
+    z[torch.arange(n), torch.randint(v, (n,), generator=g)] += 12.0
+    return z
+
+
+def _one_hot(n: int, v: int, g: torch.Generator) -> Tensor:
+    z = torch.zeros(n, v)
+    z[torch.arange(n), torch.randint(v, (n,), generator=g)] = 1e4
+    return z
+
+
+def _masked(n: int, v: int, g: torch.Generator) -> Tensor:
+    z = _normal(n, v, g)
+    hole = torch.rand(n, v, generator=g) < 0.3
+    hole[torch.arange(n), torch.randint(v, (n,), generator=g)] = False
+    return z.masked_fill(hole, -torch.inf)
+
+
+def _leading_mask(n: int, v: int, g: torch.Generator) -> Tensor:
+    z = _normal(n, v, g)
+    z[:, : v // 2] = -torch.inf
+    return z
+
+
+def _all_but_one(n: int, v: int, g: torch.Generator) -> Tensor:
+    z = torch.full((n, v), -torch.inf)
+    z[torch.arange(n), torch.randint(v, (n,), generator=g)] = 1.5
+    return z
+
+
+LOGITS = {
+    "normal": _normal,
+    "peaked": _peaked,
+    "uniform": lambda n, v, g: torch.full((n, v), 0.75),
+    "one_hot": _one_hot,
+    "masked": _masked,
+    "leading_mask": _leading_mask,
+    "all_but_one": _all_but_one,
+    "negative": lambda n, v, g: _normal(n, v, g) - 120.0,
+    "offset_up": lambda n, v, g: _normal(n, v, g) + 1e4,
+    "offset_down": lambda n, v, g: _normal(n, v, g) - 1e4,
+}
+LAYOUTS = ("contiguous", "row_stride", "misaligned", "column_stride", "transposed")
+
+
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """`x [N, V]` in another memory layout; what lies between its elements is NaN."""
+    n, v = x.shape
+
+    def blank(*shape: int) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
+
+    if layout == "row_stride":
+        return blank(n, v + 3)[:, :v].copy_(x)
+    if layout == "misaligned":
+        return blank(n * v + 1)[1:].view(n, v).copy_(x)
+    if layout == "column_stride":
+        return blank(n, 2 * v)[:, ::2].copy_(x)
+    if layout == "transposed":
+        return blank(v, n).t().copy_(x)
+    return x.contiguous()
+
+
+def make_case(
+    kind: str,
+    n: int,
+    v: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    layout: str = "contiguous",
+    vocab_size: int | None = None,
+    **row: Any,
+) -> Case:
+    """Logits of a regime and targets that include the first and last column, the argmax of every
+    third row and, from six rows on, ignored ones. Padding columns hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    columns = v if vocab_size is None else vocab_size
+    logits = torch.full((n, v), torch.nan)
+    logits[:, :columns] = LOGITS[kind](n, columns, g)
+    logits = logits.to(dtype)
+    targets = torch.randint(columns, (n,), generator=g)
+    targets[:1], targets[1:2] = 0, columns - 1
+    best = logits[:, :columns].float().argmax(1)
+    unsampled = logits.float().gather(1, targets[:, None])[:, 0].isneginf()
+    targets[2::3] = best[2::3]
+    targets = torch.where(unsampled, best, targets)
+    targets[5::7] = -100
+    logits = with_layout(logits.to(device), layout)
+    return Case(logits, targets.to(device), vocab_size=vocab_size, **row)
+
+
+def make_loss_case(
+    kind: str,
+    n: int,
+    v: int,
+    *,
+    on_policy: bool = False,
+    params: PolicyLossParams | None = None,
+    weighting: PolarityWeighting | None = None,
+    seed: int = 0,
+    **more: Any,
+) -> Case:
+    """`make_case` with advantages of both signs, ratios on both sides of both clip bounds, and some
+    tokens of weight 0: the fifth, and any whose branch a rounding error could decide."""
+    case = make_case(kind, n, v, seed=seed, **more)
+    g = torch.Generator().manual_seed(seed + 1)
+    device, dtype = case.logits.device, acc_dtype(case.logits.dtype)
+
+    def draw() -> Tensor:
+        return torch.randn(n, generator=g).to(device=device, dtype=dtype)
+
+    logp = plain_token_stats(case.logits, case.targets, dtype=torch.float64, **case.row).logp
+    token_weight = (draw().abs() + 0.1) / n
+    token_weight[4::11] = 0.0
+    case = replace(
+        case,
+        advantages=draw(),
+        token_weight=token_weight,
+        old_logp=None if on_policy else (logp + 0.4 * draw()).to(dtype),
+        ref_logp=(logp + 0.4 * draw()).to(dtype),
+        params=PolicyLossParams() if params is None else params,
+        weighting=weighting,
+    )
+    token_weight[_undecided(case)] = 0.0
+    return case
+
+
+def _undecided(case: Case) -> Tensor:
+    """Tokens near a discontinuity: a clip bound, the dead zone, polarity 0."""
+    exact = plain_policy_loss(case, torch.float64)
+    p, c, r = case.params, exact.unit_polarity.abs(), exact.ratio
+    near = torch.zeros_like(r, dtype=torch.bool)
+    bounds = [1.0 - p.clip_low, 1.0 + p.clip_high, *([p.dual_clip] if p.dual_clip else [])]
+    if case.old_logp is not None:
+        for bound in bounds:
+            near |= (r - bound).abs() < 1e-4 * (1.0 + case.old_logp.abs())
+    if case.weighting is not None and case.weighting.shape == "sign":
+        near |= (c - case.weighting.dead_zone).abs() < 1e-5
+    return near

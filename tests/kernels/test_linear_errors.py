@@ -1,0 +1,192 @@
+"""Every wrong argument of the functions of hidden states: which, its value, what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from papo_kernels.keep import KeepSet
+from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
+
+N, D, V = 4, 6, 9
+HIDDEN, WEIGHT = torch.randn(N, D), torch.randn(V, D)
+TARGETS, ONES = torch.tensor([0, 3, -100, 8]), torch.ones(N)
+GOOD = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS}
+LORA = LoRAHead(torch.randn(2, D), torch.randn(V, 2))
+KEEP = KeepSet(torch.tensor([0, 1, 2, 2, 3]), torch.tensor([0, 3, 8]))
+
+WRONG = {
+    "hidden_dtype": (
+        {"hidden": HIDDEN.long()},
+        TypeError,
+        "hidden: expected float16, .*, got torch.int64",
+    ),
+    "hidden_kind": ({"hidden": [1.0]}, TypeError, "hidden: expected Tensor, got list"),
+    "hidden_width": (
+        {"hidden": torch.randn(N, D + 1)},
+        ValueError,
+        r"hidden: expected shape \[\.\.\., 6\], as weight is \(9, 6\), got \(4, 7\)$",
+    ),
+    "weight_dtype": (
+        {"weight": WEIGHT.bfloat16()},
+        TypeError,
+        "weight: expected torch.float32 like hidden, got torch.bfloat16; cast .*autocast",
+    ),
+    "weight_kind": ({"weight": None}, TypeError, "weight: expected Tensor, got NoneType"),
+    "weight_dims": (
+        {"weight": WEIGHT[0]},
+        ValueError,
+        r"weight: expected shape \[V, D\], got \(6,\)",
+    ),
+    "weight_empty": ({"weight": WEIGHT[:0]}, ValueError, r"V >= 1, got shape \(0, 6\): zero elem"),
+    "weight_device": (
+        {"weight": WEIGHT.to("meta")},
+        ValueError,
+        "weight: expected a tensor on cpu like hidden, got meta",
+    ),
+    "targets_shape": (
+        {"targets": TARGETS[:3]},
+        ValueError,
+        r"targets: expected shape \(4,\), that of hidden \(4, 6\) without its .* got \(3,\)",
+    ),
+    "targets_dtype": (
+        {"targets": TARGETS.int()},
+        TypeError,
+        "targets: expected int64, got torch.int32",
+    ),
+    "targets_value": (
+        {"targets": torch.tensor([0, 9, 1, 1])},
+        ValueError,
+        r"targets: expected values in \[0, 9\) or -100 \(ignored\), got 9 at flat position 1",
+    ),
+    "targets_elsewhere": (
+        {"targets": torch.tensor([0, -1, 1, 1])},
+        ValueError,
+        "got -1 at flat pos",
+    ),
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected .* > 0, got 0.0"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected None or .* > 0, got -1.0"),
+    "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale: expected None or .* got 0.0"),
+    "vocab_size": (
+        {"vocab_size": 10},
+        ValueError,
+        r"vocab_size: .* \[1, 9\] \(rows of weight\), got 10",
+    ),
+    "vocab_size_kind": ({"vocab_size": 3.0}, TypeError, "vocab_size: expected an int or None"),
+    "chunk_bytes": ({"chunk_bytes": 0}, ValueError, "chunk_bytes: expected at least 1, got 0"),
+    "chunk_bytes_kind": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes: expected an int or None"),
+    "backend": ({"backend": "tpu"}, ValueError, "backend: expected one of .*'tpu'"),
+    "logits_dtype": (
+        {"logits_dtype": torch.float16},
+        TypeError,
+        "logits_dtype: expected None, torch.float32 or torch.float32, that of h.* torch.float16",
+    ),
+    "bias_shape": (
+        {"bias": torch.zeros(8)},
+        ValueError,
+        r"bias: expected shape \(9,\), .* got \(8,\)",
+    ),
+    "bias_dtype": (
+        {"bias": torch.zeros(9).half()},
+        TypeError,
+        "bias: expected torch.float32 like weight",
+    ),
+    "lora_kind": ({"lora": tuple(LORA)}, TypeError, "lora: expected LoRAHead, got tuple"),
+    "lora_a": (
+        {"lora": LORA._replace(a=torch.randn(2, 5))},
+        ValueError,
+        r"lora.a: expected shape \(2, 6\), as weight is \(9, 6\), got \(2, 5\)",
+    ),
+    "lora_rank": (
+        {"lora": LORA._replace(a=LORA.a[:0])},
+        ValueError,
+        r"lora.a: .* r >= 1, got \(0, 6\)",
+    ),
+    "lora_b": (
+        {"lora": LORA._replace(b=LORA.b.t())},
+        ValueError,
+        r"lora.b: expected shape \(9, 2\)",
+    ),
+    "lora_dtype": (
+        {"lora": LORA._replace(b=LORA.b.half())},
+        TypeError,
+        "lora.b: expected torch.float32",
+    ),
+    "lora_scaling": (
+        {"lora": LORA._replace(scaling=None)},
+        TypeError,
+        "lora.scaling: expected a number",
+    ),
+    "lora_infinite": (
+        {"lora": LORA._replace(scaling=1e999)},
+        ValueError,
+        "lora.scaling: .* finite",
+    ),
+    "keep_kind": ({"keep": tuple(KEEP)}, TypeError, "keep: expected KeepSet, got tuple"),
+    "keep_dtype": (
+        {"keep": KEEP._replace(ids=KEEP.ids.int())},
+        TypeError,
+        "keep.ids: expected int64",
+    ),
+    "keep_dims": (
+        {"keep": KEEP._replace(ids=KEEP.ids[None])},
+        ValueError,
+        "keep.ids: expected one dim",
+    ),
+    "keep_offsets": (
+        {"keep": KEEP._replace(offsets=KEEP.offsets[:4])},
+        ValueError,
+        "keep.offsets: expected 5 values, one more than there are targets, got 4",
+    ),
+    "keep_end": (
+        {"keep": KEEP._replace(ids=KEEP.ids[:2])},
+        ValueError,
+        r"keep.offsets: expected nondecreasing values from 0 to 2 .*, got 0 to 3",
+    ),
+    "keep_decrease": (
+        {"keep": KEEP._replace(offsets=torch.tensor([0, 2, 1, 2, 3]))},
+        ValueError,
+        "got 0 to 3 with a decrease",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    """In both functions, and before anything runs."""
+    wrong, kind, message = WRONG[name]
+    arguments = {**GOOD, **wrong}
+    first = [arguments.pop(key) for key in ("hidden", "weight", "targets")]
+    with pytest.raises(kind, match=message):
+        linear_token_stats(*first, **arguments)
+    with pytest.raises(kind, match=message):
+        linear_policy_loss(*first, ONES, ONES, **arguments)
+
+
+def test_complaint_30_logits_passed_as_hidden():
+    """unsloth-zoo #708, unsloth #5121: a shape error that says what the tensor looks like."""
+    logits = torch.randn(N, V)
+    with pytest.raises(
+        ValueError, match=r"got \(4, 9\); these look like logits, which token_stats"
+    ):
+        linear_token_stats(logits, WEIGHT, TARGETS)
+
+
+def test_wrong_token_inputs():
+    """Those of the loss, whose message names what the loss is differentiable in."""
+    with pytest.raises(ValueError, match=r"advantages: .* hidden, weight, bias and lora only"):
+        linear_policy_loss(HIDDEN, WEIGHT, TARGETS, ONES.clone().requires_grad_(), ONES)
+    with pytest.raises(ValueError, match=r"token_weight: expected shape \(4,\) like targets"):
+        linear_policy_loss(HIDDEN, WEIGHT, TARGETS, ONES, ONES[:2])
+
+
+def test_good_arguments_pass():
+    """The arguments that the wrong ones are made of."""
+    options = {
+        "lora": LORA,
+        "keep": KEEP,
+        "bias": torch.zeros(V),
+        "vocab_size": V,
+        "chunk_bytes": 1,
+    }
+    assert linear_token_stats(HIDDEN, WEIGHT, TARGETS, **options).logp[:2].isfinite().all()

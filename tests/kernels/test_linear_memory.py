@@ -1,0 +1,340 @@
+"""What the linear path costs: its matrix products, its memory, and what it keeps for backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from papo_kernels import PolicyLossParams, linear_chunks, linear_passes, linear_products
+from papo_kernels.keep import KeepSet
+from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
+from tests.kernels.linear_cases import make_head_case
+from tests.kernels.tracking import flops, memory, products
+
+MiB = 2**20
+
+
+def head(n, d, v, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=g).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=g) * d**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=g)
+    return hidden, weight, targets
+
+
+def per_token(n):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, generator=g), torch.full((n,), 1.0 / n)
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+N, D, V = 48, 32, 200
+PRODUCT = 2 * N * D * V
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"), [("", 3), ("hidden", 2), ("weight", 2), ("hidden weight", 1)]
+)
+@pytest.mark.parametrize("chunk_bytes", [None, 10_000])
+def test_a_loss_costs_three_products_and_a_frozen_input_costs_none(frozen, expected, chunk_bytes):
+    """Logits, dhidden and dweight, each once, whatever the chunks; none of them in backward."""
+    hidden, weight, targets = head(N, D, V)
+    hidden.requires_grad_("hidden" not in frozen)
+    weight.requires_grad_("weight" not in frozen)
+    losses = []
+
+    def forward():
+        out = linear_policy_loss(hidden, weight, targets, *per_token(N), chunk_bytes=chunk_bytes)
+        losses.append(out.loss)
+
+    assert flops(forward) == expected * PRODUCT
+    if expected > 1:
+        assert products(losses[0].backward) == []
+    assert (hidden.grad is None) == ("hidden" in frozen or expected == 1)
+    assert (weight.grad is None) == ("weight" in frozen or expected == 1)
+
+
+def test_one_chunk_is_three_calls():
+    hidden, weight, targets = head(N, D, V)
+    run = products(lambda: linear_policy_loss(hidden, weight, targets, *per_token(N)))
+    assert run == [(N, D, V), (N, V, D), (V, N, D)]
+
+
+def test_statistics_cost_one_product_and_backward_three():
+    """Backward computes the logits again; a frozen weight saves its own product there too."""
+    hidden, weight, targets = head(N, D, V)
+    out = []
+    assert flops(lambda: out.append(linear_token_stats(hidden, weight, targets))) == PRODUCT
+    assert flops(lambda: out[0].logp.sum().backward()) == 3 * PRODUCT
+    weight.requires_grad_(False)
+    out = [linear_token_stats(hidden, weight, targets)]
+    assert flops(lambda: out[0].entropy.sum().backward()) == 2 * PRODUCT
+
+
+def test_no_grad_does_no_gradient_work():
+    hidden, weight, targets = head(N, D, V)
+    with torch.no_grad():
+        assert flops(lambda: linear_token_stats(hidden, weight, targets)) == PRODUCT
+        assert flops(lambda: linear_policy_loss(hidden, weight, targets, *per_token(N))) == PRODUCT
+
+
+def test_ignored_tokens_are_not_multiplied():
+    """Prompt tokens that a mask leaves in the batch cost nothing on a CPU."""
+    hidden, weight, targets = head(N, D, V)
+    targets[::2] = -100
+    advantages, token_weight = per_token(N)
+    token_weight[1::4] = 0.0
+    assert flops(lambda: linear_token_stats(hidden, weight, targets)) == PRODUCT // 2
+
+    def loss():
+        return linear_policy_loss(hidden, weight, targets, advantages, token_weight)
+
+    assert flops(loss) == 3 * PRODUCT // 4
+    targets[:] = -100
+    assert products(loss) == []
+    out = loss()
+    out.loss.backward()
+    assert out.loss.item() == 0.0 and not out.logp.any()
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_padding_rows_of_the_weight_are_not_multiplied():
+    hidden, weight, targets = head(N, D, V)
+    targets = targets.clamp(max=149)
+    assert flops(lambda: linear_token_stats(hidden, weight, targets, vocab_size=150)) == (
+        2 * N * D * 150
+    )
+
+
+def test_a_lora_head_never_multiplies_its_factors():
+    """Every product has the tokens or the rank as its inner or outer extent, none is B A."""
+    hidden, weight, targets = head(N, D, V)
+    rank = 3
+    a, b = torch.randn(rank, D).requires_grad_(), torch.randn(V, rank).requires_grad_()
+    weight.requires_grad_(False)
+    run = products(
+        lambda: linear_policy_loss(hidden, weight, targets, *per_token(N), lora=LoRAHead(a, b, 0.5))
+    )
+    assert (V, rank, D) not in run
+    big = [shape for shape in run if rank not in shape]
+    assert big == [(N, D, V), (N, V, D)]
+    thin = sum(2 * m * k * n for m, k, n in run if rank in (m, k, n))
+    assert thin <= 2 * rank * N * (3 * V + 4 * D)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [True, False])
+def test_complaints_35_and_37_memory_is_the_workspace(loss, dtype):
+    """Logits of 256 MiB (float32) through 8 MiB. No one-hot (NeMo-RL 4114) and no [V, D] temporary
+    per chunk (Liger #1323): beyond the workspace, the results and, for a half weight, the float32
+    sum of its gradient, only a few MiB of tiles and per-token vectors."""
+    n, d, v = 2048, 24, 32_768
+    hidden, weight, targets = head(n, d, v, dtype)
+    inputs = per_token(n)
+    workspace = 8 * MiB
+
+    def run():
+        if loss:
+            options = {"chunk_bytes": workspace, "params": PolicyLossParams(entropy_coef=0.01)}
+            out = linear_policy_loss(hidden, weight, targets, *inputs, **options)
+            out.loss.backward()
+        else:
+            out = linear_token_stats(hidden, weight, targets, chunk_bytes=workspace)
+            (out.logp + out.entropy + out.unit_polarity).sum().backward()
+        return out
+
+    used = memory(run)
+    results = hidden.nbytes + weight.nbytes + n * 10 * 4 + n * 6 * 8
+    sums = 2 * weight.nbytes if dtype == torch.bfloat16 else 0
+    assert used.peak > 0.9 * workspace + weight.nbytes, "the tracker saw no workspace"
+    # Widening tiles are 8 MiB; nothing is widened in float32.
+    slack = 20 * MiB if dtype == torch.bfloat16 else MiB
+    assert used.peak <= workspace + results + sums + slack
+    assert hidden.grad is not None and weight.grad is not None
+    # Complaint 40: nothing but results stays, with the outputs and their graph alive.
+    assert used.after <= results + MiB
+
+
+def test_statistics_without_gradient_take_the_workspace_only():
+    hidden, weight, targets = head(4096, 16, 32_768)
+    with torch.no_grad():
+        used = memory(lambda: linear_token_stats(hidden, weight, targets, chunk_bytes=4 * MiB))
+    assert used.peak <= 4 * MiB + MiB // 2
+
+
+def test_a_frozen_weight_has_no_buffer():
+    hidden, weight, targets = head(256, 256, 20_000)
+    weight.requires_grad_(False)
+
+    def run():
+        out = linear_policy_loss(hidden, weight, targets, *per_token(256), chunk_bytes=4 * MiB)
+        out.loss.backward()
+        return out
+
+    assert memory(run).peak <= 5 * MiB < weight.nbytes
+
+
+def test_kept_ids_are_masked_in_bounded_memory():
+    """16 M kept ids (every id of every token) in groups."""
+    n, v = 512, 32_768
+    hidden, weight, targets = head(n, 8, v)
+    keep = KeepSet(torch.arange(n + 1) * v, torch.arange(v).repeat(n))
+    with torch.no_grad():
+        used = memory(
+            lambda: linear_token_stats(hidden, weight, targets, keep=keep, chunk_bytes=8 * MiB)
+        )
+    assert used.peak <= 8 * MiB + 64 * MiB
+    plain = linear_token_stats(hidden, weight, targets)
+    kept = linear_token_stats(hidden, weight, targets, keep=keep)
+    torch.testing.assert_close(kept.logp, plain.logp)
+
+
+def test_the_gradient_is_handed_to_the_leaf_without_a_copy():
+    hidden, weight, targets = head(64, 64, 16_384)
+    out = linear_policy_loss(hidden, weight, targets, *per_token(64))
+    used = memory(out.loss.backward)
+    assert used.peak <= 64 * 1024
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_and_last_rows_at_four_billion_logits(dtype):
+    """N V = 4.0e9 > 2^31: 15 GiB of float32 logits through the default workspace."""
+    n, d, v = 26_328, 64, 151_936
+    hidden, weight, targets = head(n, d, v, dtype)
+    advantages, token_weight = per_token(n)
+    losses = []
+
+    def run():
+        out = linear_policy_loss(hidden, weight, targets, advantages, token_weight)
+        out.loss.backward()
+        losses.append(out)
+
+    used = memory(run)
+    results = hidden.nbytes + weight.nbytes + n * 10 * 4
+    assert used.peak <= 256 * MiB + 64 * MiB + results
+    last = slice(n - 4, n)
+    z = hidden.detach()[last].double() @ weight.detach().double().t()
+    logp = torch.log_softmax(z, 1).gather(1, targets[last, None])[:, 0]
+    torch.testing.assert_close(losses[0].logp[last].double(), logp, rtol=1e-5, atol=1e-5)
+
+
+# ---- what is kept for backward ------------------------------------------------------------------
+
+
+def saved_by(run):
+    sizes = []
+
+    def pack(x):
+        sizes.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sizes
+
+
+def test_complaint_40_what_is_saved_for_backward():
+    """The loss keeps its gradients and no input; the statistics their inputs and six numbers per
+    token; neither anything of N V elements (speculators #1000)."""
+    hidden, weight, targets = head(N, D, V)
+    of_loss = saved_by(lambda: linear_policy_loss(hidden, weight, targets, *per_token(N)))
+    assert sorted(of_loss) == sorted([(N, D), (V, D), (0,), (0,), (0,)])
+    of_stats = saved_by(lambda: linear_token_stats(hidden, weight, targets))
+    assert sorted(of_stats) == sorted([(N, D), (V, D), (N,), (N, 6)])
+
+
+def test_backward_frees_what_was_saved_and_refuses_a_second_time():
+    hidden, weight, targets = head(N, D, V)
+    out = linear_policy_loss(hidden, weight, targets, *per_token(N))
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss.backward()
+    weight.grad = None
+    stats = linear_token_stats(hidden, weight, targets)
+    stats.logp.sum().backward(retain_graph=True)
+    first = weight.grad.clone()
+    weight.grad = None
+    stats.logp.sum().backward()
+    assert torch.equal(weight.grad, first)
+
+
+def test_a_kept_graph_gives_the_same_gradient_twice():
+    """Scaling happens on a copy where the graph is kept, in place otherwise; 1 costs nothing."""
+    hidden, weight, targets = head(N, D, V)
+    out = linear_policy_loss(hidden, weight, targets, *per_token(N))
+    grads = [
+        torch.autograd.grad(factor * out.loss, (hidden, weight), retain_graph=factor != 1.0)
+        for factor in (3.0, -0.5, 1.0)
+    ]
+    for a, b, factor in zip(grads[0], grads[2], (3.0, 3.0), strict=True):
+        torch.testing.assert_close(a, factor * b)
+    torch.testing.assert_close(grads[1][1], -0.5 * grads[2][1])
+
+
+# ---- the choices a GPU makes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_do_not_count_are_masked_where_they_are_not_left_out(monkeypatch, dtype, loss):
+    """A GPU multiplies all rows rather than wait for their number; NaN and inf in the hidden states
+    of rows that do not count must still reach nothing."""
+    case = make_head_case(30, 16, 90, dtype=dtype, bias=True, rank=2, loss=loss)
+    results = []
+    for everything in (False, True):
+        if everything:
+            monkeypatch.setattr(
+                linear_passes,
+                "active_rows",
+                lambda ignored: linear_chunks.Active(ignored.shape[0], ignored),
+            )
+        leaves = case.leaves()
+        out = (case.policy_loss if loss else case.token_stats)(leaves, chunk_bytes=3000)
+        (out.loss if loss else (out.logp + out.unit_polarity).sum()).backward()
+        results.append((*out, *(x.grad for x in leaves.values())))
+    for a, b in zip(*results, strict=True):
+        assert b.isfinite().all()
+        tolerance = {"rtol": 1e-2, "atol": 1e-2} if a.dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("rows", ["reference", "cpu"])
+def test_products_written_in_float32_by_the_device(monkeypatch, rows):
+    """The calls made where half operands multiply into float32, with torch's functions emulated."""
+    case = make_head_case(30, 16, 90, dtype=torch.bfloat16, bias=True, rank=2, loss=True)
+    plain = case.leaves()
+    expected = case.policy_loss(plain, backend=rows, chunk_bytes=3000)
+    expected.loss.backward()
+
+    real_mm, real_addmm = torch.mm, torch.addmm
+    wide = []
+
+    def mm(a, b, *, out=None, out_dtype=None):
+        if out_dtype is None:
+            return real_mm(a, b, out=out)
+        assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == out_dtype == torch.float32
+        wide.append("mm")
+        return out.copy_(real_mm(a.float(), b.float()))
+
+    def addmm(c, a, b, *, out=None, out_dtype=None):
+        if out_dtype is None:
+            return real_addmm(c, a, b, out=out)
+        assert c is out and out.dtype == out_dtype == torch.float32
+        wide.append("addmm")
+        return out.add_(real_mm(a.float(), b.float()))
+
+    monkeypatch.setattr(linear_products, "_multiplies_into_float32", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    leaves = case.leaves()
+    actual = case.policy_loss(leaves, backend=rows, chunk_bytes=3000)
+    actual.loss.backward()
+    assert {"mm", "addmm"} == set(wide)
+    torch.testing.assert_close(actual.logp, expected.logp)
+    for name, x in leaves.items():
+        torch.testing.assert_close(x.grad, plain[name].grad, rtol=1e-2, atol=1e-3)

@@ -1,0 +1,167 @@
+"""The torch operations: opcheck of every one, and torch.compile forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import papo_kernels  # noqa: F401  registers the operations
+from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from tests.cases import make_loss_case
+
+N, V = 5, 37
+OPTIONS = [0.9, 0.0, 0.2, 0.28, 3.0, 0.04, 0.01, 0.5, 1e-6]
+
+
+def loss_arguments(device, dtype=torch.float32):
+    """What both policy-loss operations take after the logits, but for the backend."""
+    case = make_loss_case("normal", N, V, dtype=dtype, device=device, vocab_size=V - 2)
+    scalars = [torch.tensor(x, device=device) for x in (0.5, 1.0, 1.1)]
+    tokens = (case.targets, case.advantages, case.token_weight, case.old_logp, case.ref_logp)
+    return case.logits, (*tokens, *scalars, "sign", OPTIONS, V - 2)
+
+
+def samples(name, backend, device):
+    """Arguments of one operation: plain, optional ones absent, strided, in half precision."""
+    logits, rest = loss_arguments(device)
+    targets = rest[0]
+    strided = torch.zeros(N, V + 3, device=device)[:, :V].copy_(logits).requires_grad_()
+    narrow, narrow_rest = loss_arguments(device, torch.bfloat16)
+    row = (0.9, 20.0, V - 2)
+    _, _, _, _, state = torch.ops.papo.token_stats(logits, targets, *row, backend)
+    g = torch.ones(2 * N, device=device)[::2]
+    without = (*rest[:3], None, None, None, None, None, *rest[8:])
+    targets = torch.arange(N, device=device)
+    if name == "token_stats":
+        for z in (logits.requires_grad_(), strided, narrow, logits[:0]):
+            yield z, targets[: len(z)], *row, backend
+    elif name == "token_stats_bwd":
+        yield logits, targets, state, g, None, None, *row, backend
+        yield strided.detach(), targets, state, None, g, -g, *row, backend
+    elif name == "policy_loss":
+        for z, more in ((logits.requires_grad_(), rest), (strided, without), (narrow, narrow_rest)):
+            yield z, *more, backend, z.requires_grad
+    elif name == "policy_loss_":
+        for z, more in ((logits, rest), (narrow, narrow_rest), (logits.clone(), without)):
+            yield z, *more, backend
+    elif name == "scale_":
+        yield logits, torch.tensor(0.5, device=device), backend
+        yield narrow, torch.tensor(1.0, device=device), backend
+
+
+OPERATIONS = ("token_stats", "token_stats_bwd", "policy_loss", "policy_loss_", "scale_")
+
+
+def test_complaint_28_no_operation_is_left_out():
+    """The linear operations have their opcheck in test_linear."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("papo::")}
+    assert {name for name in names if "linear" not in name} == {f"papo::{x}" for x in OPERATIONS}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_complaint_28_opcheck(name, backend, device):
+    checked = 0
+    for arguments in samples(name, backend, device):
+        torch.library.opcheck(getattr(torch.ops.papo, name).default, arguments)
+        checked += 1
+    assert checked
+
+
+def training_step(backend, inplace):
+    """Hidden states to a loss with every option, statistics beside it; tensors in, tensors out."""
+
+    def step(hidden, weight, targets, advantages, token_weight, old_logp, phase):
+        logits = hidden @ weight.t()
+        stats = token_stats(logits, targets, temperature=0.9, softcap=30.0, backend=backend)
+        out = policy_loss(
+            logits * 1.0,
+            targets,
+            advantages,
+            token_weight,
+            old_logp=old_logp,
+            ref_logp=old_logp,
+            params=PolicyLossParams(kl_coef=0.04, entropy_coef=0.01),
+            weighting=PolarityWeighting(0.5, phase),
+            vocab_size=V - 1,
+            inplace=inplace,
+            backend=backend,
+        )
+        return out.loss + 0.1 * stats.unit_polarity.sum() + stats.entropy.mean(), out.weight
+
+    return step
+
+
+def step_inputs(n, device, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(k, 8, generator=g).to(device) for k in (n, V))
+    targets = torch.randint(V - 1, (n,), generator=g).to(device)
+    tokens = [torch.randn(n, generator=g).to(device) for _ in range(3)]
+    phase = torch.rand((), generator=g).to(device)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, *tokens, phase
+
+
+def run_step(step, inputs):
+    loss, weight = step(*inputs)
+    return loss.detach(), weight, *torch.autograd.grad(loss, inputs[:2])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_complaint_28_compiled_steps(inplace, backend, device):
+    """fullgraph, dynamic N: one compilation serves every N and phase, with eager's results."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = training_step(backend, inplace)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for n in (6, 9, 17, 64):
+        inputs = step_inputs(n, device, seed=n)
+        pairs = zip(run_step(compiled, inputs), run_step(step, inputs), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[0]
+
+
+def test_compiled_by_inductor(backend, device):
+    """The same through the default compiler, which fuses around the operations."""
+    torch._dynamo.reset()
+    step = training_step(backend, False)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n in (6, 9):
+        inputs = step_inputs(n, device, seed=n)
+        pairs = zip(run_step(compiled, inputs), run_step(step, inputs), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_complaint_27_no_compilation_per_shape(backend, device):
+    """A sweep of N and V is served by one compilation."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def statistics(logits, targets):
+        return token_stats(logits, targets, temperature=0.7, backend=backend)[:3]
+
+    counts = []
+    for n, v in [(4, 20), (5, 30), (6, 31), (9, 33), (10, 4000)]:
+        logits = torch.randn(n, v, generator=torch.Generator().manual_seed(n)).to(device)
+        targets = torch.arange(n, device=device)
+        got = statistics(logits, targets)
+        expected = token_stats(logits, targets, temperature=0.7, backend=backend)[:3]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[0]
+
+
+def test_errors_inside_compiled_code(backend, device):
+    """A wrong shape is reported while tracing, with the argument's name."""
+    torch._dynamo.reset()
+    compiled = torch.compile(token_stats, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"targets: expected shape"):
+        compiled(
+            torch.zeros(3, 5, device=device),
+            torch.zeros(4, dtype=torch.int64, device=device),
+            backend=backend,
+        )

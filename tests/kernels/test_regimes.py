@@ -1,0 +1,158 @@
+"""Every output and gradient against the oracle, over sizes, dtypes, layouts and kinds of logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import papo_kernels
+from papo_kernels import PolarityWeighting, PolicyLossParams
+from tests.cases import LAYOUTS, LOGITS, make_case, make_loss_case
+from tests.oracle import check_policy_loss, check_token_stats
+
+EVERY_TERM = PolicyLossParams(
+    clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01
+)
+WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
+
+# (V, which regime it covers)
+WIDTHS = (
+    (64, "one load of a vector register or warp"),
+    (1000, "a multiple of 8: every row aligned to 16 bytes in 2-byte dtypes"),
+    (1023, "odd: rows off any alignment, a ragged tail"),
+    (1025, "one element more than an L1 block of the CPU scan"),
+    (4097, "one more than the largest row of Triton's short-row tile"),
+    (16385, "one more than a CPU chunk: two states are merged"),
+    (33000, "more than one tile or cluster rank, chunks of unequal size"),
+)
+# (V, vocab_size, regime)
+PADDED = (
+    (1304, 1300, "less padding than a vector"),
+    (2048, 1025, "whole tiles of padding"),
+    (64, 1, "one real column"),
+    (16400, 16384, "padding starts on a chunk's edge"),
+)
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_kinds_and_dtypes(kind, backend, device, dtypes):
+    for dtype in dtypes:
+        case = make_case(kind, 16, 301, dtype=dtype, device=device)
+        check_token_stats(case, backend)
+        case = make_loss_case(
+            kind, 16, 301, dtype=dtype, device=device, params=EVERY_TERM, weighting=WEIGHTING
+        )
+        check_policy_loss(case, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, backend, device, dtypes):
+    for dtype in dtypes[-3:]:
+        # 129 columns: no row but the first starts on a 16-byte boundary.
+        more = {"dtype": dtype, "device": device, "layout": layout}
+        check_token_stats(make_case("normal", 7, 129, **more), backend)
+        case = make_loss_case("normal", 7, 129, params=EVERY_TERM, weighting=WEIGHTING, **more)
+        check_policy_loss(case, backend)
+
+
+@pytest.mark.parametrize("v", [v for v, _ in WIDTHS])
+def test_widths(v, backend, device, dtypes, sizes):
+    n = sizes(12, 3)
+    for dtype in sizes(dtypes[-3:], dtypes[-2:-1]):
+        check_token_stats(make_case("normal", n, v, dtype=dtype, device=device), backend)
+        case = make_loss_case("peaked", n, v, dtype=dtype, device=device, weighting=WEIGHTING)
+        check_policy_loss(case, backend)
+
+
+@pytest.mark.parametrize(("v", "vocab_size"), [case[:2] for case in PADDED])
+def test_padded_vocabulary(v, vocab_size, backend, device, dtypes, sizes):
+    """The padding holds NaN and gets gradient 0."""
+    for dtype in dtypes[-2:]:
+        more = {"dtype": dtype, "device": device, "vocab_size": vocab_size}
+        case = make_case("normal", sizes(6, 3), v, **more)
+        assert check_token_stats(case, backend)[:, vocab_size:].eq(0).all()
+        case = make_loss_case("normal", sizes(6, 3), v, params=EVERY_TERM, **more)
+        for inplace in (False, True):
+            dlogits = check_policy_loss(case, backend, inplace=inplace)
+            assert dlogits[:, vocab_size:].eq(0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_temperature_and_softcap(temperature, softcap, backend, device, dtypes):
+    for dtype in dtypes[-3:]:
+        for kind in ("normal", "masked", "peaked"):
+            row = {"temperature": temperature, "softcap": softcap, "device": device}
+            check_token_stats(make_case(kind, 8, 130, dtype=dtype, **row), backend)
+            case = make_loss_case(kind, 8, 130, dtype=dtype, params=EVERY_TERM, **row)
+            check_policy_loss(case, backend)
+
+
+def test_float16_extremes(backend, device):
+    """Logits at +-65504, the largest of float16, and at its subnormals."""
+    values = torch.tensor([65504.0, -65504.0, 6e-8, -6e-8, 0.0, 1.0])
+    logits = values[torch.arange(24 * 37).reshape(24, 37) * 7 % 6].half()
+    case = make_case("normal", 24, 37, dtype=torch.float16, device=device)
+    case.logits.copy_(logits)
+    check_token_stats(case, backend)
+    case.logits[:, :-1] = 0.0
+    case.logits[:, -1] = -65504.0
+    check_token_stats(case, backend)
+
+
+def test_shapes_of_one_to_four_dimensions(backend, device):
+    """Leading dimensions are rows; the results have the shape of the targets."""
+    flat = make_loss_case("normal", 12, 33, device=device)
+    expected = flat.token_stats(flat.logits, backend)
+    loss = flat.policy_loss(flat.logits, backend).loss
+    for shape in [(12,), (3, 4), (2, 3, 2), (12, 1)]:
+
+        def rows(x, shape=shape):
+            return x.reshape(shape)
+
+        logits = flat.logits.reshape(*shape, 33).requires_grad_()
+        stats = papo_kernels.token_stats(logits, rows(flat.targets), backend=backend)
+        for value, want in zip(stats, expected, strict=True):
+            assert value.shape == shape
+            assert torch.equal(value.reshape(-1), want)
+        out = papo_kernels.policy_loss(
+            logits,
+            *map(rows, (flat.targets, flat.advantages, flat.token_weight)),
+            old_logp=rows(flat.old_logp),
+            backend=backend,
+        )
+        assert out.loss.shape == ()
+        assert torch.equal(out.loss, loss)
+        assert all(value.shape == shape for value in out[1:])
+        out.loss.backward()
+        assert logits.grad.shape == logits.shape
+    scalar = papo_kernels.token_stats(flat.logits[0], flat.targets[0], backend=backend)
+    assert scalar.logp.shape == ()
+    assert torch.equal(scalar.logp, expected.logp[0])
+
+
+def test_row_slices_and_expanded_rows_are_read_without_a_copy(backend, device):
+    """[:, :-1] of a [B, T, V] batch (next-token logits), a broadcast row, a stepped batch."""
+    base = make_case("normal", 24, 65, device=device).logits.view(4, 6, 65)
+    targets = torch.arange(20, device=device).view(4, 5)
+    for logits, t in [
+        (base[:, :-1], targets),
+        (base[:1, :1].expand(4, 5, 65), targets),
+        (base[::2, 1:], targets[:2]),
+        (base.transpose(0, 1), targets[:, :4].reshape(4, 4)[:, :4].repeat(2, 1)[:6]),
+    ]:
+        stats = papo_kernels.token_stats(logits, t, backend=backend)
+        same = papo_kernels.token_stats(logits.contiguous(), t, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(stats, same, strict=True))
+
+
+def test_outputs_do_not_depend_on_the_rows_beside(backend, device):
+    """A row alone gives bit for bit what it gives in a batch: no reduction crosses rows."""
+    case = make_case("normal", 9, 777, device=device)
+    together = case.token_stats(case.logits, backend)
+    for i in (0, 4, 8):
+        alone = papo_kernels.token_stats(
+            case.logits[i : i + 1], case.targets[i : i + 1], backend=backend
+        )
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a[0], b[i])

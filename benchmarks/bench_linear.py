@@ -153,7 +153,7 @@ def peak_in_a_process(shape: LinearShape, name: str) -> float:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def measure(shape: LinearShape, rounds: int) -> dict[str, dict[str, float]]:
+def times(shape: LinearShape, rounds: int) -> dict[str, dict[str, float]]:
     cases = make_cases(Workload(shape))
     time_interleaved(cases, rounds, warmup=1)
     ms = {case.name: case.ms for case in cases}
@@ -165,9 +165,13 @@ def measure(shape: LinearShape, rounds: int) -> dict[str, dict[str, float]]:
             "ms": ms[name],
             "of its bare products": ms[name] / bare,
             "of papo's loss": ms[name] / ms[OURS],
-            "peak MiB": peak_in_a_process(shape, name),
         }
     return figures
+
+
+def peaks(shape: LinearShape) -> dict[str, dict[str, float]]:
+    names = [case.name for case in make_cases(Workload(shape))]
+    return {name: {"peak MiB": peak_in_a_process(shape, name)} for name in names}
 
 
 def print_table(title: str, figures: dict[str, dict[str, float]]) -> None:
@@ -194,7 +198,10 @@ def main() -> None:
         return
     results = {}
     for shape in shapes:
-        results[shape.name] = measure(shape, args.rounds)
+        figures = {} if args.part == "memory" else times(shape, args.rounds)
+        for name, peak in ({} if args.part == "time" else peaks(shape)).items():
+            figures.setdefault(name, {}).update(peak)
+        results[shape.name] = figures
         print_table(shape.name, results[shape.name])
     record = {
         "environment": environment(),
@@ -203,7 +210,8 @@ def main() -> None:
         "results": results,
     }
     if args.save:
-        print("wrote", write_json("linear", record).name)
+        parts = ["linear", *filter(None, (args.part, args.only))]
+        print("wrote", write_json("-".join(parts), record).name)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Group-relative advantages, DAPO's soft length penalty and the token weights of the aggregations.
 
-Pure functions of tensors: whatever spans ranks arrives as an argument. A group is a row, so no group is ever split across a
-normaliser.
+Pure functions of tensors: whatever spans ranks arrives as an argument. A group is a row, so no
+group is ever split across a normaliser.
 """
 
 from __future__ import annotations
@@ -22,31 +22,36 @@ class GroupAdvantages(NamedTuple):
     zero_spread: Tensor
 
 
-def group_advantages(rewards: Tensor, *, normalize_std: bool, tolerance: float = 1e-6) -> GroupAdvantages:
-    """Advantages relative to the group: R - mean, over the group's standard deviation where asked for.
+def group_advantages(
+    rewards: Tensor, *, normalize_std: bool, tolerance: float = 1e-6
+) -> GroupAdvantages:
+    """Advantages relative to the group: R - mean, over the group's standard deviation if asked for.
 
-    GRPO (arXiv 2402.03300, with the std) and Dr.GRPO (arXiv 2503.20783, without). The std is the unbiased one plus 1e-6.
+    GRPO (arXiv 2402.03300) divides, Dr.GRPO (arXiv 2503.20783) does not. The standard deviation is
+    the unbiased one (n - 1) plus 1e-6.
 
     Args:
-        rewards: [G, n] one row a prompt; NaN masks a completion, whose group's statistics come from the others.
+        rewards: float [G, n], one row a prompt. NaN masks a completion: its advantage is 0 and the
+            group's statistics come from the others.
         normalize_std: divide by the standard deviation.
-        tolerance: a group whose largest and smallest reward differ by at most this has zero spread and advantages 0. (A
-            standard deviation of equal floats need not be 0.)
+        tolerance: a group whose largest and smallest reward differ by at most this has zero spread
+            and advantages of exactly 0. (The standard deviation of equal floats need not be 0.)
+            So has a group with fewer than two valid rewards.
 
     Raises:
         ValueError: rewards that are not [G, n] with n >= 2, or infinite.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards: expected [G, n] with n >= 2, got {tuple(rewards.shape)}")
+        raise ValueError(f"rewards: expected [G, n] with n >= 2, got {list(rewards.shape)}")
     if torch.isinf(rewards).any():
         raise ValueError("rewards: expected finite numbers or NaN, got an infinity")
     valid = ~torch.isnan(rewards)
-    values = torch.where(valid, rewards, 0.0).double()
+    values = rewards.double().nan_to_num(0.0)
     count = valid.sum(1, keepdim=True)
     mean = values.sum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(valid, values - mean, 0.0)
-    high = torch.where(valid, rewards, -torch.inf).amax(1)
-    low = torch.where(valid, rewards, torch.inf).amin(1)
+    high = torch.where(valid, values, -torch.inf).amax(1)
+    low = torch.where(valid, values, torch.inf).amin(1)
     zero_spread = (count.squeeze(1) < 2) | (high - low <= tolerance)
     if normalize_std:
         variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -56,16 +61,31 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool, tolerance: float =
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), added to the reward.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), to be added to the reward.
 
     0 up to `max_length - buffer` tokens, then linear down to -1 at `max_length`, -1 beyond.
 
+    Args:
+        lengths: response tokens, any shape.
+
+    Returns:
+        float32, the shape of `lengths`.
+
     Raises:
-        ValueError: a buffer outside (0, max_length].
+        ValueError: a buffer outside [1, max_length].
     """
-    if not 0 < buffer <= max_length:
+    if not 1 <= buffer <= max_length:
         raise ValueError(f"buffer: expected 1 to {max_length} (the maximum length), got {buffer}")
     return -((lengths - (max_length - buffer)).to(torch.float32) / buffer).clamp(0.0, 1.0)
+
+
+def masked_counts(lengths: Tensor, mask: Tensor) -> Tensor:
+    """Tokens and sequences that `mask` leaves, float64 [2].
+
+    Summed over the ranks they are the `global_tokens` and `global_sequences` of
+    `sequence_token_weights`, whose numerator and denominator so share one mask.
+    """
+    return torch.stack([torch.where(mask, lengths, 0).sum(), mask.sum()]).double()
 
 
 def sequence_token_weights(
@@ -77,30 +97,31 @@ def sequence_token_weights(
     global_tokens: float,
     global_sequences: float,
 ) -> Tensor:
-    """The weight of each token of a sequence in the loss: mask times normaliser, one number a sequence.
+    """The weight in the loss of each token of a sequence, mask times normaliser: one per sequence.
 
-    `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's length) (GRPO).
-    `constant`: 1 / (sequences x constant_length) (Dr.GRPO).
+    `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's
+    length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr.GRPO).
 
     Args:
-        lengths: [S] response tokens. mask: bool [S], False contributes nothing.
-        global_tokens, global_sequences: counts over every rank and accumulation step of sequences whose mask is True.
+        lengths: int or float [S], response tokens. mask: bool [S], False contributes nothing.
+        global_tokens, global_sequences: `masked_counts` summed over every rank and accumulation
+            step of the update.
 
     Returns:
-        float64 [S]; all zeros for a batch in which nothing is left.
+        float64 [S]; all zeros (never 0/0) for a batch in which nothing is left.
 
     Raises:
         ValueError: an unknown aggregation, or `constant` without a positive length.
     """
     if aggregation == "token":
-        weight = torch.full_like(lengths, 1.0 / max(1.0, global_tokens), dtype=torch.float64)
+        tokens = torch.full_like(lengths, global_tokens, dtype=torch.float64)
     elif aggregation == "sequence":
-        weight = 1.0 / (max(1.0, global_sequences) * lengths.double().clamp(min=1.0))
+        tokens = global_sequences * lengths.double()
     elif aggregation == "constant":
-        if not constant_length or constant_length < 1:
+        if constant_length is None or constant_length < 1:
             raise ValueError(f"constant_length: expected a positive length, got {constant_length}")
-        value = 1.0 / (max(1.0, global_sequences) * constant_length)
-        weight = torch.full_like(lengths, value, dtype=torch.float64)
+        length = global_sequences * constant_length
+        tokens = torch.full_like(lengths, length, dtype=torch.float64)
     else:
         raise ValueError(f"aggregation: expected token, sequence or constant, got {aggregation!r}")
-    return torch.where(mask, weight, 0.0)
+    return torch.where(mask, 1.0 / tokens.clamp(min=1.0), 0.0)

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read: a single line that says what, which value and what to do."""
+"""The one error a user is meant to read: one line with what, which value and what to do."""
 
 
 class PapoError(Exception):

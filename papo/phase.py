@@ -1,20 +1,24 @@
-"""The phase: is entropy too low or falling, and should the update expand it? One number a step in [-1, 1].
+"""The phase: is entropy too low or falling, and should the update expand it? One number in [-1, 1].
 
     F_k, S_k   fast and slow bias-corrected exponential averages of the global batch's mean entropy
-    H*         the target: the mean over the warm-up steps, or a number
+    H*         the reference: the mean over the warm-up steps, or a number
     trend      phi = tanh(k_d (S - F) / S)
     target     phi = tanh(k_p (H* - F) / H*)
-    both       phi = tanh(sum of the two arguments)
+    both       phi = tanh(the sum of the two arguments)
 
-The paper (arXiv 2605.11775) names the entropy trajectory as the phase signal; this form is papo's own choice.
+The entropy trajectory as the phase signal is from arXiv 2605.11775; this form is papo's own choice.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from papo.config import PhaseConfig
 
 FLOOR = 1e-3  # nats; entropies below it are not told apart, and nothing is divided by less
+ROUNDING = 1e-6  # nats below 0 that a float32 mean of near-zero entropies may show
 
 
 class PhaseController:
@@ -22,9 +26,12 @@ class PhaseController:
 
     Args:
         config: the config's `phase` section.
+
+    Attributes:
+        phase: for the next update.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PhaseConfig) -> None:
         self._config = config
         self._steps = 0
         self._fast_sum = 0.0
@@ -47,34 +54,46 @@ class PhaseController:
 
     @property
     def reference(self) -> float:
-        """H* in nats: the configured number, or the mean of the warm-up steps seen so far (NaN before the first)."""
+        """H* in nats: the configured number, or the mean of the warm-up steps seen so far.
+
+        NaN before the first of them; without a warm-up the first step's entropy serves.
+        """
         if self._config.target != "warmup":
             return float(self._config.target)
         seen = min(self._steps, max(1, self._config.warmup_steps))
         return self._warmup_sum / seen if seen else math.nan
 
     def update(self, mean_entropy: float) -> float:
-        """Take the token-mean entropy of a global batch (nats) and return the phase for the next update.
+        """Take the token-mean entropy of a global batch (nats); the phase for the next update.
 
         Raises:
             ValueError: an entropy that is not finite or is negative; the state is unchanged.
         """
-        if not math.isfinite(mean_entropy) or mean_entropy < -1e-6:
-            raise ValueError(f"mean_entropy: expected a finite number of nats >= 0, got {mean_entropy}")
-        c = self._config
+        if not math.isfinite(mean_entropy) or mean_entropy < -ROUNDING:
+            raise ValueError(f"mean_entropy: expected finite nats >= 0, got {mean_entropy}")
+        config = self._config
         self._steps += 1
-        self._fast_sum = c.fast_decay * self._fast_sum + (1.0 - c.fast_decay) * mean_entropy
-        self._slow_sum = c.slow_decay * self._slow_sum + (1.0 - c.slow_decay) * mean_entropy
-        if self._steps <= max(1, c.warmup_steps):
+        self._fast_sum = _decayed(self._fast_sum, config.fast_decay, mean_entropy)
+        self._slow_sum = _decayed(self._slow_sum, config.slow_decay, mean_entropy)
+        if self._steps <= max(1, config.warmup_steps):
             self._warmup_sum += mean_entropy
-        self.phase = 0.0 if self._steps < c.warmup_steps else math.tanh(self._argument())
+        warming_up = self._steps < config.warmup_steps
+        self.phase = 0.0 if warming_up else math.tanh(self._argument())
         return self.phase
 
     def _argument(self) -> float:
-        c = self._config
-        trend = c.k_d * (self.slow - self.fast) / max(self.slow, FLOOR)
-        target = c.k_p * (self.reference - self.fast) / max(self.reference, FLOOR)
-        return {"trend": trend, "target": target, "both": trend + target}[c.mode]
+        config = self._config
+        trend = config.k_d * (self.slow - self.fast) / max(self.slow, FLOOR)
+        target = config.k_p * (self.reference - self.fast) / max(self.reference, FLOOR)
+        return {"trend": trend, "target": target, "both": trend + target}[config.mode]
+
+    def metrics(self) -> dict[str, float]:
+        """The averages and the reference, in nats."""
+        return {
+            "phase/fast": self.fast,
+            "phase/slow": self.slow,
+            "phase/reference": self.reference,
+        }
 
     def state_dict(self) -> dict[str, float]:
         """Everything `load_state_dict` needs, exact in JSON."""
@@ -93,3 +112,7 @@ class PhaseController:
         self._slow_sum = state["slow_sum"]
         self._warmup_sum = state["warmup_sum"]
         self.phase = state["phase"]
+
+
+def _decayed(total: float, decay: float, value: float) -> float:
+    return decay * total + (1.0 - decay) * value

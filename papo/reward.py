@@ -12,6 +12,7 @@ torch at its top.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import math
 import multiprocessing
@@ -19,8 +20,8 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as DeadlineError
-from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,17 +87,20 @@ def _last_boxed(text: str) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _reasoning_gym_scorer(dataset: str) -> Callable[[str, Mapping[str, Any]], float]:
+def _reasoning_gym_dataset(name: str, params: str) -> Any:
     import reasoning_gym
 
-    scorer: Callable[[str, Mapping[str, Any]], float] = reasoning_gym.get_score_answer_fn(dataset)
-    return scorer
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(params))
 
 
 def _score_reasoning_gym(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    """reasoning-gym's score, which may give partial credit; `metadata["entry"]` is its entry."""
-    entry = metadata["entry"]
-    return float(_reasoning_gym_scorer(entry["metadata"]["source_dataset"])(text, entry))
+    """reasoning-gym's own score, which may give partial credit and depend on the parameters.
+
+    `metadata` has the `dataset`'s name, its `params` and the problem's `entry`.
+    """
+    params = json.dumps(metadata["params"], sort_keys=True)
+    dataset = _reasoning_gym_dataset(metadata["dataset"], params)
+    return float(dataset.score_answer(text, metadata["entry"]))
 
 
 def _score_math_verify(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
@@ -198,8 +202,10 @@ def _value_of(verifier: str, how: str, threshold: float, task: Task) -> float | 
     if verifier == "math_verify" and how == "boxed":
         text = f"\\boxed{{{text}}}"  # bare LaTeX is not recognised as such
     score = load_verifier(verifier)(text, task.answer, task.metadata)
-    if score is None or verifier not in _BUILT_IN:
-        return None if score is None else float(score)
+    if score is None:
+        return None
+    if verifier not in _BUILT_IN or math.isnan(score):
+        return float(score)
     return float(score > threshold)
 
 
@@ -304,7 +310,7 @@ class RewardPool:
                 futures[self._pool.schedule(_work, args=args, timeout=config.timeout_s)] = i
         except RuntimeError:
             return {}
-        pending = set(futures)
+        pending: set[Future[Verdict]] = set(futures)
         # A broken pool forgets tasks it had not yet sent to a worker: their futures never finish.
         while pending and self._pool.active:
             pending = wait(pending, timeout=_POLL_SECONDS).not_done

@@ -14,7 +14,8 @@ class Problem:
     """A prompt with its reference answer.
 
     Attributes:
-        uid: stable across runs with the same data options, unique over training and held-out problems.
+        uid: stable across runs with the same data options, unique over training and held-out
+            problems.
         messages: the chat, `{"role": ..., "content": ...}` each, before the chat template.
         answer: the reference answer as text.
         metadata: what the verifier needs besides the answer; survives JSON.
@@ -30,19 +31,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer, token ids exactly as the sampler drew them: they are never decoded and encoded again.
+    """One sampled answer, token ids exactly as the sampler drew them: they are never decoded and
+    encoded again.
 
     Attributes:
         problem: what was asked.
-        group: index of the problem in the step; a group's completions share it.
         response_ids: sampled ids, the end-of-sequence id included where it was sampled.
-        sampler_logp: the sampler's own log-probability of each id (nats, at the sampling temperature).
+        sampler_logp: the sampler's own log-probability of each id (nats, at the sampling
+            temperature).
         truncated: no end-of-sequence id within the token limit.
         text: the decoded response without special tokens; for verifiers and people only.
     """
 
     problem: Problem
-    group: int
     response_ids: tuple[int, ...]
     sampler_logp: tuple[float, ...]
     truncated: bool
@@ -55,7 +56,8 @@ class Reward:
 
     Attributes:
         value: the reward; NaN masks the row (the verifier returned None or NaN).
-        status: `ok`; `invalid` for a masked row; `error` (the verifier raised) and `timeout` (it was killed) score 0.
+        status: `ok`; `invalid` for a masked row; `error` (the verifier raised) and `timeout` (it
+            was killed) score 0.
     """
 
     value: float

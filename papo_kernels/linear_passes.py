@@ -194,6 +194,10 @@ class HeadPass:
         hidden, columns = self._inputs.hidden, self._columns
         active, shard = active_rows(ignored), self._shard
         dtype = self._options.logits_dtype
+        weight_sum = 0
+        if needs is not None and needs.weight:
+            held = hidden.shape[1] * (columns if shard is None else shard.columns)
+            weight_sum = held * acc_dtype(dtype).itemsize
         plan = make_plan(
             active.total,
             columns if shard is None else shard.columns,
@@ -201,6 +205,7 @@ class HeadPass:
             (hidden.dtype, dtype),
             needs is not None,
             self._options.chunk_bytes or default_workspace(hidden.device),
+            weight_sum,
         )
         work = Workspace(hidden, active, plan, dtype, self._narrowing)
         grads = None

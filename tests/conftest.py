@@ -1,8 +1,11 @@
 """The backend that a kernel test runs on, and the only skips of the suite.
 
 ``backend`` is a test argument over what this process can run: reference and cpu; cuda and triton
-where there is a CUDA device (marked ``gpu``, shown as skipped where there is none); with
-``TRITON_INTERPRET=1`` triton alone, interpreted. ``--backends a,b`` overrides.
+where there is a CUDA device (marked ``gpu``, shown as skipped where there is none).
+``--backends a,b`` overrides.
+
+With ``TRITON_INTERPRET=1`` it is triton alone, interpreted at about 50 ms a row: fewer rows and
+dtypes, and none of the tests that would only repeat what another backend has shown.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ T = TypeVar("T")
 
 # The same examples in every run: a red test is the commit's doing. An interpreted kernel is slow.
 hypothesis.settings.register_profile(
-    "papo", deadline=None, derandomize=True, database=None, max_examples=6 if INTERPRETED else 30
+    "papo", deadline=None, derandomize=True, database=None, max_examples=2 if INTERPRETED else 30
 )
 hypothesis.settings.load_profile("papo")
 
@@ -67,9 +70,17 @@ def sizes(backend: str) -> Callable[[T, T], T]:
 
 @pytest.fixture(scope="session")
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """The logits dtypes that `backend` serves."""
+    """The logits dtypes that `backend` serves; fewer, where it is interpreted."""
+    if INTERPRETED:
+        return (torch.float32, torch.bfloat16)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return narrow if backend in GPU_BACKENDS else (torch.float64, *narrow)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "plumbing: of torch around a kernel; not under the interpreter"
+    )
 
 
 @pytest.fixture(params=["direct", "dispatcher"])
@@ -102,11 +113,24 @@ def _why_no_gpu(item: pytest.Item) -> str | None:
     return None
 
 
+def _shown_elsewhere(item: pytest.Item) -> bool:
+    """Tests of no backend, and of what happens around a kernel."""
+    if item.path.name.startswith("test_triton"):
+        return False
+    return "backend" not in getattr(item, "fixturenames", ()) or bool(
+        item.get_closest_marker("plumbing")
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "large" not in (config.getoption("-m") or ""):
         large = [item for item in items if item.get_closest_marker("large")]
         config.hook.pytest_deselected(items=large)
         items[:] = [item for item in items if item not in large]
+    if INTERPRETED:
+        repeats = [item for item in items if _shown_elsewhere(item)]
+        config.hook.pytest_deselected(items=repeats)
+        items[:] = [item for item in items if item not in repeats]
     for item in items:
         if item.get_closest_marker("gpu") and (reason := _why_no_gpu(item)):
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -231,6 +231,9 @@ void test_certain_token() {
     const Row none = row_gradient({0.0, 1e4, 0.0}, 1, {1, 1, 1}, {1, 0, 3});
     check(none[0] == 0 && none[1] == 0 && none[2] == 0, "a one-hot row has no gradient");
   }
+  const double q = std::ldexp(1.0, -40);
+  const RowState<double> state{0, 1 + q, 0, 1, 0};
+  check_close(papo::finish(state, 0.0).one_minus_p_a, q / (1 + q), 1e-14, 0, "1 - p_a");
   const Row masked = row_gradient({0.5, -kInf, 1.0}, 1, {1, 1, 1}, {1, 0, 3});
   check(masked[0] == 0 && masked[2] == 0, "a masked sampled token: no gradient in its row");
 }

@@ -8,7 +8,7 @@ import torch
 from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
 from tests.cases import make_case, make_loss_case
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]
 FIELDS = ("logp", "entropy", "unit_polarity")
 
 

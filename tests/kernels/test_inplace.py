@@ -10,7 +10,7 @@ from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss
 from tests.cases import make_loss_case
 from tests.oracle import check_policy_loss
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]
 EVERY_TERM = PolicyLossParams(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 
 

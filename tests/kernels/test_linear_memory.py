@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import memory_model
 from papo_kernels import PolicyLossParams, linear_chunks, linear_passes, linear_products
 from papo_kernels.keep import KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
@@ -126,6 +127,56 @@ def test_a_lora_head_never_multiplies_its_factors():
 # ---- memory -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16, torch.float64])
+def test_plans_stay_within_their_budget(operand):
+    """All rows, no more than the budget (and, where one slab saves it, the weight's float32 sum),
+    never less than a row; whole slabs of several chunks."""
+    logits = torch.float64 if operand == torch.float64 else torch.float32
+    seen = set()
+    for rows in (0, 1, 100, 2048, 8191):
+        for columns, d in ((1, 1), (1000, 64), (151_936, 1024), (262_144, 5376)):
+            for budget in (1, 5 * MiB, 256 * MiB, 2560 * MiB):
+                sum_bytes = 4 * columns * d if operand == torch.bfloat16 else 0
+                dtypes = (operand, logits)
+                plan = linear_chunks.make_plan(rows, columns, d, dtypes, True, budget, sum_bytes)
+                assert plan.pitch >= columns and plan.narrow == (operand == torch.bfloat16)
+                assert plan.slabs == -(-rows // max(1, plan.slab_rows))
+                assert plan.slabs <= 1 or not sum_bytes or plan.slab_rows < rows
+                assert min(rows, 1) <= plan.chunk_rows <= plan.slab_rows <= rows
+                held = plan.chunk_rows * plan.pitch * logits.itemsize
+                if plan.narrow:
+                    held += plan.slab_rows * plan.pitch * operand.itemsize
+                row = plan.pitch * (logits.itemsize + operand.itemsize)
+                allowed = budget + (sum_bytes if plan.slabs <= 1 else 0)
+                assert held <= max(allowed, row), (rows, columns, d, budget, plan)
+                seen.add((plan.slabs > 1, plan.chunk_rows < plan.slab_rows))
+    assert seen >= ({(True, True), (False, True)} if operand == torch.bfloat16 else {(True, False)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("workspace", [1, 16])
+def test_the_byte_model_of_the_documentation(dtype, frozen, workspace):
+    """`benchmarks.memory_model` against the allocations of a call."""
+    n, d, v = 1024, 64, 20_000
+    hidden, weight, targets = head(n, d, v, dtype)
+    weight.requires_grad_(not frozen)
+    model = memory_model.Model("test", v, d)
+    expected = memory_model.linear_bytes(n, model, dtype, workspace * MiB, frozen)
+    expected += hidden.nbytes + (0 if frozen else weight.nbytes)
+
+    def run():
+        out = linear_policy_loss(
+            hidden, weight, targets, *per_token(n), chunk_bytes=workspace * MiB
+        )
+        out.loss.backward()
+        return out
+
+    # Per-token vectors; and in bfloat16, whose products are widened on a CPU, tiles of 8 MiB.
+    slack = 0.3 * MiB if dtype == torch.float32 else 20 * MiB
+    assert expected <= memory(run).peak + 0.3 * MiB <= expected + slack + 0.3 * MiB
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [True, False])
 def test_complaints_35_and_37_memory_is_the_workspace(loss, dtype):
@@ -166,16 +217,19 @@ def test_statistics_without_gradient_take_the_workspace_only():
     assert used.peak <= 4 * MiB + MiB // 2
 
 
-def test_a_frozen_weight_has_no_buffer():
-    hidden, weight, targets = head(256, 256, 20_000)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_weight_has_no_buffer(dtype):
+    """Nor one slab of 20 MiB in place of the sum that it has no need of."""
+    hidden, weight, targets = head(512, 512, 20_000, dtype)
     weight.requires_grad_(False)
 
     def run():
-        out = linear_policy_loss(hidden, weight, targets, *per_token(256), chunk_bytes=4 * MiB)
+        out = linear_policy_loss(hidden, weight, targets, *per_token(512), chunk_bytes=4 * MiB)
         out.loss.backward()
         return out
 
-    assert memory(run).peak <= 5 * MiB < weight.nbytes
+    tiles = 10 * MiB if dtype == torch.bfloat16 else 0
+    assert memory(run).peak <= 5 * MiB + hidden.nbytes + tiles < 20_000 * 512 * 2
 
 
 def test_kept_ids_are_masked_in_bounded_memory():
@@ -338,3 +392,19 @@ def test_products_written_in_float32_by_the_device(monkeypatch, rows):
     torch.testing.assert_close(actual.logp, expected.logp)
     for name, x in leaves.items():
         torch.testing.assert_close(x.grad, plain[name].grad, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 300, 10_000])
+@pytest.mark.parametrize("shape", [(5, 3, 40), (40, 3, 5), (5, 40, 3), (7, 7, 7)])
+def test_widened_products_in_tiles(monkeypatch, shape, tile_bytes):
+    """Tiles of the longest extent, be it the outer, inner or last one; written and added."""
+    monkeypatch.setattr(linear_products, "_TILE_BYTES", tile_bytes)
+    m, k, n = shape
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(s, generator=g).bfloat16() for s in ((m, k), (k, n)))
+    exact = a.double() @ b.double()
+    out = torch.full((m, n), torch.nan)
+    linear_products.product(a, b, out)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-5)
+    linear_products.product(a, b.float(), out, add=True)
+    torch.testing.assert_close(out.double(), 2 * exact, rtol=1e-6, atol=1e-5)

@@ -10,6 +10,7 @@ import papo_kernels  # noqa: F401  registers the operations
 from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
 from tests.cases import make_loss_case
 
+pytestmark = pytest.mark.plumbing
 N, V = 5, 37
 OPTIONS = [0.9, 0.0, 0.2, 0.28, 3.0, 0.04, 0.01, 0.5, 1e-6]
 

@@ -50,16 +50,15 @@ def merged(a, b):
 class Call:
     """One case as the arguments of the protocol's functions."""
 
-    def __init__(self, backend, device, dtype=torch.float32, **more):
+    def __init__(self, backend, device, n):
         self.impl = backends.module(backend)
-        case = make_loss_case(
-            "masked", 12, 300, dtype=dtype, device=device, params=PARAMS, softcap=25.0, **more
-        )
+        case = make_loss_case("masked", n, 300, device=device, params=PARAMS, softcap=25.0)
         case.logits[:, 120:180] = -torch.inf
         inside = (case.targets >= 120) & (case.targets < 180)
         case.targets[inside] = 7
         case.logits[inside, 7] = 1.0
-        self.acc = acc_dtype(dtype)
+        case.targets[-1] = IGNORED
+        self.acc = acc_dtype(case.logits.dtype)
         self.case, self.logits, self.targets = case, case.logits, case.targets
         self.row = RowParams(0.8, 25.0, 300)
         self.tokens = TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp)
@@ -67,7 +66,7 @@ class Call:
         self.weighting = WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6)
         g = torch.Generator().manual_seed(3)
         self.grads = tuple(
-            torch.randn(12, generator=g).to(device=device, dtype=self.acc) for _ in range(3)
+            torch.randn(n, generator=g).to(device=device, dtype=self.acc) for _ in range(3)
         )
 
     def whole(self):
@@ -110,14 +109,14 @@ def close(call, name, actual, expected):
 
 
 @pytest.fixture
-def call(backend, device):
-    return Call(backend, device)
+def call(backend, device, sizes):
+    return Call(backend, device, sizes(12, 4))
 
 
 def test_state_of_a_row(call):
     """row_max, Z, T, Z2, T2 about it, and the sampled token's scaled logit; 0 for ignored rows."""
     *_, state = call.impl.token_stats_fwd(call.logits, call.targets, call.row)
-    assert state.shape == (12, 6)
+    assert state.shape == (len(call.targets), 6)
     assert state.dtype == torch.float64
     u = 25.0 * torch.tanh(call.logits.double() / 25.0) / 0.8
     u = torch.where(call.logits.isneginf(), -torch.inf, u)
@@ -215,7 +214,9 @@ def test_where_the_gradient_goes(where, call):
     nothing between the rows is touched."""
     _, state, dstats, _, dloss = call.whole()
     for name, expected in (("stats", dstats), ("loss", dloss)):
-        buffer = torch.full((12, 320), 3.0, dtype=call.logits.dtype, device=call.logits.device)
+        buffer = torch.full(
+            (len(call.logits), 320), 3.0, dtype=call.logits.dtype, device=call.logits.device
+        )
         target = buffer[:, 8:308]
         source = target.copy_(call.logits) if where == "in_place" else call.logits
         if name == "stats":

@@ -1,110 +1,190 @@
-"""Group-relative advantages, length penalty and token weights against brute force."""
+"""Advantages and token weights against float64 by hand and their properties."""
+
+from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.advantage import group_advantages, overlong_penalty, sequence_token_weights
+from papo.advantage import (
+    STD_EPS,
+    group_advantages,
+    masked_counts,
+    overlong_penalty,
+    sequence_token_weights,
+)
 
-rewards = st.lists(st.sampled_from([0.0, 0.25, 1.0, math.nan]), min_size=4, max_size=4)
-
-
-@given(st.lists(rewards, min_size=1, max_size=5), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_group_advantages_match_the_definition(rows: list[list[float]], normalize: bool) -> None:
-    got = group_advantages(torch.tensor(rows), normalize_std=normalize)
-    for g, row in enumerate(rows):
-        kept = [r for r in row if not math.isnan(r)]
-        spread = len(kept) >= 2 and max(kept) - min(kept) > 1e-6
-        assert bool(got.zero_spread[g]) is not spread
-        mean = sum(kept) / len(kept) if kept else 0.0
-        std = math.sqrt(sum((r - mean) ** 2 for r in kept) / (len(kept) - 1)) if len(kept) > 1 else 0.0
-        for i, r in enumerate(row):
-            expected = 0.0 if math.isnan(r) or not spread else (r - mean) / (std + 1e-6 if normalize else 1.0)
-            assert got.advantages[g, i].item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
-            assert bool(got.valid[g, i]) is not math.isnan(r)
+NAN = math.nan
 
 
-def test_requirement_10_equal_rewards_have_zero_spread_whatever_float_std_says() -> None:
-    row = torch.full((1, 7), 0.1)
-    assert row.double().std().item() == 0.0 or row.std().item() < 1e-6
-    got = group_advantages(row, normalize_std=True)
-    assert got.zero_spread.all() and (got.advantages == 0).all()
+def by_hand(group, normalize_std):
+    """The definition, one group at a time, with the standard library."""
+    valid = [r for r in group if not math.isnan(r)]
+    if len(valid) < 2 or max(valid) - min(valid) <= 1e-6:
+        return [0.0] * len(group)
+    mean = statistics.fmean(valid)
+    spread = statistics.stdev(valid) + STD_EPS if normalize_std else 1.0
+    return [0.0 if math.isnan(r) else (r - mean) / spread for r in group]
 
 
-def test_requirement_12_nan_reward_masks_its_row_only() -> None:
-    with_nan = group_advantages(torch.tensor([[1.0, 0.0, math.nan, 0.0]]), normalize_std=True)
-    without = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]), normalize_std=True)
-    assert torch.equal(with_nan.advantages[0, [0, 1, 3]], without.advantages[0])
-    assert with_nan.advantages[0, 2] == 0 and not with_nan.valid[0, 2]
+rewards_of_groups = st.integers(2, 6).flatmap(
+    lambda n: st.lists(
+        st.lists(
+            st.one_of(st.floats(-4, 4, width=32), st.sampled_from([0.0, 1.0, NAN])),
+            min_size=n,
+            max_size=n,
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
 
 
-def test_requirement_13_a_group_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rewards: expected \[G, n\] with n >= 2, got \(3, 1\)"):
-        group_advantages(torch.zeros(3, 1), normalize_std=True)
+@settings(deadline=None)
+@given(rewards_of_groups, st.booleans())
+def test_advantages_are_the_definition(groups, normalize_std):
+    out = group_advantages(torch.tensor(groups), normalize_std=normalize_std)
+    expected = torch.tensor([by_hand(g, normalize_std) for g in groups])
+    torch.testing.assert_close(out.advantages, expected, rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(out.advantages).all()
+    assert torch.equal(out.valid, ~torch.isnan(torch.tensor(groups)))
 
 
-def test_infinite_reward_is_refused() -> None:
-    with pytest.raises(ValueError, match="rewards: expected finite"):
-        group_advantages(torch.tensor([[1.0, math.inf]]), normalize_std=False)
+def test_advantages_sum_to_zero_and_have_unit_spread():
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [2.0, -1.0, 0.5, 7.0]])
+    advantages = group_advantages(rewards, normalize_std=True).advantages.double()
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(2).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(advantages.std(1), torch.ones(2).double(), rtol=0, atol=1e-5)
 
 
-def test_overlong_penalty_is_dapos() -> None:
-    lengths = torch.tensor([10, 80, 90, 100, 120])
-    assert overlong_penalty(lengths, 100, 20).tolist() == [0.0, 0.0, -0.5, -1.0, -1.0]
-    with pytest.raises(ValueError, match="buffer: expected 1 to 100"):
-        overlong_penalty(lengths, 100, 0)
+def test_masked_row_leaves_the_rest_of_its_group_alone():
+    """Requirement 12: a None or NaN reward masks its own row, nothing else."""
+    out = group_advantages(torch.tensor([[1.0, NAN, 0.0, 1.0]]), normalize_std=True)
+    rest = group_advantages(torch.tensor([[1.0, 0.0, 1.0]]), normalize_std=True)
+    assert torch.equal(out.advantages[:, [0, 2, 3]], rest.advantages)
+    assert out.advantages[0, 1] == 0.0
+    assert out.valid.tolist() == [[True, False, True, True]]
 
 
-LENGTHS = [3, 1, 7, 5]
+@pytest.mark.parametrize("group", [[NAN, NAN, NAN], [NAN, 1.0, NAN]])
+def test_a_group_with_fewer_than_two_rewards_teaches_nothing(group):
+    out = group_advantages(torch.tensor([group]), normalize_std=True)
+    assert out.advantages.tolist() == [[0.0] * 3]
+    assert out.zero_spread.tolist() == [True]
+
+
+def test_zero_spread_is_by_range_not_by_standard_deviation():
+    """Requirement 10: the float32 standard deviation of equal rewards need not be 0."""
+    equal = torch.full((1, 7), 0.1)
+    assert equal.std() > 0.0  # what makes the test worth having
+    out = group_advantages(equal, normalize_std=True)
+    assert out.zero_spread.tolist() == [True]
+    assert out.advantages.tolist() == [[0.0] * 7]
+    barely = group_advantages(torch.tensor([[0.0, 1e-5]]), normalize_std=True)
+    assert barely.zero_spread.tolist() == [False]
+    assert (barely.advantages != 0.0).all()
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 2, 2)])
+def test_groups_need_at_least_two_completions(shape):
+    """Requirement 13."""
+    with pytest.raises(ValueError, match="n >= 2"):
+        group_advantages(torch.zeros(shape), normalize_std=True)
+
+
+def test_infinite_reward_is_refused():
+    with pytest.raises(ValueError, match="infinity"):
+        group_advantages(torch.tensor([[math.inf, 0.0]]), normalize_std=True)
+
+
+def test_overlong_penalty_is_daposs():
+    lengths = torch.tensor([0, 15, 16, 17, 18, 20, 25])
+    expected = [0.0, 0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+    assert overlong_penalty(lengths, 20, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("buffer", [0, -1, 21])
+def test_overlong_buffer_out_of_bounds(buffer):
+    with pytest.raises(ValueError, match=f"got {buffer}"):
+        overlong_penalty(torch.tensor([1]), 20, buffer)
+
+
+AGGREGATIONS = ["token", "sequence", "constant"]
+
+
+def weights(lengths, mask, aggregation, counts):
+    return sequence_token_weights(
+        lengths,
+        mask,
+        aggregation=aggregation,
+        constant_length=10,
+        global_tokens=float(counts[0]),
+        global_sequences=float(counts[1]),
+    )
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weighted_sum_is_the_named_mean(aggregation):
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 1, 7, 4])
+    mask = torch.tensor([True, True, False, True])
+    losses = [torch.randn(int(n), dtype=torch.float64) for n in lengths]
+    kept = [x for x, m in zip(losses, mask.tolist(), strict=True) if m]
+    expected = {
+        "token": torch.cat(kept).mean(),
+        "sequence": torch.stack([x.mean() for x in kept]).mean(),
+        "constant": torch.stack([x.sum() / 10 for x in kept]).mean(),
+    }[aggregation]
+    weight = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
+    total = sum(w * x.sum() for w, x in zip(weight, losses, strict=True))
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    assert weight[2] == 0.0
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=2, max_size=12), st.data())
+def test_weights_do_not_depend_on_how_the_batch_is_cut(aggregation, rows, data):
+    """Requirement 15: any split into ranks or accumulation steps gives the same weights."""
+    lengths = torch.tensor([n for n, _ in rows])
+    mask = torch.tensor([m for _, m in rows])
+    whole = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
+    cut = data.draw(st.integers(1, len(rows) - 1))
+    parts = [(lengths[:cut], mask[:cut]), (lengths[cut:], mask[cut:])]
+    counts = sum(masked_counts(*part) for part in parts)
+    pieces = torch.cat([weights(*part, aggregation, counts) for part in parts])
+    assert torch.equal(whole, pieces)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_fully_masked_batch_weighs_zero(aggregation):
+    """Requirement 14: 0, not 0/0."""
+    lengths, mask = torch.tensor([3, 5]), torch.tensor([False, False])
+    weight = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
+    assert weight.tolist() == [0.0, 0.0]
+
+
+def test_no_sequences_at_all():
+    empty = torch.tensor([], dtype=torch.int64)
+    weight = weights(empty, empty.bool(), "token", masked_counts(empty, empty.bool()))
+    assert weight.shape == (0,)
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "expected"),
-    [
-        ("token", lambda n, k, t: 1 / t),
-        ("sequence", lambda n, k, t: 1 / (k * n)),
-        ("constant", lambda n, k, t: 1 / (k * 16)),
-    ],
+    ("aggregation", "constant_length", "mentions"),
+    [("mean", 10, "mean"), ("constant", None, "None"), ("constant", 0, "0")],
 )
-def test_token_weights_do_not_depend_on_the_split(aggregation: str, expected) -> None:
-    mask = torch.tensor([True, True, False, True])
-    kept = [n for n, m in zip(LENGTHS, mask.tolist(), strict=True) if m]
-    options = {
-        "aggregation": aggregation,
-        "constant_length": 16,
-        "global_tokens": float(sum(kept)),
-        "global_sequences": float(len(kept)),
-    }
-    whole = sequence_token_weights(torch.tensor(LENGTHS), mask, **options)
-    parts = [sequence_token_weights(torch.tensor(LENGTHS[i : i + 1]), mask[i : i + 1], **options) for i in range(4)]
-    assert torch.equal(whole, torch.cat(parts))
-    for n, m, w in zip(LENGTHS, mask.tolist(), whole.tolist(), strict=True):
-        assert w == pytest.approx(expected(n, len(kept), sum(kept)) if m else 0.0)
-
-
-def test_requirement_14_nothing_left_weighs_nothing() -> None:
-    weights = sequence_token_weights(
-        torch.tensor([4, 2]),
-        torch.tensor([False, False]),
-        aggregation="token",
-        constant_length=None,
-        global_tokens=0.0,
-        global_sequences=0.0,
-    )
-    assert weights.tolist() == [0.0, 0.0]
-
-
-def test_unknown_aggregation_is_refused() -> None:
-    with pytest.raises(ValueError, match="aggregation: expected token, sequence or constant, got 'mean'"):
+def test_bad_aggregation_is_named(aggregation, constant_length, mentions):
+    with pytest.raises(ValueError, match=f"got '?{mentions}"):
         sequence_token_weights(
-            torch.ones(1),
+            torch.tensor([1]),
             torch.tensor([True]),
-            aggregation="mean",
-            constant_length=None,
+            aggregation=aggregation,
+            constant_length=constant_length,
             global_tokens=1.0,
             global_sequences=1.0,
         )

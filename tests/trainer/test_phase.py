@@ -46,7 +46,9 @@ def direct(config: Config, entropies: list[float]) -> float:
     st.integers(0, 6),
 )
 @settings(max_examples=100, deadline=None)
-def test_phase_is_its_definition(entropies: list[float], mode: str, target: object, warmup: int) -> None:
+def test_phase_is_its_definition(
+    entropies: list[float], mode: str, target: object, warmup: int
+) -> None:
     config = Config(mode=mode, target=target, warmup_steps=warmup)
     controller = PhaseController(config)
     for entropy in entropies:

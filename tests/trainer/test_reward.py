@@ -135,24 +135,27 @@ def verdict(text, answer="1", *, verifier="exact", how="none", threshold=0.99, *
     return value, status
 
 
-def reasoning_gym_entry():
+def chain_sum():
+    """Metadata as papo.data makes it."""
     import reasoning_gym
 
-    return reasoning_gym.create_dataset("chain_sum", size=1, seed=3)[0]
+    params = {"max_terms": 3}
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=3, **params)[0]
+    return {"dataset": "chain_sum", "params": params, "entry": entry}
 
 
 def test_reasoning_gym_scores_the_extracted_answer():
-    entry = reasoning_gym_entry()
-    right, wrong = f"I say {entry['answer']}", f"I say {int(entry['answer']) + 1}"
-    rule = {"verifier": "reasoning_gym", "how": "last_number", "entry": entry}
-    assert verdict(right, entry["answer"], **rule) == (1.0, "ok")
-    assert verdict(wrong, entry["answer"], **rule) == (0.0, "ok")
+    metadata = chain_sum()
+    answer = metadata["entry"]["answer"]
+    rule = {"verifier": "reasoning_gym", "how": "last_number", **metadata}
+    assert verdict(f"I say {answer}", answer, **rule) == (1.0, "ok")
+    assert verdict(f"I say {int(answer) + 1}", answer, **rule) == (0.0, "ok")
 
 
 def test_reasoning_gym_partial_credit_is_cut_at_the_threshold():
-    entry = {"answer": "abc", "metadata": {"source_dataset": "spell_backward"}}
-    rule = {"verifier": "reasoning_gym", "entry": entry}
-    partial = reward._score_reasoning_gym("abd", "abc", {"entry": entry})
+    metadata = {"dataset": "spell_backward", "params": {}, "entry": {"answer": "abc"}}
+    rule = {"verifier": "reasoning_gym", **metadata}
+    partial = reward._score_reasoning_gym("abd", "abc", metadata)
     assert 0.0 < partial < 0.99
     assert verdict("abd", "abc", **rule) == (0.0, "ok")
     assert verdict("abd", "abc", threshold=partial / 2, **rule) == (1.0, "ok")
@@ -199,6 +202,15 @@ def test_users_function_is_not_thresholded():
 def test_no_verdict_is_a_masked_row(text):
     """Requirement 12."""
     value, status = verdict(text, verifier=SCRIPTED)
+    assert math.isnan(value)
+    assert status == "invalid"
+
+
+def test_nan_from_a_built_in_verifier_is_a_masked_row(monkeypatch):
+    monkeypatch.setitem(reward._BUILT_IN, "exact", lambda text, answer, metadata: math.nan)
+    load_verifier.cache_clear()
+    value, status = verdict("x")
+    load_verifier.cache_clear()
     assert math.isnan(value)
     assert status == "invalid"
 
@@ -285,8 +297,12 @@ def test_workers_do_not_import_torch(pool):
     assert outcome(pool.score([completion("is torch loaded")] * 4)) == [(0.0, "ok")] * 4
 
 
-def test_importing_rewards_does_not_import_torch():
-    code = "import sys, papo.reward; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "imports", ["import papo.reward", "import runpy; runpy.run_path('train.py', run_name='worker')"]
+)
+def test_what_workers_import_does_not_import_torch(imports):
+    """A spawned worker imports the reward stage and the trainer's main file."""
+    code = f"import sys; {imports}; assert 'papo' in sys.modules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

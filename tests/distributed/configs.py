@@ -1,0 +1,20 @@
+"""The DeepSpeed dict of a small test run, made by the config itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from papo.config import DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def deepspeed_dict(stage: int, dtype: str) -> dict[str, Any]:
+    config = TrainConfig(
+        name="test",
+        steps=1,
+        model=ModelConfig(path="unused", dtype=dtype),
+        data={"source": "reasoning_gym", "dataset": "chain_sum"},
+        rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
+        optim=OptimConfig(lr=1e-2),
+        deepspeed=DeepSpeedConfig(zero_stage=stage),
+    )
+    return config.deepspeed_dict(1)

@@ -1,0 +1,258 @@
+"""Whole runs of train.py on a tiny model: killed and resumed, terminated, on two ranks, and refused
+with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from papo.checkpoint import completed
+from tests.distributed.launch import ROOT, finish, start
+from tests.trainer.tiny import build_model
+
+STEPS = 5
+# What differs between two runs of the same thing: clocks, and memory.
+CLOCKS = ("time/", "memory/", "throughput/")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build_model(folder)
+    return folder
+
+
+def config(folder: Path, model: Path, **sections: Any) -> Path:
+    """Write a config of a tiny run into `folder` and return the file's path."""
+    options: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": str(folder / "run"),
+        "steps": STEPS,
+        "model": {"path": str(model), "dtype": "bf16"},
+        "data": {
+            "source": "reasoning_gym",
+            "dataset": "chain_sum",
+            "params": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+            "held_out_size": 4,
+            "train_size": 40,
+        },
+        "reward": {"verifier": "tests.distributed.verifiers:even_length", "workers": 1},
+        "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4, "max_new_tokens": 6},
+        "phase": {"warmup_steps": 1},
+        "optim": {"lr": 1e-3, "micro_batch_size": 4},
+        "checkpoint": {"every": 1, "keep": 2},
+        "metrics": {"tensorboard": False},
+        "evaluation": {"samples": 2, "greedy": False},
+    }
+    for name, values in sections.items():
+        options[name] = (
+            {**options[name], **values} if isinstance(values, dict) and name in options else values
+        )
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def train(path: Path, *arguments: str, world: int = 1, code: int = 0) -> list[tuple[int, str, str]]:
+    results = finish(start(world, ["train.py", "--config", str(path), *arguments]))
+    for got, out, err in results:
+        assert got == code, f"exit code {got}\n{out}\n{err}"
+    return results
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "run" / "final").state_dict()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(config(folder, tiny))
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(unbroken: Path, tiny: Path) -> None:
+    run = unbroken / "run"
+    names = {p.name for p in run.iterdir()}
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "completions.jsonl",
+        "summary.json",
+        "curves.png",
+        "final",
+    } <= names
+    steps = [r for r in rows(unbroken) if "reward/mean" in r]
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert all(r["optim/skipped"] == 0 and r["entropy/mean"] > 0 for r in steps)
+    assert all(r["entropy/measured_delta"] is not None for r in steps)
+    assert any(abs(r["phase/phi"]) > 0 for r in steps)
+    labels = [e["label"] for e in json.loads((run / "summary.json").read_text())["evaluations"]]
+    assert labels == ["before", "after"]
+    assert [step for step, _ in completed(run / "checkpoints")] == [STEPS - 1, STEPS]
+    AutoTokenizer.from_pretrained(run / "final")
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = weights(unbroken)
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[k].float(), before[k].float()) for k in after)
+
+
+def test_requirement_34_every_completion_once(unbroken: Path) -> None:
+    completions = rows(unbroken, "completions.jsonl")
+    assert len(completions) == STEPS * 4 * 4
+    keys = [(r["step"], r["group"]) for r in completions]
+    assert all(keys.count(key) == 4 for key in set(keys))
+
+
+@pytest.mark.parametrize("last_words", ["step 2/", "step 4/"])
+def test_requirement_20_21_killed_and_resumed_is_unbroken(
+    tmp_path: Path, tiny: Path, unbroken: Path, last_words: str
+) -> None:
+    """SIGKILL while the step after `last_words` is under way: wherever it strikes, resuming reaches
+    the same figures.
+    """
+    path = config(tmp_path, tiny)
+    (process,) = start(1, ["train.py", "--config", str(path)])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(last_words):
+            process.kill()
+    process.wait()
+    finish([process])
+    assert process.returncode == -signal.SIGKILL
+    train(path, "--resume", "auto")
+    assert rows(tmp_path) == rows(unbroken)
+    assert rows(tmp_path, "completions.jsonl") == rows(unbroken, "completions.jsonl")
+    expected = weights(unbroken)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+
+
+def test_sigterm_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
+    path = config(tmp_path, tiny, checkpoint={"every": 0})
+    (process,) = start(1, ["train.py", "--config", str(path)])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    ((code, out, _),) = finish([process])
+    assert code == 0 and "--resume auto" in out
+    ((step, _),) = completed(tmp_path / "run" / "checkpoints")
+    assert 1 <= step < STEPS
+    train(path, "--resume", "auto")
+    assert rows(tmp_path) == rows(unbroken)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, tiny) -> tuple[Path, list[tuple[int, str, str]]]:
+    """Dynamic sampling, two updates per rollout and a KL term: everything that makes ranks differ
+    in what they do.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    path = config(
+        folder,
+        tiny,
+        method="dapo",
+        steps=3,
+        loss={"kl_coef": 0.05},
+        optim={"lr": 1e-3, "micro_batch_size": 3, "updates_per_rollout": 2},
+        dynamic_sampling={"max_rounds": 3},
+    )
+    return folder, train(path, world=2)
+
+
+def test_requirement_3_4_6_7_two_ranks(two_ranks) -> None:
+    folder, results = two_ranks
+    assert "step 3/3" in results[0][1]
+    assert "step" not in results[1][1]  # rank 0 alone speaks
+    steps = [r for r in rows(folder) if "reward/mean" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    sampled = [r["rollout/rounds"] for r in steps]
+    assert len(rows(folder, "completions.jsonl")) == sum(sampled) * 4 * 4
+    assert all(r["optim/skipped"] == 0 for r in steps)
+    AutoModelForCausalLM.from_pretrained(folder / "run" / "final")
+
+
+def test_strength_zero_is_the_baseline_bit_for_bit(tmp_path: Path, tiny: Path) -> None:
+    """PAPO at lambda 0 and GRPO with PAPO's other options are the same run."""
+    common = {"loss": {"aggregation": "token", "clip_low": 0.2, "clip_high": 0.2}, "steps": 2}
+    final = []
+    for method in ("papo", "grpo"):
+        folder = tmp_path / method
+        folder.mkdir()
+        train(config(folder, tiny, method=method, weighting={"strength": 0.0}, **common))
+        final.append(weights(folder))
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+def one_line(results: list[tuple[int, str, str]]) -> str:
+    """The single line that rank 0 printed; the others are silent and fail too."""
+    lines = [line for line in results[0][2].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in results[0][2]
+    for code, out, err in results[1:]:
+        assert code != 0 and "error:" not in err and not out
+    return lines[0]
+
+
+def test_batch_not_divisible_is_one_line_from_rank_0(tmp_path: Path, tiny: Path) -> None:
+    path = config(tmp_path, tiny, rollout={"prompts_per_step": 3})
+    line = one_line(train(path, world=2, code=1))
+    assert "rollout.prompts_per_step=3" in line and "2 ranks" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.dataset=chain_sums", ["data.dataset", "chain_sums", "chain_sum"]),
+        ("weighting.strength=1.0", ["weighting.strength", "1.0", "less than 1"]),
+        ("weighting.strenght=0.5", ["weighting.strenght", "weighting.strength"]),
+        ("model.path={empty}", ["tokenizer"]),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(
+    tmp_path: Path, tiny: Path, override: str, expected: list[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((tiny / "config.json").read_text())
+    path = config(tmp_path, tiny)
+    line = one_line(train(path, "--set", override.format(empty=empty), code=1))
+    assert all(part in line for part in expected), line
+
+
+def test_port_in_use_is_one_line(tmp_path: Path, tiny: Path) -> None:
+    from tests.distributed.launch import environment
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        import sys
+
+        command = [sys.executable, "train.py", "--config", str(config(tmp_path, tiny))]
+        done = subprocess.run(
+            command,
+            env=environment(0, 1, port),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    line = one_line([(done.returncode, done.stdout, done.stderr)])
+    assert f"MASTER_PORT={port}" in line and "--master_port" in line

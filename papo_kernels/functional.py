@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import loss_ops, ops
 from .checks import check_float, check_row_options, check_targets, flat, loss_inputs
 from .types import (
     PolarityWeighting,
@@ -135,9 +135,9 @@ def policy_loss(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_grad and not torch.compiler.is_compiling():
         _check_overwritable(logits)
-        loss, *parts = ops.policy_loss_in_place(logits, call)
+        loss, *parts = loss_ops.policy_loss_in_place(logits, call)
     else:
-        loss, *parts = ops.run_policy_loss(_rows(logits), call)
+        loss, *parts = loss_ops.run_policy_loss(_rows(logits), call)
     return PolicyLossOutput(loss, *_shaped(parts, targets))
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a distributed test do: `python -m tests.distributed.tasks <json of run_tasks>`."""
+"""What a distributed test's ranks do: `python -m tests.distributed.tasks <json of run_tasks>`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from papo.config import OptimConfig
 from papo.engine import Engine
 from papo.experience import with_token_weights
 from papo.objective import Policy
-from papo.stats import token_stats_of, with_logp
+from papo.stats import token_stats_of
 from papo.step import Update, update
 from papo.weighting import WeightController
 from papo_kernels import PolarityWeighting, PolicyLossParams
@@ -178,7 +178,8 @@ def run_first_ratio(dtype: str) -> list[float]:
     """Ratios of the first update when the old policy's log-probs were computed."""
     e = make_engine(3, True, dtype, temperature=0.7)
     part = sequences(8)
-    part = with_logp(part, [s.logp for s in token_stats_of(e, part, 4, make_batch)], "old_logp")
+    old = token_stats_of(e, part, 4, make_batch)
+    part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
     from papo.batch import micro_batches
     from papo.objective import loss_of
 

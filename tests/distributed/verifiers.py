@@ -1,4 +1,4 @@
-"""A verifier whose rewards a random model can earn, so that tiny runs have something to learn from."""
+"""A verifier whose rewards a random model earns, so that tiny runs have something to learn."""
 
 from __future__ import annotations
 

@@ -45,7 +45,10 @@ def refusal(load, *overrides: str, text: str = MINIMAL) -> str:
 
 
 def test_config_imports_neither_torch_nor_deepspeed():
-    code = "import sys, papo.config, papo.types; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    code = (
+        "import sys, papo.config, papo.types; "
+        "print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
 

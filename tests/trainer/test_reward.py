@@ -79,7 +79,7 @@ def config(**changes):
 
 
 def completion(text, answer="1", **metadata):
-    return Completion(Problem(0, (), answer, metadata, (1,)), 0, (1,), (0.0,), False, text)
+    return Completion(Problem(0, (), answer, metadata, (1,)), (1,), (0.0,), False, text)
 
 
 def outcome(rewards):

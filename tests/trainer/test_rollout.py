@@ -27,7 +27,8 @@ def model() -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=EOS,
-        pad_token_id=EOS,  # as in SmolLM2: what ends a completion must never be inferred from padding
+        # As in SmolLM2: what ends a completion must never be inferred from padding.
+        pad_token_id=EOS,
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():

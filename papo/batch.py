@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def _tree_mask(segment: Tensor, position_ids: Tensor) -> Tensor:
     return allowed[:, None]
 
 
-def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Tensor | None]:
+def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
     lengths = torch.tensor([len(s.response_ids) for s in sequences])
 
     def per_sequence(values: list[float]) -> Tensor:

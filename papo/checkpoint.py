@@ -27,7 +27,7 @@ from papo.engine import Engine
 from papo.errors import PapoError
 
 FORMAT = 1
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
 _NAME = re.compile(r"step-(\d{8})")
 
 

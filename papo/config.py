@@ -199,10 +199,12 @@ class TrainConfig(Section):
         # On a CPU nothing overlaps with communication: small buckets cost no time and keep
         # the peak low.
         bucket = 50_000_000 if torch.cuda.is_available() else 5_000_000
-        zero: dict[str, Any] = {"stage": self.deepspeed.zero_stage, "reduce_bucket_size": bucket}
+        # Without ZeRO DeepSpeed would sum bfloat16 gradients in bfloat16.
+        stage = self.deepspeed.zero_stage or int(self.model.dtype == "bf16")
+        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
         if self.deepspeed.offload_optimizer == "cpu":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if self.deepspeed.zero_stage != 3:
+        if stage != 3:
             return {**zero, "allgather_bucket_size": bucket}
         if self.deepspeed.offload_param == "cpu":
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -186,9 +186,7 @@ class ProblemSource:
             encoded = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True
             )
-        except (
-            Exception
-        ) as error:  # a template is a program: it may refuse a role, or simply be wrong
+        except Exception as error:  # a template is a program: it may refuse a role, or be wrong
             raise PapoError(
                 f"the tokenizer's chat template failed on {list(messages)!r:.120}: {error}"
             ) from error
@@ -240,9 +238,7 @@ def _reasoning_gym(name: str, params: Mapping[str, Any], seed: int) -> Iterator[
     try:
         dataset = reasoning_gym.create_dataset(name, seed=seed, size=2**31 - 1, **params)
         dataset[0]
-    except (
-        Exception
-    ) as error:  # datasets check their parameters with assertions, in words of their own
+    except Exception as error:  # datasets check their parameters with assertions of their own
         raise PapoError(
             f"data.dataset={name!r}: refused data.params={dict(params)}: {error}"
         ) from error

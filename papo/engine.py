@@ -12,13 +12,16 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from papo.errors import PapoError
+
+if TYPE_CHECKING:
+    from papo.objective import Policy
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 with warnings.catch_warnings():
@@ -119,12 +122,12 @@ class Engine:
     """The policy under DeepSpeed.
 
     Args:
-        policy: an `objective.Policy`; its parameters are the model's.
+        policy: its parameters are the model's.
         ds_config: the dict DeepSpeed gets (`TrainConfig.deepspeed_dict`).
         optim: the config's `optim` section; None for a frozen reference policy.
     """
 
-    def __init__(self, policy: nn.Module, ds_config: dict[str, Any], optim: Any | None) -> None:
+    def __init__(self, policy: Policy, ds_config: dict[str, Any], optim: Any | None) -> None:
         self.policy = policy
         self.device = local_device()
         self._stage = ds_config["zero_optimization"]["stage"]
@@ -139,12 +142,24 @@ class Engine:
                 fused=True,
             )
         self._view = _empty_twin(policy.causal_lm)
+        # DeepSpeed makes its float32 masters of bfloat16 weights. A checkpoint's further digits
+        # would be lost, and small updates with them: a master that starts on the bfloat16 grid has
+        # to walk out of its rounding interval before the policy changes at all.
+        exact = {
+            name: p.detach()
+            for name, p in self.trained_parameters()
+            if ds_config["bf16"]["enabled"] and p.dtype != torch.bfloat16
+        }
         self._ds, self._zero, _, _ = deepspeed.initialize(
             model=policy, optimizer=self.adamw, config=ds_config, dist_init_required=False
         )
         if self._stage == 3:
             for parameter in policy.head.parameters_read:
                 deepspeed.zero.register_external_parameter(policy.head, parameter)
+        for name, parameter in self.trained_parameters():
+            if name in exact:
+                self._write_master(parameter, exact.pop(name).to(self.device, torch.float32))
+        self.train(optim is not None)
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         """`policy(*args)` with the weights gathered layer by layer."""
@@ -232,42 +247,44 @@ class Engine:
             state = self.adamw.state.get(parameter, {}) if self.adamw else {}
             moments = {k: state[k] for k in MOMENTS if k in state}
             return {"weight": parameter.detach(), **moments}
-        moments = (
-            {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}
-            if self._has_moments
-            else {}
-        )
+        if not self._has_moments:
+            return {"weight": weight}
+        moments = {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}
         return {"weight": weight, **moments}
 
     def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Inverse of `read_state`: sets the master copy, the compute copy and the moments."""
+        """Inverse of `read_state`: sets the compute copy, the master copy and the moments."""
         weight = state["weight"].to(self.device)
         if self._stage == 3:
-            self._write_local(parameter, state)
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(weight)
-            return
-        parameter.data.copy_(weight)
-        if hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, weight)
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[key].to(self.device), key)
-        elif self.adamw is not None:
-            for key in MOMENTS:
-                self.adamw.state[parameter][key].copy_(state[key])
+        else:
+            parameter.data.copy_(weight)
+        self._write_master(parameter, weight)
+        for key in MOMENTS:
+            moment = state[key].to(self.device)
+            if self._stage == 3:
+                safe_set_local_optimizer_state(parameter, self._shard(parameter, moment), key)
+            elif hasattr(parameter, "_hp_mapping"):
+                safe_set_full_optimizer_state(parameter, moment, key)
+            elif self.adamw is not None:
+                self.adamw.state[parameter][key].copy_(moment)
 
-    def _write_local(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        size = parameter.ds_tensor.ds_numel
+    def _write_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """Set the float32 copy that the optimizer updates, where it is not the parameter itself."""
+        if self._stage == 3:
+            safe_set_local_fp32_param(parameter, self._shard(parameter, weight))
+        elif hasattr(parameter, "_hp_mapping"):
+            safe_set_full_fp32_param(parameter, weight)
+
+    @staticmethod
+    def _shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part of `whole`; DeepSpeed's "set full" reads past the end on the last."""
+        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+        size = partition.ds_numel
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        for key, setter in (("weight", safe_set_local_fp32_param), *((m, None) for m in MOMENTS)):
-            # The last rank's shard is padded: DeepSpeed's own "set full" reads past the end there.
-            flat = state[key].flatten()
-            padded = nn.functional.pad(flat, (0, size * world - flat.numel()))
-            local = padded.narrow(0, rank * size, size).to(self.device)
-            if setter is not None:
-                setter(parameter, local)
-            else:
-                safe_set_local_optimizer_state(parameter, local, key)
+        padded = nn.functional.pad(whole.flatten(), (0, size * world - whole.numel()))
+        return padded.narrow(0, rank * size, size)
 
     @property
     def _has_moments(self) -> bool:

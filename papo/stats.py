@@ -19,7 +19,7 @@ from papo_kernels import TokenStats
 
 
 def pass_count(sequences: Sequence[TrainingSequence], size: int) -> int:
-    """Passes every rank must run: micro-batches of the rank that has most, at least 1; collective."""
+    """Passes every rank must run: micro-batches of the rank with most, at least 1; a collective."""
     return max(1, int(all_max(-(-len(sequences) // size))))
 
 

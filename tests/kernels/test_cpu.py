@@ -45,6 +45,17 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     from papo_kernels import token_stats
     entropy = token_stats(bad, torch.zeros(5, dtype=torch.int64), backend="cpu").entropy
     assert entropy.isnan().tolist() == [False, True, True, False, True], entropy
+# Loading, multiplying and rounding every half-precision number there is, to nearest even.
+from papo_kernels import cpu_impl
+for dtype in (torch.bfloat16, torch.float16):
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    for factor in (1.5, 0.3, -3.0, 1e-4):
+        expected = (every.float() * factor).to(dtype)
+        flushed = (every.float().abs() < 1.2e-38) | ((every.float() * factor).abs() < 1.2e-38)
+        scaled = every.clone()
+        cpu_impl.scale_(scaled, torch.tensor(factor))
+        same = (scaled == expected) | (scaled.isnan() & expected.isnan())
+        assert (same | (flushed & (scaled == 0))).all(), (dtype, factor)
 print("passed")
 """
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from papo import collectives
 from papo.engine import Engine
 from papo.errors import PapoError
+from papo.models import quiet
 
 FORMAT = 1
 SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
@@ -44,7 +44,8 @@ def save(root: Path, step: int, engine: Engine, trainer: dict[str, Any], keep: i
     failure: str | None = None
     if collectives.rank() == 0:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for killed in root.glob(".partial-*"):
+                shutil.rmtree(killed, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as error:
             failure = _explain(partial, error)
@@ -65,16 +66,14 @@ def save(root: Path, step: int, engine: Engine, trainer: dict[str, Any], keep: i
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             failure = _explain(final, error)
-    raise_everywhere(failure, partial)
+    _clean_up(partial, failure)
 
 
-def raise_everywhere(failure: str | None, partial: Path) -> None:
-    """Turn rank 0's failure into an error of every rank, after removing the partial folder."""
-    told = collectives.gather_objects(failure)[0]
-    if told is not None:
-        if collectives.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise PapoError(told)
+def _clean_up(partial: Path, failure: str | None) -> None:
+    """After a failure of rank 0, remove the partial folder and fail on every rank."""
+    if failure is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    collectives.raise_together(failure)
 
 
 def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -169,6 +168,13 @@ def resolve(resume: str, root: Path) -> Path | None:
     return folder
 
 
+def discard_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a run that goes on from `step` writes again."""
+    for later, folder in completed(root):
+        if later > step:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
     """Fill an engine whose optimizer state exists; returns the trainer's part. A collective.
 
@@ -214,8 +220,8 @@ def export(folder: Path, engine: Engine, tokenizer: Any) -> None:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                with torch.no_grad():
-                    model.save_pretrained(partial, safe_serialization=True)
+                with quiet():
+                    model.save_pretrained(partial)
                 engine.policy.causal_lm.generation_config.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -223,4 +229,4 @@ def export(folder: Path, engine: Engine, tokenizer: Any) -> None:
                 _sync_dir(folder.parent)
             except Exception as error:  # safetensors wraps OSError in its own type
                 failure = _explain(folder, error)
-    raise_everywhere(failure, partial)
+    _clean_up(partial, failure)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from papo.errors import PapoError
+
 
 def rank() -> int:
     """This process's rank, 0 where no process group exists."""
@@ -71,7 +73,8 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
     return [item for part in gather_objects(list(items)) for item in part]
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        dist.barrier()
+def raise_together(failure: str | None) -> None:
+    """Raise PapoError on every rank where a rank reports a failure; a collective."""
+    told = next((text for text in gather_objects(failure) if text is not None), None)
+    if told is not None:
+        raise PapoError(told)

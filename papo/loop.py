@@ -1,13 +1,9 @@
-"""The run: the only file that knows the order of the stages.
-
-problems -> rollout -> reward -> advantage -> batch -> stats -> phase -> loss -> step
-
+"""The run: the only file that knows the order of the stages:
+problems -> rollout -> reward -> advantage -> batch -> stats -> phase -> loss -> step.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 from typing import Any
 
 from papo import collectives, engine, experience
@@ -19,6 +15,7 @@ from papo.session import Session
 from papo.stats import attach
 from papo.step import Update, update
 from papo.telemetry import StageClock, memory_metrics, rollout_metrics, update_metrics
+from papo.termination import Termination
 
 
 def run(config: TrainConfig) -> int:
@@ -43,17 +40,17 @@ class Loop:
         self.s = session
         self.step = 0
         self.cursor = 0
-        self._sigterm = threading.Event()
+        self._termination = Termination()
 
     def run(self) -> int:
         """Resume, train, evaluate, report."""
         config, s = self.config, self.s
-        signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
         self.step, self.cursor = s.resume()
         if self.step == 0 and config.evaluation.before:
             s.evaluate("before", self.step)
         s.progress.start(config.steps, self.step)
-        while self.step < config.steps and not self._stops():
+        stops = self._stops()
+        while not stops and self.step < config.steps:
             self._train_step()
             if _due(config.evaluation.every, self.step) and self.step < config.steps:
                 s.evaluate(f"step {self.step}", self.step)
@@ -61,8 +58,8 @@ class Loop:
             if stops or _due(config.checkpoint.every, self.step) or self.step == config.steps:
                 s.save(self.step, self.cursor)
         s.progress.close()
-        if self._stops():
-            s.say(f"SIGTERM: stopped after step {self.step}; --resume auto continues from there")
+        if stops:
+            s.say(f"stopped after step {self.step}: {stops}; --resume auto continues from there")
             return 0
         s.export()
         if config.evaluation.after:
@@ -70,9 +67,9 @@ class Loop:
         s.report()
         return 0
 
-    def _stops(self) -> bool:
-        """Whether any rank got SIGTERM; a collective."""
-        return collectives.any_rank(self._sigterm.is_set())
+    def _stops(self) -> str:
+        """Why a rank has to leave early, empty where none has; a collective."""
+        return max(collectives.gather_objects(self._termination.reason))
 
     def _train_step(self) -> None:
         config, s = self.config, self.s

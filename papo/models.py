@@ -139,7 +139,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         "gguf_file": gguf.name,
     }
     # The GGUF reader draws a progress bar that no setting turns off.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -150,7 +150,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and notes, which every rank would print."""
     from transformers.utils import logging as hf_logging
 
@@ -187,7 +187,7 @@ def load_tokenizer(config: Any) -> Any:
             "save one there with tokenizer.save_pretrained"
         )
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a tokenizer's file makes transformers raise
         raise _cannot_load("tokenizer", config.path, error) from error
@@ -209,7 +209,7 @@ def load_causal_lm(config: Any) -> Any:
 
     path = resolve_model_path(config.path)
     try:
-        with _quiet():
+        with quiet():
             return AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=torch.float32 if config.dtype == "fp32" else "auto",

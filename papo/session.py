@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +42,34 @@ class Session:
         self.config = config
         self.run_dir = Path(config.output_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self._stack = contextlib.ExitStack()
+        self._resumed = checkpoint.resolve(config.resume, self.checkpoints)
         lead = collectives.rank() == 0
-        if lead:
-            self._make_run_dir()
-        self.rewards = self._stack.enter_context(
-            RewardPool(config.reward, choose_verifier(config.reward.verifier, config.data.source))
-        )
-        self.tokenizer = load_tokenizer(config.model)
-        self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
-        self.engine, self.reference = self._engines()
-        pad = self.tokenizer.pad_token_id
-        eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
-        self.pad_id = eos[0] if pad is None else pad
-        self.sampler = HFSampler(self.tokenizer, eos, self.pad_id)
-        self.phase = PhaseController(config.phase)
-        self.weighting = WeightController(config.weighting)
-        self.loss_params = PolicyLossParams(
-            config.loss.clip_low,
-            config.loss.clip_high,
-            config.loss.dual_clip,
-            config.loss.kl_coef,
-            config.loss.entropy_coef,
-        )
-        self.metrics = self._stack.enter_context(
-            contextlib.closing(MetricsWriter(self.run_dir, config.metrics.tensorboard, lead))
-        )
-        self.completions = CompletionsWriter(self.run_dir, lead and config.metrics.completions)
         self.progress = Progress(enabled=lead)
-        self.results = Report(self.run_dir, enabled=lead)
+        with contextlib.ExitStack() as stack:
+            verifier = choose_verifier(config.reward.verifier, config.data.source)
+            self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
+            self.tokenizer = load_tokenizer(config.model)
+            self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
+            self.engine, self.reference = self._engines()
+            pad = self.tokenizer.pad_token_id
+            eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
+            self.pad_id = eos[0] if pad is None else pad
+            self.sampler = HFSampler(self.tokenizer, eos, self.pad_id)
+            self.phase = PhaseController(config.phase)
+            self.weighting = WeightController(config.weighting)
+            self.loss_params = PolicyLossParams(
+                config.loss.clip_low,
+                config.loss.clip_high,
+                config.loss.dual_clip,
+                config.loss.kl_coef,
+                config.loss.entropy_coef,
+            )
+            collectives.raise_together(self._prepare_run_dir() if lead else None)
+            metrics = MetricsWriter(self.run_dir, config.metrics.tensorboard, lead)
+            self.metrics = stack.enter_context(contextlib.closing(metrics))
+            self.completions = CompletionsWriter(self.run_dir, lead and config.metrics.completions)
+            self.results = Report(self.run_dir, enabled=lead)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Session:
         return self
@@ -77,12 +77,33 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _make_run_dir(self) -> None:
+    def _prepare_run_dir(self) -> str | None:
+        """A folder with the resolved config; what another run left there moves aside.
+
+        Returns:
+            What went wrong, if anything did.
+        """
         try:
+            if self._holds_another_run():
+                numbers = itertools.count(1)
+                aside = (self.run_dir.with_name(f"{self.run_dir.name}.{n}") for n in numbers)
+                earlier = self.run_dir.rename(next(p for p in aside if not p.exists()))
+                self.say(f"an earlier run's folder is now {earlier}")
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.config.dump_yaml(self.run_dir / "config.yaml")
         except OSError as error:
-            raise PapoError(f"output_dir={self.config.output_dir!r}: {error.strerror}") from error
+            return f"output_dir={self.config.output_dir!r}: {error.strerror}"
+        return None
+
+    def _holds_another_run(self) -> bool:
+        """Whether the folder has results that this run does not go on from."""
+        if self.config.resume == "auto":
+            return False
+        if self._resumed is not None and self._resumed.resolve().parent == (
+            self.checkpoints.resolve()
+        ):
+            return False
+        return any((self.run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
     def _engines(self) -> tuple[Engine, Engine | None]:
         config = self.config
@@ -137,16 +158,17 @@ class Session:
         Returns:
             Step and data cursor to go on from; a collective.
         """
-        folder = checkpoint.resolve(self.config.resume, self.checkpoints)
         step = cursor = 0
-        if folder is not None:
+        if self._resumed is not None:
             self._create_optimizer_state()
-            state = checkpoint.load(folder, self.engine)
+            state = checkpoint.load(self._resumed, self.engine)
             step, cursor = state["step"], state["cursor"]
             self.phase.load_state_dict(state["phase"])
             self.weighting.load_state_dict(state["weighting"])
             self.results.evaluations = state["evaluations"]
-            self.say(f"resumed from {folder} after step {step}")
+            self.say(f"resumed from {self._resumed} after step {step}")
+        if collectives.rank() == 0:
+            checkpoint.discard_after(self.checkpoints, step)
         self.metrics.truncate_after(step)
         self.completions.truncate_after(step)
         return step, cursor
@@ -176,12 +198,14 @@ class Session:
         """Measure, keep and show the held-out accuracy; a collective."""
         begin = time.perf_counter()
         options = self.config.evaluation
+        held_out = self.problems.held_out()
+        self.say(f"evaluating {label}: {len(held_out)} problems, {options.samples} samples each")
         params = SamplingParams.of(self.config.rollout, batch_size=options.batch_size)
         with self.engine.inference_model() as model:
             figures = evaluate(
                 model,
                 self.sampler,
-                self.problems.held_out(),
+                held_out,
                 params,
                 self.rewards.score,
                 samples=options.samples,
@@ -189,22 +213,29 @@ class Session:
                 seed=seed_of(self.config.seed, "evaluation", collectives.rank()),
             )
         self.results.add(label, step, figures)
-        self.metrics.write(step, {f"eval/{k}": v for k, v in figures.items() if k != "problems"})
-        accuracy, problems = figures["accuracy"], figures["problems"]
+        shown = {f"eval/{k}": v for k, v in figures.items() if k != "problems"}
+        self._write(lambda: self.metrics.write(step, shown))
         seconds = time.perf_counter() - begin
-        self.say(
-            f"held-out ({label}): accuracy {accuracy:.3f} on {problems:.0f} problems, "
-            f"{seconds:.0f} s"
-        )
+        self.say(f"held-out accuracy {label}: {figures['accuracy']:.3f} ({seconds:.0f} s)")
 
     def write(self, step: int, metrics: dict[str, float], collected: Collected) -> None:
         """Metrics, completions and progress of a finished step; a collective."""
         counts = collectives.gather_objects(len(collected.sampled))
         first = sum(counts[: collectives.rank()])
         rows = collectives.gather_lists(completion_rows(collected.sampled, first))
-        self.completions.write(step, rows)
-        self.metrics.write(step, metrics)
+        self._write(lambda: self.completions.write(step, rows))
+        self._write(lambda: self.metrics.write(step, metrics))
         self.progress.update(step, metrics)
+
+    @staticmethod
+    def _write(write: Callable[[], None]) -> None:
+        """What writes on rank 0 alone; where that fails every rank fails. A collective."""
+        failure = None
+        try:
+            write()
+        except PapoError as error:
+            failure = str(error)
+        collectives.raise_together(failure)
 
     def say(self, text: str) -> None:
         """A line for the user, from rank 0."""
@@ -212,4 +243,4 @@ class Session:
 
     def report(self) -> None:
         """The closing table, summary.json and the plot."""
-        self.results.finish(self.run_dir / "metrics.jsonl")
+        self._write(lambda: self.results.finish(self.run_dir / "metrics.jsonl"))

@@ -1,8 +1,9 @@
 """The torch operations: schemas, fake implementations and autograd, one of each per operation.
 
 Here the statistics and what all operations share; the losses are in `loss_ops.py`, those of hidden
-states in `linear_ops.py`. Nothing else registers with torch. The operations take flattened rows (``functional.py`` flattens)
-and resolve the backend when they run, so a compiled graph does not depend on it.
+states in `linear_ops.py`. Nothing else registers with torch. The operations take flattened rows
+(``functional.py`` flattens) and resolve the backend when they run, so a compiled graph does not
+depend on it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,372 @@
+// Rows that stay on chip: one read of the logits and, where a gradient is wanted, one write.
+//
+// A cluster of blocks shares a row. Each block's slice is copied into buffers in shared memory, where it
+// stays until its gradient has been written. In a block three roles run side by side:
+//   copy      one warp: fills free buffers with the slices of the rows to come
+//   compute   tile.warps warps: a row's sums; later, from the same buffers, its gradient
+//   finish    one warp: merges the sums over the block and the cluster, writes the row's outputs and
+//             forms the coefficients of its gradient. Every block does so, from the same numbers
+// and talk through barriers in shared memory:
+//   full[buffer]    copy -> compute      the bytes have landed
+//   empty[buffer]   compute -> copy      every warp is done with them
+//   partial[2]      compute -> finish    every warp's sums of a row
+//   exchange[2]     finish -> finish     every block's sums of a row, written by the peers
+//   plan[2]         finish -> compute    the coefficients of a row
+// The pairs alternate by row. See docs/kernels.md for why two are enough.
+#include "launch.cuh"
+#include "row_gradient.cuh"
+
+namespace papo {
+namespace cuda {
+namespace {
+
+#if defined(PAPO_HAS_CLUSTERS)
+
+// A place in the ring of buffers, and the parity of the round it is in.
+struct Cursor {
+  int buffer = 0;
+  uint32_t parity = 0;
+
+  PAPO_DEVICE void advance(int ring) {
+    if (++buffer == ring) {
+      buffer = 0;
+      parity ^= 1u;
+    }
+  }
+};
+
+template <typename In, typename Out>
+class ResidentRows {
+ public:
+  PAPO_DEVICE explicit ResidentRows(const RowsCall& call)
+      : call_(call),
+        tile_(call.tile),
+        layout_(make_layout(tile_.cluster, tile_.warps, tile_.ring, tile_.stage_bytes)),
+        shared_(machine::shared_base()),
+        rank_(tile_.cluster > 1 ? machine::cluster_rank() : 0),
+        warp_(machine::broadcast(machine::thread_index() / 32, 0)),
+        lane_(machine::thread_index() % 32),
+        slice_(span_of(rank_, tile_.slice, call.columns())) {}
+
+  PAPO_DEVICE void run() {
+    if (machine::thread_index() == 0) init_barriers();
+    machine::cluster_sync();
+    if (warp_ < tile_.warps) {
+      compute();
+    } else if (warp_ == tile_.warps) {
+      copy();
+    } else {
+      finish_rows();
+    }
+    // No block leaves while another may still write into its shared memory.
+    machine::cluster_sync();
+  }
+
+ private:
+  // ---- barriers -------------------------------------------------------------------------------
+
+  PAPO_DEVICE uint32_t barrier(int i) const {
+    return shared_ + static_cast<uint32_t>(layout_.barriers + i * kBarrierBytes);
+  }
+  PAPO_DEVICE uint32_t full(int buffer) const { return barrier(buffer); }
+  PAPO_DEVICE uint32_t empty(int buffer) const { return barrier(tile_.ring + buffer); }
+  PAPO_DEVICE uint32_t partial(int k) const { return barrier(2 * tile_.ring + (k & 1)); }
+  PAPO_DEVICE uint32_t exchange(int k) const { return barrier(2 * tile_.ring + 2 + (k & 1)); }
+  PAPO_DEVICE uint32_t plan(int k) const { return barrier(2 * tile_.ring + 4 + (k & 1)); }
+  // Row k is the (k / 2)-th to use its barrier of a pair.
+  static PAPO_DEVICE uint32_t parity(int k) { return static_cast<uint32_t>(k >> 1) & 1u; }
+
+  PAPO_DEVICE uint32_t message_bytes() const {
+    return static_cast<uint32_t>(tile_.cluster * kCtaMessageBytes);
+  }
+
+  PAPO_DEVICE void init_barriers() const {
+    for (int i = 0; i < tile_.ring; ++i) {
+      machine::barrier_init(full(i), 1);
+      machine::barrier_init(empty(i), tile_.warps);
+    }
+    for (int k = 0; k < 2; ++k) {
+      machine::barrier_init(partial(k), tile_.warps);
+      machine::barrier_init(exchange(k), 1);
+      machine::barrier_init(plan(k), 1);
+      // Armed a use ahead: a peer's message never reaches a barrier that does not expect it yet.
+      machine::barrier_arrive_expect(exchange(k), message_bytes());
+    }
+    machine::barrier_init_fence();
+  }
+
+  // ---- places -----------------------------------------------------------------------------------
+
+  PAPO_DEVICE uint32_t buffer_address(int buffer) const {
+    return shared_ + static_cast<uint32_t>(buffer * tile_.stage_bytes);
+  }
+  PAPO_DEVICE uint32_t warp_message(int k, int warp) const {
+    const int index = (k & 1) * tile_.warps + warp;
+    return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
+  }
+  PAPO_DEVICE uint32_t cta_message(int k, int rank) const {
+    const int index = (k & 1) * tile_.cluster + rank;
+    return shared_ + static_cast<uint32_t>(layout_.exchange + index * kCtaMessageBytes);
+  }
+  PAPO_DEVICE uint32_t plan_address(int k) const {
+    return shared_ + static_cast<uint32_t>(layout_.plan + (k & 1) * kPlanBytes);
+  }
+
+  PAPO_DEVICE RowQueue rows() const {
+    return RowQueue(call_, machine::block_index() / tile_.cluster,
+                    machine::grid_blocks() / tile_.cluster, lane_);
+  }
+  // Stage s of this block's slice, in columns of the row.
+  PAPO_DEVICE Span stage_of(int s) const {
+    const Span within = span_of(s, tile_.stage, slice_.count);
+    return {slice_.begin + within.begin, within.count};
+  }
+  // Slices and stages are whole words, so that the bytes of a stage lie in its buffer as far from a 16-byte
+  // boundary as the row's first element does in memory.
+  PAPO_DEVICE SharedRow<In> staged(int buffer, int64_t row) const {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(element_at<In>(call_.logits, row, 0));
+    return {buffer_address(buffer) + static_cast<uint32_t>(start % kWordBytes)};
+  }
+
+  PAPO_DEVICE void release(int buffer) const {
+    machine::warp_sync();
+    if (lane_ == 0) machine::barrier_arrive(empty(buffer));
+  }
+
+  // ---- copy ---------------------------------------------------------------------------------------
+
+  PAPO_DEVICE void copy() const {
+    RowQueue queue = rows();
+    Cursor at;
+    for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
+      if (job.column == kColumnInactive) {
+        if (call_.wants_gradient()) {
+          write_zero_columns<Out>(call_, job.row, 0, rank_, tile_.cluster, {lane_, 32});
+        }
+        continue;
+      }
+      for (int s = 0; s < tile_.stages; ++s) {
+        if (lane_ == 0) {
+          machine::barrier_wait(empty(at.buffer), at.parity ^ 1u);
+          fill(at.buffer, job.row, stage_of(s));
+        }
+        machine::warp_sync();
+        at.advance(tile_.ring);
+      }
+    }
+  }
+
+  PAPO_DEVICE void fill(int buffer, int64_t row, Span stage) const {
+    if (stage.count == 0) return machine::barrier_arrive(full(buffer));
+    const Matrix& m = call_.logits;
+    const char* source = element_at<In>(m, row, stage.begin);
+    const uintptr_t first = reinterpret_cast<uintptr_t>(source);
+    const CopyRange range = make_copy_range(
+        first, stage.count, In::kBytes, reinterpret_cast<uintptr_t>(m.data),
+        reinterpret_cast<uintptr_t>(element_at<In>(m, m.rows - 1, m.cols)));
+    const SharedRow<In> target = staged(buffer, row);
+    for (int i = 0; i < range.head; ++i) copy_element(target, source, i);
+    for (int i = stage.count - range.tail; i < stage.count; ++i) copy_element(target, source, i);
+    // The buffer's last readers are behind us, by the barrier; now also for the copy engine.
+    machine::fence_before_bulk();
+    const uint32_t bytes = static_cast<uint32_t>(range.end - range.begin);
+    if (bytes == 0) return machine::barrier_arrive(full(buffer));
+    machine::barrier_arrive_expect(full(buffer), bytes);
+    const uint32_t into = static_cast<uint32_t>(range.begin - first / kWordBytes * kWordBytes);
+    machine::bulk_load(buffer_address(buffer) + into, reinterpret_cast<const void*>(range.begin),
+                       bytes, full(buffer));
+  }
+
+  static PAPO_DEVICE void copy_element(const SharedRow<In>& target, const char* source, int i) {
+    const uint32_t to = target.address + static_cast<uint32_t>(i) * In::kBytes;
+    const char* from = source + static_cast<int64_t>(i) * In::kBytes;
+    if constexpr (In::kBytes == 2) {
+      machine::store_shared_16(to, machine::load_global_16(from));
+    } else {
+      machine::store_shared_32(to, machine::load_global_32(from));
+    }
+  }
+
+  // ---- compute ------------------------------------------------------------------------------------
+
+  PAPO_DEVICE void compute() const {
+    RowQueue queue = rows();
+    Cursor scanned, finished;
+    // With room for two rows the sums of a row come before the gradient of the row before it: what the
+    // finish warp takes for one is hidden behind the other.
+    const bool ahead = tile_.ahead || !call_.wants_gradient();
+    Job pending = {-1, kColumnInactive};
+    for (int k = 0;; ++k) {
+      const Job job = queue.next_active();
+      if (job.row >= 0) scan(job, k, scanned);
+      const Job due = ahead ? pending : job;
+      if (due.row >= 0) finish(due, ahead ? k - 1 : k, finished);
+      if (job.row < 0) break;
+      pending = job;
+    }
+  }
+
+  PAPO_DEVICE void scan(const Job& job, int k, Cursor& at) const {
+    WarpScan<In> sums(call_.scaling);
+    float sampled = -infinity<float>();
+    for (int s = 0; s < tile_.stages; ++s) {
+      const Span stage = stage_of(s);
+      const SharedRow<In> row = staged(at.buffer, job.row);
+      machine::barrier_wait(full(at.buffer), at.parity);
+      scan_stage(sums, row, stage.count);
+      const int place = job.column - stage.begin;
+      if (warp_ == 0 && job.column >= 0 && place >= 0 && place < stage.count) {
+        sampled = call_.scaling.capped(row.element(place));
+      }
+      if (!call_.wants_gradient()) release(at.buffer);
+      at.advance(tile_.ring);
+    }
+    sums.leave(warp_message(k, warp_), lane_, sampled);
+    machine::warp_sync();
+    if (lane_ == 0) machine::barrier_arrive(partial(k));
+  }
+
+  PAPO_DEVICE void scan_stage(WarpScan<In>& sums, const SharedRow<In>& row, int count) const {
+    const int threads = 32 * tile_.warps;
+    const int whole = count / kPerWord<In>;
+    const int words = static_cast<int>(ceil_div(count, kPerWord<In>));
+#pragma unroll 1
+    for (int base = 32 * warp_; base < words; base += kBatchWords * threads) {
+      const int n = batch_size(base, words, threads, kBatchWords);
+      Word w[kBatchWords];
+      if (base + 31 + (kBatchWords - 1) * threads >= whole) {
+#pragma unroll
+        for (int u = 0; u < kBatchWords; ++u) {
+          const int i = base + lane_ + u * threads;
+          w[u] = i < words ? row.word(i) : masked_word<In>();
+          if (i == whole) w[u] = keep_first<In>(w[u], count - whole * kPerWord<In>);
+        }
+      } else if (row.aligned()) {
+#pragma unroll
+        for (int u = 0; u < kBatchWords; ++u) w[u] = row.aligned_word(base + lane_ + u * threads);
+      } else {
+#pragma unroll
+        for (int u = 0; u < kBatchWords; ++u) w[u] = row.word(base + lane_ + u * threads);
+      }
+      sums.batch(w, n);
+    }
+  }
+
+  PAPO_DEVICE void finish(const Job& job, int k, Cursor& at) const {
+    machine::barrier_wait(plan(k), parity(k));
+    if (!call_.wants_gradient()) return;
+    const ElementGrad g = load_plan(plan_address(k));
+    const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
+    for (int s = 0; s < tile_.stages; ++s) {
+      const Span stage = stage_of(s);
+      const int target = job.column >= 0 ? job.column - stage.begin : -1;
+      if (stage.count > 0) {
+        write_gradient<In, Out>(staged(at.buffer, job.row), stage.count,
+                                element_at<Out>(call_.dlogits, job.row, stage.begin), target, g,
+                                call_.scaling, share);
+      }
+      release(at.buffer);
+      at.advance(tile_.ring);
+    }
+    write_zero_columns<Out>(call_, job.row, call_.columns(), rank_, tile_.cluster, share);
+  }
+
+  // ---- finish -------------------------------------------------------------------------------------
+
+  PAPO_DEVICE void finish_rows() const {
+    RowQueue queue = rows();
+    const bool writes = rank_ == 0 && lane_ == 0;
+    const WeightingValues<float> weighting = load_weighting(call_.weighting);
+    int k = 0;
+    for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
+      if (job.column == kColumnInactive) {
+        if (writes) write_nothing(call_, job.row);
+        continue;
+      }
+      const TokenNumbers numbers = load_numbers(call_, job.row);
+      machine::barrier_wait(partial(k), parity(k));
+      RowScan scan = merge_lanes(
+          load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), call_.scaling),
+          tile_.warps);
+      if (tile_.cluster > 1) exchange_parts(scan, k);
+      // Without a gradient only the block that writes needs to know the row.
+      if (rank_ == 0 || call_.wants_gradient()) {
+        if (tile_.cluster > 1) scan = merge_cluster(k);
+        const ElementGrad g = finish_row(call_, job, scan, numbers, weighting, writes);
+        if (lane_ == 0) store_plan(plan_address(k), g);
+      }
+      if (lane_ == 0) machine::barrier_arrive(plan(k));
+      machine::warp_sync();
+      ++k;
+    }
+  }
+
+  // Lane r sends this block's part to block r; returns when those of all blocks are here.
+  PAPO_DEVICE void exchange_parts(const RowScan& scan, int k) const {
+    const uint32_t to = cta_message(k, rank_);
+    if (lane_ < tile_.cluster) {
+      machine::send(to, lane_, scan.state.max, scan.state.Z, exchange(k));
+      machine::send(to + 16, lane_, scan.state.T, scan.state.Z2, exchange(k));
+      machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
+    }
+    machine::barrier_wait_cluster(exchange(k), parity(k));
+    machine::warp_sync();
+    // For row k + 2. No peer sends its part of that before it has ours of row k + 1.
+    if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
+  }
+
+  PAPO_DEVICE RowScan merge_cluster(int k) const {
+    const uint32_t from = cta_message(k, lane_ & (tile_.cluster - 1));
+    const auto at = [&](uint32_t i) { return machine::load_shared_double(from + 8 * i); };
+    return merge_lanes({{at(0), at(1), at(2), at(3), at(4)}, at(5)}, tile_.cluster);
+  }
+
+  const RowsCall& call_;
+  const Tile& tile_;
+  const SharedLayout layout_;
+  const uint32_t shared_;
+  const int rank_, warp_, lane_;
+  const Span slice_;
+};
+
+#endif  // PAPO_HAS_CLUSTERS
+
+template <typename In, typename Out>
+PAPO_KERNEL(kMaxThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call) {
+#if defined(PAPO_HAS_CLUSTERS)
+  ResidentRows<In, Out>(call).run();
+#endif
+}
+
+}  // namespace
+
+Status launch_rows(RowsCall call, const Launch& launch) {
+  const DeviceLimits& limits = device_of(launch.device).limits;
+  const Tile tile = choose_tile(call.columns(), element_bytes(call.logits.dtype), limits);
+  if (tile.cluster == 0) return launch_streamed(call, launch);
+  call.tile = tile;
+  return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
+    const auto kernel = resident_kernel<decltype(in), decltype(out)>;
+    LaunchShape shape = {0, 32 * (tile.warps + kServiceWarps), tile.cluster, tile.shared_bytes};
+    const int clusters = resident_clusters(kernel, shape, launch.device, kClusterPtx);
+    if (clusters == 0) return launch_streamed(call, launch);
+    shape.blocks = smaller(clusters, call.logits.rows) * tile.cluster;
+    return launch_kernel(kernel, shape, launch.stream, call);
+  });
+}
+
+Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
+                          const PolicyLossParams& params, const Weighting& weighting,
+                          const RowParams& row, const PolicyLossOut& out, const Matrix& dlogits,
+                          const Launch& launch) {
+  RowsCall call = make_call(RowTask::kPolicyLoss, logits, tokens.targets, tokens.state, row,
+                            dlogits);
+  call.tokens = tokens;
+  call.params = params;
+  call.weighting = weighting;
+  call.loss = out;
+  return launch_call(call, launch);
+}
+
+}  // namespace cuda
+}  // namespace papo

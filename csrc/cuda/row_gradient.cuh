@@ -1,0 +1,166 @@
+// A row's gradient from its coefficients, element by element, and zeros where there is none.
+#pragma once
+
+#include "row_call.cuh"
+
+namespace papo {
+namespace cuda {
+
+// Which of `threads` threads this one is.
+struct Share {
+  int thread, threads;
+};
+
+// ---- elements -----------------------------------------------------------------------------------
+
+template <GradMode kMode>
+PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) {
+  if constexpr (kMode == GradMode::kCareful) {
+    const float capped = s.capped(x);
+    const float y = machine::max_nan((capped - g.m) * s.unit, kFloor);
+    const float e = machine::exp2_fast(y);
+    const float du = e * fmaf(e, fmaf(g.b1, y, g.b0), fmaf(g.a1, y, g.a0));
+    if (s.softcap == 0.0f || x == -infinity<float>()) return du;
+    const float t = capped * s.inv_softcap;
+    // (1 - t)(1 + t) keeps its digits where the cap saturates.
+    return du * ((1.0f - t) * (1.0f + t));
+  } else if constexpr (kMode == GradMode::kGeneral) {
+    const float y = machine::max_nan(fmaf(x, s.unit, -g.m), kFloor);
+    const float e = machine::exp2_fast(y);
+    return e * fmaf(e, fmaf(g.b1, y, g.b0), fmaf(g.a1, y, g.a0));
+  } else {
+    return g.a0 * machine::exp2_fast(fmaf(x, s.unit, -g.m));
+  }
+}
+
+PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) {
+  switch (g.mode) {
+    case GradMode::kScaledExp:
+      return element_grad<GradMode::kScaledExp>(x, g, s);
+    case GradMode::kGeneral:
+      return element_grad<GradMode::kGeneral>(x, g, s);
+    default:
+      return element_grad<GradMode::kCareful>(x, g, s);
+  }
+}
+
+// ---- words --------------------------------------------------------------------------------------
+
+// One word of the gradient needs this many words of logits.
+template <typename In, typename Out>
+constexpr int kWordsIn = kPerWord<Out> / kPerWord<In>;
+
+template <typename In, typename Out>
+struct WordIn {
+  Word w[kWordsIn<In, Out>];
+};
+
+template <GradMode kMode, typename In, typename Out>
+PAPO_DEVICE Word word_grad(const WordIn<In, Out>& in, const ElementGrad& g, const Scaling& s) {
+  Word out;
+#pragma unroll
+  for (int i = 0; i < Out::kPairs; ++i) {
+    const Pair x = pair<In>(in.w[i / In::kPairs], i % In::kPairs);
+    set_pair<Out>(out, i, {element_grad<kMode>(x.lo, g, s), element_grad<kMode>(x.hi, g, s)});
+  }
+  return out;
+}
+
+// `words` words at the aligned `out`. kUnroll loads of a thread are in flight together.
+template <GradMode kMode, bool kAligned, int kUnroll, typename In, typename Out, typename Row>
+PAPO_DEVICE void write_words(const Row& row, int words, char* out, const ElementGrad& g,
+                             const Scaling& s, Share share) {
+  constexpr int kIn = kWordsIn<In, Out>;
+#pragma unroll 1
+  for (int base = share.thread; base < words; base += kUnroll * share.threads) {
+    WordIn<In, Out> in[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * share.threads;
+      if (i >= words) continue;
+#pragma unroll
+      for (int k = 0; k < kIn; ++k) {
+        in[u].w[k] = kAligned ? row.aligned_word(kIn * i + k) : row.word(kIn * i + k);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * share.threads;
+      if (i >= words) continue;
+      machine::store_global(out + static_cast<int64_t>(i) * kWordBytes,
+                            word_grad<kMode, In, Out>(in[u], g, s));
+    }
+  }
+}
+
+template <GradMode kMode, typename In, typename Out, typename Row>
+PAPO_DEVICE void write_words(const Row& row, int words, char* out, const ElementGrad& g,
+                             const Scaling& s, Share share) {
+  if (row.aligned()) {
+    constexpr int kUnroll = Row::kUnroll / kWordsIn<In, Out>;
+    write_words<kMode, true, kUnroll, In, Out>(row, words, out, g, s, share);
+  } else {
+    write_words<kMode, false, 1, In, Out>(row, words, out, g, s, share);
+  }
+}
+
+// The gradient of the first `count` elements of `row`, at `out`, where every access but those of a
+// ragged end is 16 bytes wide. `target`: the sampled token's place, anywhere.
+template <typename In, typename Out, typename Row>
+PAPO_DEVICE void write_gradient(const Row& row, int count, char* out, int target,
+                                const ElementGrad& g, const Scaling& s, Share share) {
+  const Walk walk = make_walk(reinterpret_cast<uintptr_t>(out), count, Out::kBytes);
+  if (share.thread < walk.head + walk.tail) {
+    const int i = share.thread < walk.head ? share.thread
+                                           : count - walk.tail + (share.thread - walk.head);
+    const float d = i == target ? g.target : element_grad(row.element(i), g, s);
+    store_element<Out>(out + static_cast<int64_t>(i) * Out::kBytes, d);
+  }
+  const Row body = row.from(walk.head);
+  out += static_cast<int64_t>(walk.head) * Out::kBytes;
+  target -= walk.head;
+  switch (g.mode) {
+    case GradMode::kScaledExp:
+      write_words<GradMode::kScaledExp, In, Out>(body, walk.words, out, g, s, share);
+      break;
+    case GradMode::kGeneral:
+      write_words<GradMode::kGeneral, In, Out>(body, walk.words, out, g, s, share);
+      break;
+    default:
+      write_words<GradMode::kCareful, false, 1, In, Out>(body, walk.words, out, g, s, share);
+  }
+  // Over the word that this same thread has written.
+  if (target >= 0 && target < walk.words * kPerWord<Out> &&
+      target / kPerWord<Out> % share.threads == share.thread) {
+    store_element<Out>(out + static_cast<int64_t>(target) * Out::kBytes, g.target);
+  }
+}
+
+// ---- zeros --------------------------------------------------------------------------------------
+
+template <typename Out>
+PAPO_DEVICE void write_zeros(char* out, int count, Share share) {
+  const Walk walk = make_walk(reinterpret_cast<uintptr_t>(out), count, Out::kBytes);
+  if (share.thread < walk.head + walk.tail) {
+    const int i = share.thread < walk.head ? share.thread
+                                           : count - walk.tail + (share.thread - walk.head);
+    store_element<Out>(out + static_cast<int64_t>(i) * Out::kBytes, 0.0f);
+  }
+  out += static_cast<int64_t>(walk.head) * Out::kBytes;
+  for (int i = share.thread; i < walk.words; i += share.threads) {
+    machine::store_global(out + static_cast<int64_t>(i) * kWordBytes, Word{});
+  }
+}
+
+// Part `part` of `parts` of the columns [begin, cols) of row i of dlogits.
+template <typename Out>
+PAPO_DEVICE void write_zero_columns(const RowsCall& call, int64_t i, int64_t begin, int part,
+                                    int parts, Share share) {
+  const Span span = span_between(begin, call.dlogits.cols, part, parts, kPerWord<Out>);
+  if (span.count > 0) {
+    write_zeros<Out>(element_at<Out>(call.dlogits, i, span.begin), span.count, share);
+  }
+}
+
+}  // namespace cuda
+}  // namespace papo

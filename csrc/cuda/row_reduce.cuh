@@ -1,0 +1,279 @@
+// The five sums of a row: per lane over words of logits, then over a warp, a block and a cluster.
+//
+// Lanes count in base 2 about a maximum m that their warp shares: with unit = log2(e) / temperature,
+//   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y.
+// In the usual case y comes from one fma, x unit - M with M = m unit rounded; the rounding error
+// o = m unit - M, known exactly, is the same for every element: the sums are about m - o / unit.
+// From the warp on the sums are a RowState<double> in nats, merged as everywhere else.
+#pragma once
+
+#include "papo/row_state.h"
+#include "vec_io.cuh"
+
+namespace papo {
+namespace cuda {
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+// 2^y is 0 in float from far above here; a masked logit then adds 0 * -500 and not 0 * -inf.
+constexpr float kFloor = -500.0f;
+
+// RowParams as the inner loops need them.
+struct Scaling {
+  float unit;
+  float softcap, inv_softcap;  // 0: none
+  // Maxima in [fast_min, fast_max] allow the fma: m unit is at most 2^20, and a logit raised to `low` is
+  // still too far below the maximum to count.
+  float fast_min, fast_max;
+  uint32_t low;  // in the bits of the logits' type, once per element of a register
+  double inv_unit, inv_temperature;
+
+  PAPO_DEVICE float capped(float x) const {
+    if (softcap == 0.0f || x == -infinity<float>()) return x;
+    return softcap * tanh_of(x * inv_softcap);
+  }
+};
+
+PAPO_DEVICE Pair both(float x) { return {x, x}; }
+
+// ---- over a lane's words ----------------------------------------------------------------------
+
+struct LaneSums {
+  Pair Z, T, Z2, T2;
+
+  static PAPO_DEVICE LaneSums zero() {
+    const Pair none = {0.0f, 0.0f};
+    return {none, none, none, none};
+  }
+
+  PAPO_DEVICE void add(Pair y) {
+    const Pair e = {machine::exp2_fast(y.lo), machine::exp2_fast(y.hi)};
+    const Pair e2 = machine::mul(e, e);
+    Z = machine::add(Z, e);
+    T = machine::fma(e, y, T);
+    Z2 = machine::add(Z2, e2);
+    T2 = machine::fma(e2, y, T2);
+  }
+
+  // Moves the sums to a maximum larger by -shift, in units of y. NaN stays.
+  PAPO_DEVICE void rescale(float shift) {
+    const float alpha = machine::exp2_fast(shift);
+    // A shift that underflows may be -inf, whose product with 0 would be NaN.
+    const Pair by = both(alpha == 0.0f ? 0.0f : shift);
+    const Pair a = both(alpha);
+    const Pair a2 = both(alpha * alpha);
+    T = machine::mul(a, machine::fma(by, Z, T));
+    Z = machine::mul(a, Z);
+    T2 = machine::mul(a2, machine::fma(by, Z2, T2));
+    Z2 = machine::mul(a2, Z2);
+  }
+};
+
+// A float as an integer of the same order (NaN with a clear sign bit above +inf), and back.
+PAPO_DEVICE int ordered(float x) {
+  const int b = static_cast<int>(machine::as_bits(x));
+  return b ^ ((b >> 31) & 0x7fffffff);
+}
+PAPO_DEVICE float unordered(int key) {
+  return machine::as_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
+}
+
+// The largest element of a lane's words; NaN where there is one.
+template <typename T, int kWords>
+PAPO_DEVICE float largest(const Word (&w)[kWords]) {
+  // Two chains, as each step waits for the one before.
+  uint32_t best = w[0].r[0], second = w[1].r[0];
+#pragma unroll
+  for (int i = 0; i < kWords; i += 2) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      best = T::max_nan(best, w[i].r[j]);
+      second = T::max_nan(second, w[i + 1].r[j]);
+    }
+  }
+  best = T::max_nan(best, second);
+  if constexpr (T::kBytes == 2) {
+    const Pair p = T::wide(best);
+    return machine::max_nan(p.lo, p.hi);
+  } else {
+    return machine::as_float(best);
+  }
+}
+
+template <typename T>
+class WarpScan {
+ public:
+  PAPO_DEVICE explicit WarpScan(const Scaling& scaling)
+      : s_(scaling), m_(-infinity<float>()), big_m_(0.0f), o_(0.0f), mode_(kNothing),
+        sums_(LaneSums::zero()) {}
+
+  // The first n of kWords words of every lane; the others, and words that are not there, are masked.
+  // All branches are the warp's.
+  template <int kWords>
+  PAPO_DEVICE void batch(Word (&w)[kWords], int n) {
+    const float top = largest<T>(w);
+    // Rare: a new maximum, or NaN. A batch without either goes straight to its sums.
+    if (machine::any(!(top <= m_)) && !raise(top)) return;
+    if (mode_ == kFast) {
+      if (n == kWords) {
+        add_fast<kWords, true>(w, n);
+      } else {
+        add_fast<kWords, false>(w, n);
+      }
+    } else if (mode_ == kCareful) {
+      add_careful(w, n);
+    }
+  }
+
+  // Leaves the warp's message at `address`; `sampled` is the softcapped logit of the sampled token where
+  // this warp has it, else -inf.
+  PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) const {
+    int which;
+    const float total = warp_total(lane, which);
+    if ((lane & 7) == 0) {
+      machine::store_shared_32(address + 8 + 4 * which, machine::as_bits(total));
+    }
+    if (lane == 0) {
+      machine::store_shared_32(address, machine::as_bits(m_));
+      machine::store_shared_32(address + 4, machine::as_bits(o_));
+      machine::store_shared_32(address + 24, machine::as_bits(sampled));
+    }
+  }
+
+ private:
+  enum Mode : int { kNothing, kFast, kCareful };  // kNothing: only masked logits so far
+
+  // Moves to the warp's maximum if it is a new one. False: the row is bad, and stays so.
+  PAPO_DEVICE bool raise(float lane_top) {
+    const float raw = unordered(machine::warp_max(ordered(lane_top)));
+    if (!(raw < infinity<float>())) {
+      sums_.Z = both(quiet_nan<float>());
+      return false;
+    }
+    const float top = s_.capped(raw);
+    if (!(top > m_)) return true;
+    const bool fast = s_.softcap == 0.0f && top >= s_.fast_min && top <= s_.fast_max;
+    const float big_m = fast ? top * s_.unit : 0.0f;
+    const float o = fast ? fmaf(top, s_.unit, -big_m) : 0.0f;
+    if (mode_ != kNothing) sums_.rescale(fmaf(m_ - top, s_.unit, o - o_));
+    m_ = top;
+    big_m_ = big_m;
+    o_ = o;
+    mode_ = fast ? kFast : kCareful;
+    return true;
+  }
+
+  template <int kWords, bool kAll>
+  PAPO_DEVICE void add_fast(const Word (&w)[kWords], int n) {
+    const Pair unit = both(s_.unit);
+    const Pair minus_m = both(-big_m_);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (!kAll && i >= n) break;
+      Word x;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x.r[j] = T::max_nan(w[i].r[j], s_.low);
+#pragma unroll
+      for (int j = 0; j < T::kPairs; ++j) sums_.add(machine::fma(pair<T>(x, j), unit, minus_m));
+    }
+  }
+
+  // Soft caps and maxima beyond the fast range. The words rotate so that the code is there once.
+  template <int kWords>
+  PAPO_DEVICE void add_careful(Word (&w)[kWords], int n) {
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) {
+#pragma unroll
+      for (int j = 0; j < T::kPairs; ++j) {
+        const Pair x = pair<T>(w[0], j);
+        sums_.add({distance(x.lo), distance(x.hi)});
+      }
+#pragma unroll
+      for (int k = 0; k + 1 < kWords; ++k) w[k] = w[k + 1];
+    }
+  }
+
+  PAPO_DEVICE float distance(float x) const {
+    return machine::max_nan(fmaf(s_.capped(x) - m_, s_.unit, o_), kFloor);
+  }
+
+  // Each lane ends with one of the warp's four totals, `which` of Z, T, Z2, T2: halving what a lane
+  // keeps in the first steps takes a third of the shuffles of four separate sums.
+  PAPO_DEVICE float warp_total(int lane, int& which) const {
+    const float Z = sums_.Z.lo + sums_.Z.hi;
+    const float T1 = sums_.T.lo + sums_.T.hi;
+    const float Z2 = sums_.Z2.lo + sums_.Z2.hi;
+    const float T2 = sums_.T2.lo + sums_.T2.hi;
+    const bool upper = (lane & 16) != 0;
+    const float a = (upper ? T1 : Z) + machine::shuffle_xor(upper ? Z : T1, 16);
+    const float b = (upper ? T2 : Z2) + machine::shuffle_xor(upper ? Z2 : T2, 16);
+    const bool second = (lane & 8) != 0;
+    float c = (second ? b : a) + machine::shuffle_xor(second ? a : b, 8);
+#pragma unroll
+    for (int mask = 4; mask > 0; mask /= 2) c += machine::shuffle_xor(c, mask);
+    which = (upper ? 1 : 0) + (second ? 2 : 0);
+    return c;
+  }
+
+  const Scaling& s_;
+  float m_, big_m_, o_;  // big_m_: M above
+  Mode mode_;
+  LaneSums sums_;
+};
+
+// ---- over warps and blocks --------------------------------------------------------------------
+
+// A row, or a part of it, and the sampled token's scaled logit (-inf: masked, or in another part).
+struct RowScan {
+  RowState<double> state;
+  double target_u;
+};
+
+// The message that WarpScan::leave wrote, in nats.
+PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
+  const Word first = machine::load_shared(address);
+  const Word second = machine::load_shared(address + kWordBytes);
+  const float m = machine::as_float(first.r[0]);
+  const double o = machine::as_float(first.r[1]);
+  const double Z = machine::as_float(first.r[2]);
+  const double T = machine::as_float(first.r[3]);
+  const double Z2 = machine::as_float(second.r[0]);
+  const double T2 = machine::as_float(second.r[1]);
+  RowScan scan;
+  scan.target_u = machine::as_float(second.r[2]) * s.inv_temperature;
+  if (Z != Z) {
+    scan.state = RowState<double>::bad();
+  } else if (m == -infinity<float>()) {
+    scan.state = RowState<double>::empty();
+  } else {
+    // y was (x - m) unit + o.
+    const double about = m - o * s.inv_unit;
+    scan.state = {about * s.inv_temperature, Z, T * kLn2, Z2, T2 * kLn2};
+  }
+  return scan;
+}
+
+// Merges the parts of `lanes` consecutive lanes, a power of two; every lane gets the result, to the
+// last bit the same, as each step adds the same two numbers on both sides.
+PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
+  double top = scan.state.max;
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    const double other = machine::shuffle_xor(top, mask);
+    top = other > top ? other : top;
+    const double target_u = machine::shuffle_xor(scan.target_u, mask);
+    scan.target_u = target_u > scan.target_u ? target_u : scan.target_u;
+  }
+  // A bad part compares false with everything; its NaN reaches every lane through the sums.
+  RowState<double> r = scan.state.rescaled(top);
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    r.Z += machine::shuffle_xor(r.Z, mask);
+    r.T += machine::shuffle_xor(r.T, mask);
+    r.Z2 += machine::shuffle_xor(r.Z2, mask);
+    r.T2 += machine::shuffle_xor(r.T2, mask);
+  }
+  scan.state = r.Z != r.Z ? RowState<double>::bad() : r;
+  return scan;
+}
+
+}  // namespace cuda
+}  // namespace papo

@@ -1,0 +1,404 @@
+"""The maths of one row as Triton helpers: statistics, gradient coefficients and the policy objective.
+
+The formulas of ``csrc/include/papo/{row_state,row_grad,policy_loss}.h`` under the same names, so the
+two can be read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
+
+    Z = sum e^d      T = sum e^d d      Z2 = sum e^2d      T2 = sum e^2d d
+
+from which log-probability, entropy and entropy polarity (arXiv 2605.11775) follow, and so do their
+gradients. Sums are float32. Until a row is complete its maximum is kept in softcapped logits, where
+it is exact, and the sums in base 2: one multiplication then serves the exponent and T.
+
+Wherever two kernels must agree to the last bit, every fused multiply-add is spelled out and the
+kernels are compiled with contraction off.
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+NEG_INF = tl.constexpr(float("-inf"))
+POS_INF = tl.constexpr(float("inf"))
+# 2^-200 and e^-200 are 0 in float32. Distances are floored here so that a masked logit adds
+# 0 * -200 = -0 to T and T2, where 0 * -inf would add NaN.
+FLOOR = tl.constexpr(-200.0)
+# -max of float32: distances from an empty state's -inf are taken from here, not to get inf - inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+class Scaling(NamedTuple):
+    """u = softcap(z) inv_temperature; ``log2_scale`` is log2(e) / temperature."""
+
+    inv_temperature: tl.tensor
+    log2_scale: tl.tensor
+    softcap: tl.tensor
+
+
+class Upstream(NamedTuple):
+    """The gradient's weights: of logp, entropy and unit polarity."""
+
+    logp: tl.tensor
+    entropy: tl.tensor
+    unit_polarity: tl.tensor
+
+
+class LaneStates(NamedTuple):
+    """The online states of a vector of lanes: ``z_max`` in softcapped logits, sums in base 2."""
+
+    z_max: tl.tensor
+    Z: tl.tensor
+    T: tl.tensor
+    Z2: tl.tensor
+    T2: tl.tensor
+
+
+class RowState(NamedTuple):
+    """The state of a whole row, in nats and float64 (the sums were added up in float32)."""
+
+    row_max: tl.tensor
+    Z: tl.tensor
+    T: tl.tensor
+    Z2: tl.tensor
+    T2: tl.tensor
+
+
+class RowStats(NamedTuple):
+    """What a finished row reports, float32, and what its gradient needs of it, float64."""
+
+    logp: tl.tensor
+    entropy: tl.tensor
+    unit_polarity: tl.tensor
+    lse: tl.tensor
+    inv_Z: tl.tensor
+    mu: tl.tensor  # T / Z
+    Q: tl.tensor  # sum p^2
+    S: tl.tensor  # sum p^2 (log p + H)
+    p_a: tl.tensor  # of the sampled token
+    s_a: tl.tensor  # log p_a + H
+    one_minus_p_a: tl.tensor
+
+
+class RowGrad(NamedTuple):
+    """``dz_j = e_j (a0 + a1 y_j + e_j (b0 + b1 y_j))`` with ``y_j = (z_j - z_ref) log2(e) / temperature``
+    and ``e_j = 2^y_j``, before the soft cap's slope; ``target`` is all of the sampled token's."""
+
+    z_ref: tl.tensor
+    a0: tl.tensor
+    a1: tl.tensor
+    b0: tl.tensor
+    b1: tl.tensor
+    target: tl.tensor
+
+
+class TokenOut(NamedTuple):
+    """What the objective gives for one token; the derivatives have ``token_weight`` applied."""
+
+    loss: tl.tensor
+    polarity: tl.tensor
+    weight: tl.tensor
+    ratio: tl.tensor
+    clipped: tl.tensor
+    dlogp: tl.tensor
+    dentropy: tl.tensor
+
+
+# ---- logits ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def floored(d):
+    return tl.maximum(d, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tanh(x):
+    # Both branches to about one ulp; 1 - 2 / (e^2x + 1) alone loses small x to cancellation.
+    s = x * x
+    poly = tl.fma(s, -5.70498872745e-3, 2.06390887954e-2)
+    poly = tl.fma(poly, s, -5.37397155531e-2)
+    poly = tl.fma(poly, s, 1.33314422036e-1)
+    poly = tl.fma(poly, s, -3.33332819422e-1)
+    small = tl.fma(poly * s, x, x)
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def capped(z, softcap):
+    """softcap * tanh(z / softcap); infinities pass, so that -inf stays masked and +inf stays bad."""
+    return tl.where(tl.abs(z) == POS_INF, z, softcap * tanh(z * (1.0 / softcap)))
+
+
+# ---- statistics -----------------------------------------------------------------------------
+
+
+@triton.jit
+def empty_states(LANES: tl.constexpr):
+    zeros = tl.zeros([LANES], tl.float32)
+    return LaneStates(tl.full([LANES], NEG_INF, tl.float32), zeros, zeros, zeros, zeros)
+
+
+@triton.jit
+def single_states(z, log2_scale):
+    """Every lane's state after one softcapped logit."""
+    y = floored((z - tl.maximum(z, LOWEST)) * log2_scale)
+    e = tl.exp2(y)
+    return LaneStates(z, e, e * y, e * e, e * (e * y))
+
+
+@triton.jit
+def added(state, Z, T, Z2, T2, z_max, log2_scale):
+    """``state`` moved to the larger maximum ``z_max``, plus sums that are about that maximum."""
+    shift = floored((state.z_max - tl.maximum(z_max, LOWEST)) * log2_scale)
+    alpha = tl.exp2(shift)
+    beta = alpha * alpha
+    return LaneStates(
+        z_max,
+        tl.fma(alpha, state.Z, Z),
+        tl.fma(alpha, tl.fma(shift, state.Z, state.T), T),
+        tl.fma(beta, state.Z2, Z2),
+        tl.fma(beta, tl.fma(shift, state.Z2, state.T2), T2),
+    )
+
+
+@triton.jit
+def updated(state, tile, log2_scale):
+    """The lanes' states with a tile added: blocks ``[LANES, WIDTH]`` of softcapped logits.
+
+    A lane is one thread, so nothing here crosses threads.
+    """
+    top = tile[0]
+    for i in tl.static_range(1, len(tile)):
+        top = tl.maximum(top, tile[i])
+    z_max = tl.maximum(state.z_max, tl.max(top, 1))
+    reference = tl.maximum(z_max, LOWEST)[:, None]
+    y = floored((tile[0] - reference) * log2_scale)
+    Z = tl.exp2(y)
+    T = Z * y
+    Z2 = Z * Z
+    T2 = Z * T
+    for i in tl.static_range(1, len(tile)):
+        y = floored((tile[i] - reference) * log2_scale)
+        e = tl.exp2(y)
+        ey = e * y
+        Z += e
+        T += ey
+        Z2 = tl.fma(e, e, Z2)
+        T2 = tl.fma(e, ey, T2)
+    sums = (tl.sum(Z, 1), tl.sum(T, 1), tl.sum(Z2, 1), tl.sum(T2, 1))
+    return added(state, sums[0], sums[1], sums[2], sums[3], z_max, log2_scale)
+
+
+@triton.jit
+def combined(a, b, log2_scale):
+    """Lane by lane the state of both parts. An empty or all -inf part is the identity."""
+    z_max = tl.maximum(a.z_max, b.z_max)
+    zeros = tl.zeros_like(z_max)
+    moved = added(b, zeros, zeros, zeros, zeros, z_max, log2_scale)
+    return added(a, moved.Z, moved.T, moved.Z2, moved.T2, z_max, log2_scale)
+
+
+@triton.jit
+def merged(lanes, inv_temperature, log2_scale):
+    """The lanes of a row as the row's state."""
+    z_max = tl.max(lanes.z_max, 0)
+    zeros = tl.zeros_like(lanes.Z)
+    parts = added(lanes, zeros, zeros, zeros, zeros, z_max, log2_scale)
+    # The four sums travel together: one exchange between warps instead of four.
+    sums = tl.join(tl.join(parts.Z, parts.T), tl.join(parts.Z2, parts.T2))
+    first, second = tl.split(tl.sum(sums, 0))
+    _, T = tl.split(first)
+    Z2, T2 = tl.split(second)
+    # 1 - p_a of a nearly certain token is what the other tokens add to a Z of 1.
+    Z = tl.sum(parts.Z.to(tl.float64), 0)
+    return RowState(
+        z_max.to(tl.float64) * inv_temperature,  # exact: the product of two float32 numbers
+        Z,
+        T.to(tl.float64) * LN2,
+        Z2.to(tl.float64),
+        T2.to(tl.float64) * LN2,
+    )
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of a float64 in the range of float32, to 1e-13; a division would call a subroutine."""
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    return y * (2.0 - x * y)
+
+
+@triton.jit
+def logit_at(u, s):
+    """The float32 logit z with ``u = z inv_temperature``, exactly where there is one."""
+    temperature = (1.0 / s.inv_temperature).to(tl.float64)
+    z = (u * temperature).to(tl.float32).to(tl.float64)
+    return (z + (u - z * s.inv_temperature) * temperature).to(tl.float32)
+
+
+@triton.jit
+def finished(state, target_u):
+    """Statistics of a whole row; ``target_u``, float64, is the sampled token's scaled logit.
+
+    A handful of operations a row: in float64, so that the differences below keep their digits.
+    """
+    # Z is 0 where every logit is -inf and NaN where one is NaN or +inf: all of them bad rows.
+    Z = tl.where(state.Z > 0.0, state.Z, float("nan"))
+    inv_Z = reciprocal(Z)
+    log_Z = tl.log(Z.to(tl.float32)).to(tl.float64)
+    mu = state.T * inv_Z
+    Q = state.Z2 * inv_Z * inv_Z
+    S = state.T2 * inv_Z * inv_Z - mu * Q
+    d = target_u - state.row_max
+    masked = d == NEG_INF
+    e = tl.where(masked, 0.0, tl.exp(d.to(tl.float32))).to(tl.float64)
+    p_a = e * inv_Z
+    s_a = tl.where(masked, 0.0, d - mu)
+    return RowStats(
+        logp=(d - log_Z).to(tl.float32),
+        entropy=(log_Z - mu).to(tl.float32),
+        unit_polarity=(S - p_a * s_a).to(tl.float32),
+        lse=(state.row_max + log_Z).to(tl.float32),
+        inv_Z=inv_Z,
+        mu=mu,
+        Q=Q,
+        S=S,
+        p_a=p_a,
+        s_a=s_a,
+        one_minus_p_a=(Z - e) * inv_Z,
+    )
+
+
+# ---- gradients ------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_grad(state, r, g, target_u, s, HAS_SOFTCAP: tl.constexpr):
+    """The gradient of g.logp logp + g.entropy H + g.unit_polarity c; derivation in row_grad.h."""
+    gc = g.unit_polarity
+    a1 = gc * (r.p_a - r.Q) - g.entropy
+    a0 = gc * (r.p_a - r.Q + r.p_a * r.s_a - 2.0 * r.S) - g.logp - a1 * r.mu
+    b1 = 2.0 * gc
+    b0 = gc * (1.0 - 2.0 * r.mu)
+    q = r.one_minus_p_a
+    Q_r = r.Q - r.p_a * r.p_a
+    S_r = r.S - r.p_a * r.p_a * r.s_a
+    dc = r.p_a * (2.0 * r.p_a * q * r.s_a - (q * q + Q_r) * (1.0 + r.s_a) - 2.0 * S_r)
+    target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc
+
+    # From d = u - row_max and e^d to y and 2^y about a float32 logit: d = y ln(2) + shift. The shift
+    # is 0 where row_max comes from these kernels, at most a rounding of row_max where it does not.
+    z_ref = logit_at(state.row_max, s)
+    shift = z_ref.to(tl.float64) * s.inv_temperature - state.row_max
+    scale = tl.exp(shift.to(tl.float32)) * r.inv_Z
+    # A sampled token of probability 0 has no gradient, nor have the others of its row.
+    factor = tl.where(r.logp == NEG_INF, 0.0, s.inv_temperature.to(tl.float64))
+    first = scale * factor
+    second = scale * first
+    if HAS_SOFTCAP:
+        target *= slope(logit_at(target_u, s), s.softcap)
+    return RowGrad(
+        z_ref=z_ref,
+        a0=(first * (a0 + a1 * shift)).to(tl.float32),
+        a1=(first * a1 * LN2).to(tl.float32),
+        b0=(second * (b0 + b1 * shift)).to(tl.float32),
+        b1=(second * b1 * LN2).to(tl.float32),
+        target=(factor * target).to(tl.float32),
+    )
+
+
+@triton.jit
+def gradient(z, grad, s, HAS_SOFTCAP: tl.constexpr, HAS_SQUARES: tl.constexpr):
+    """dlogits of a block of float32 logits, the sampled token's aside."""
+    x = z
+    if HAS_SOFTCAP:
+        x = capped(z, s.softcap)
+    y = floored((x - grad.z_ref) * s.log2_scale)
+    e = tl.exp2(y)
+    factor = tl.fma(grad.a1, y, grad.a0)
+    if HAS_SQUARES:
+        factor = tl.fma(e, tl.fma(grad.b1, y, grad.b0), factor)
+    dz = e * factor
+    if HAS_SOFTCAP:
+        dz *= slope(x, s.softcap)
+    return dz
+
+
+@triton.jit
+def slope(x, softcap):
+    """d softcap(z) / dz at ``x = softcap(z)``; finite for a masked x, whose gradient is 0."""
+    t = tl.maximum(x, -softcap) * (1.0 / softcap)
+    # (1 - t)(1 + t) keeps its digits where the cap saturates.
+    return (1.0 - t) * (1.0 + t)
+
+
+# ---- policy objective -----------------------------------------------------------------------
+
+
+@triton.jit
+def k3(gap):
+    """e^gap - gap - 1 and e^gap - 1, by series where the direct forms cancel."""
+    series = tl.fma(gap, 1.0 / 5040.0, 1.0 / 720.0)
+    series = tl.fma(gap, series, 1.0 / 120.0)
+    series = tl.fma(gap, series, 1.0 / 24.0)
+    series = tl.fma(gap, series, 1.0 / 6.0)
+    series = gap * gap * tl.fma(gap, series, 0.5)
+    small = tl.abs(gap) < 0.25
+    growth = tl.where(small, gap + series, tl.exp(gap) - 1.0)
+    value = tl.where(small, series, tl.where(growth == POS_INF, growth, growth - gap))
+    return value, growth
+
+
+@triton.jit
+def polarity_weight(polarity, unit_polarity, token, objective):
+    """s (1 + strength phase h(polarity)); exactly s where strength or phase is 0."""
+    sign = tl.where(polarity > 0.0, 1.0, tl.where(polarity < 0.0, -1.0, 0.0))
+    # Deterministic tokens sit at the rounding noise of c; their sign means nothing.
+    sign = tl.where(tl.abs(unit_polarity) <= objective.dead_zone, 0.0, sign)
+    h = tl.where(objective.is_tanh > 0.0, tanh(polarity / token.sigma), sign)
+    swing = objective.strength * token.phase
+    return tl.where(swing == 0.0, token.scale, token.scale * (1.0 + swing * h))
+
+
+@triton.jit
+def policy_token(r, token, objective):
+    """The clipped objective of one token with its optional terms; see policy_loss.h."""
+    ratio = tl.where(objective.has_old > 0.0, tl.exp(r.logp - token.old_logp), 1.0)
+    polarity = ratio * token.advantage * r.unit_polarity
+    weight = polarity_weight(polarity, r.unit_polarity, token, objective)
+    weight = tl.where(objective.has_weighting > 0.0, weight, 1.0)
+    adv = weight * token.advantage
+
+    clamped = tl.where(ratio < 1.0 - objective.clip_low, 1.0 - objective.clip_low, ratio)
+    clamped = tl.where(ratio > 1.0 + objective.clip_high, 1.0 + objective.clip_high, clamped)
+    plain = ratio * adv
+    bounded = clamped * adv
+    # min() takes the unclipped branch on a tie, where both have the same gradient.
+    clipped = bounded < plain
+    loss = -tl.where(clipped, bounded, plain)
+    cap = -objective.dual_clip * adv
+    above = (objective.dual_clip > 0.0) & (adv < 0.0) & (cap < loss)
+    loss = tl.where(above, cap, loss)
+    clipped = clipped | above
+    dlogp = tl.where(clipped, 0.0, -plain)  # d(-r A')/dlogp = -r A', since dr/dlogp = r
+
+    divergence, growth = k3(token.ref_logp - r.logp)
+    has_kl = objective.kl_coef != 0.0
+    loss = tl.where(has_kl, tl.fma(objective.kl_coef, divergence, loss), loss)
+    dlogp = tl.where(has_kl, tl.fma(-objective.kl_coef, growth, dlogp), dlogp)
+    loss = tl.fma(-objective.entropy_coef, r.entropy, loss)
+
+    bad = r.entropy != r.entropy
+    return TokenOut(
+        loss=tl.where(bad, float("nan"), token.token_weight * loss),
+        polarity=tl.where(bad, float("nan"), polarity),
+        weight=tl.where(bad, float("nan"), weight),
+        ratio=tl.where(bad, float("nan"), ratio),
+        clipped=clipped & (r.entropy == r.entropy),
+        dlogp=tl.where(bad, float("nan"), token.token_weight * dlogp),
+        dentropy=tl.where(bad, float("nan"), -token.token_weight * objective.entropy_coef),
+    )

@@ -1,0 +1,118 @@
+"""Where a kernel takes a row's state from, and the numbers that the host passes to every kernel.
+
+They travel as floats in a tuple: Triton specialises integers inside tuples on their value, and would
+compile anew for another V, while floats are never specialised and hold integers up to 2^24 exactly.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .row_state import NEG_INF, RowState, Scaling, capped
+from .tile import (
+    N_SUMS,
+    count_segments,
+    count_words,
+    rest_of_row,
+    row_at,
+    row_state,
+    row_state_of_parts,
+    segment_states,
+    store_states,
+)
+
+IGNORED = tl.constexpr(-100)
+ELSEWHERE = tl.constexpr(-1)
+
+# Where the state of a row comes from.
+LOGITS = tl.constexpr(0)  # this program reads the row
+PARTS = tl.constexpr(1)  # segments_kernel has read it, a program a segment
+STATE = tl.constexpr(2)  # the caller has it
+
+
+class Numbers(NamedTuple):
+    """The numbers of a call that all kernels need."""
+
+    inv_temperature: float
+    log2_scale: float
+    softcap: float
+    vocab_size: float
+    n_columns: float
+    n_parts: float  # programs of a row
+
+
+@triton.jit
+def scaling(numbers):
+    return Scaling(
+        tl.cast(numbers.inv_temperature, tl.float32),
+        tl.cast(numbers.log2_scale, tl.float32),
+        tl.cast(numbers.softcap, tl.float32),
+    )
+
+
+@triton.jit
+def program_row(n_parts):
+    """This program's row, int64, and its part of it."""
+    program = tl.program_id(0)
+    return (program // n_parts).to(tl.int64), program % n_parts
+
+
+@triton.jit
+def target_logit(row, target, vocab_size, s, how):
+    """The sampled token's softcapped logit: -inf where that lies in another shard, NaN (and no read)
+    where the target is no column."""
+    valid = (target >= 0) & (target < vocab_size)
+    z = tl.load(row.ptr + (row.head + tl.where(valid, target, 0)), mask=valid, other=0.0)
+    z = z.to(tl.float32)
+    if how.HAS_SOFTCAP:
+        z = capped(z, s.softcap)
+    return tl.where(valid, z, tl.where(target == ELSEWHERE, NEG_INF, float("nan")))
+
+
+@triton.jit
+def parts_stride(n_words, how):
+    """Floats that the parts of a row take: the rest of the row, its segments, the target's logit."""
+    return ((count_segments(n_words, how) + 1) * N_SUMS + 1) * how.LANES
+
+
+@triton.jit
+def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr):
+    """The state of row ``i`` and its target's scaled logit; ``vocab_size`` 0: nothing is read."""
+    if how.SOURCE == STATE:
+        at = source + i * 6
+        state = RowState(
+            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+        )
+        return state, tl.load(at + 5)
+    elif how.SOURCE == PARTS:
+        n_words = count_words(vocab_size, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
+        stride = parts_stride(n_words, how)
+        at = source + i * stride
+        state = row_state_of_parts(at, count_segments(n_words, how), s, how)
+        return state, tl.load(at + (stride - how.LANES)).to(tl.float64) * s.inv_temperature
+    else:
+        state = row_state(row, vocab_size, s, how, EVICTION)
+        z = target_logit(row, target, vocab_size, s, how)
+        return state, z.to(tl.float64) * s.inv_temperature
+
+
+@triton.jit(do_not_specialize=["logits", "parts", "targets", "weights", "has_weights", "stride"])
+def segments_kernel(logits, parts, targets, weights, has_weights, numbers, stride, how):
+    """The states of the segments of every row, a program each, in ``parts``."""
+    vocab_size = tl.cast(numbers.vocab_size, tl.int32)
+    n_words = count_words(vocab_size, 128 // logits.dtype.element_ty.primitive_bitwidth, how)
+    i, segment = program_row(tl.cast(numbers.n_parts, tl.int32))
+    target = tl.load(targets + i)
+    weight = tl.load(weights + i, mask=has_weights != 0, other=1.0)
+    if (target != IGNORED) & (weight != 0.0):
+        s = scaling(numbers)
+        row = row_at(logits, i, stride)
+        row_stride = parts_stride(n_words, how)
+        at = parts + i * row_stride
+        if segment == 0:
+            store_states(at, rest_of_row(row, vocab_size, s, how), how)
+            z = target_logit(row, target, vocab_size, s, how)
+            tl.store(at + (row_stride - how.LANES), z)
+        lanes = segment_states(row, n_words, segment, s, how, "evict_first")
+        store_states(at + (segment + 1) * (N_SUMS * how.LANES), lanes, how)

@@ -1,0 +1,236 @@
+"""The CUDA sources compiled for this machine's CPU, where every CUDA thread is a fiber.
+
+`emulated()` lets backend "cuda" serve CPU tensors: the kernels, launchers and wrappers are the real
+ones; only csrc/cuda/machine.cuh, the layer of PTX instructions, is replaced (see
+tests/cpp/emulated_machine.h for what that reports). The device is made up, and small, so that
+short rows already spread over clusters and buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from papo_kernels import backend
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("fused_loss", "streamed", "token_stats")
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-Icsrc/include", "-Icsrc/cuda", "-Itests/cpp"),
+)
+
+I32, I64, F64, PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_size_t
+
+
+def _struct(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+# csrc/include/papo/params.h and csrc/cuda/tile.h, field by field.
+Matrix = _struct(
+    "Matrix", ("data", PTR), ("rows", I64), ("cols", I64), ("row_stride", I64), ("dtype", I32)
+)
+RowParams = _struct("RowParams", ("temperature", F64), ("softcap", F64), ("vocab_size", I64))
+TokenStatsOut = _struct(
+    "TokenStatsOut",
+    *((name, PTR) for name in ("logp", "entropy", "unit_polarity", "lse", "state")),
+)
+TokenStatsGrads = _struct(
+    "TokenStatsGrads", *((name, PTR) for name in ("logp", "entropy", "unit_polarity"))
+)
+TokenInputs = _struct(
+    "TokenInputs",
+    *(
+        (name, PTR)
+        for name in ("targets", "advantages", "token_weight", "old_logp", "ref_logp", "state")
+    ),
+)
+PolicyLossParams = _struct(
+    "PolicyLossParams",
+    *((name, F64) for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")),
+)
+Weighting = _struct(
+    "Weighting",
+    ("shape", I32),
+    ("strength", F64),
+    ("dead_zone", F64),
+    ("phase", PTR),
+    ("sigma", PTR),
+    ("scale", PTR),
+)
+PolicyLossOut = _struct(
+    "PolicyLossOut",
+    *(
+        (name, PTR)
+        for name in (
+            "token_loss",
+            "logp",
+            "entropy",
+            "unit_polarity",
+            "polarity",
+            "weight",
+            "ratio",
+            "clipped",
+        )
+    ),
+)
+Launch = _struct("Launch", ("threads", I32), ("device", I32), ("stream", PTR))
+DeviceLimits = _struct(
+    "DeviceLimits",
+    ("multiprocessors", I32),
+    ("shared_per_block", I32),
+    ("shared_per_multiprocessor", I32),
+    ("max_cluster", I32),
+)
+Tile = _struct(
+    "Tile",
+    *(
+        (name, I32)
+        for name in (
+            "cluster",
+            "warps",
+            "slice",
+            "stage",
+            "stages",
+            "ring",
+            "stage_bytes",
+            "shared_bytes",
+        )
+    ),
+    ("ahead", ctypes.c_bool),
+)
+
+H100 = DeviceLimits(132, 232448, 233472, 16)
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The emulated backend, compiled once per process."""
+    # Kept for the process: the library stays loaded.
+    folder = Path(tempfile.mkdtemp(prefix="papo-emulated-"))
+    sources = [(ROOT / f"csrc/cuda/{name}.cu", name) for name in SOURCES]
+    sources.append((ROOT / "tests/cpp/emulated_cuda.cpp", "main"))
+    objects = [str(folder / f"{name}.o") for _, name in sources]
+    for (source, _), target in zip(sources, objects, strict=True):
+        command = ["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", target]
+        subprocess.run(command, cwd=ROOT, check=True)
+    shared = folder / "emulated.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(shared)], check=True)
+    lib = ctypes.CDLL(str(shared))
+    for name in ("token_stats_fwd", "token_stats_bwd", "policy_loss", "scale"):
+        getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
+    lib.emulated_tile.restype = Tile
+    lib.emulated_tile.argtypes = [I64, I32, ctypes.POINTER(DeviceLimits)]
+    lib.emulated_allow.argtypes = [PTR, I64, ctypes.c_bool]
+    return lib
+
+
+class Native:
+    """What papo_kernels._C offers cuda_impl, on the emulated machine."""
+
+    Matrix = Matrix
+    RowParams = RowParams
+    TokenStatsOut = TokenStatsOut
+    TokenStatsGrads = TokenStatsGrads
+    TokenInputs = TokenInputs
+    PolicyLossParams = PolicyLossParams
+    Weighting = Weighting
+    PolicyLossOut = PolicyLossOut
+    Launch = Launch
+
+    def __init__(self) -> None:
+        self.lib = library()
+
+    def _call(self, name: str, matrices: list[ctypes.Structure], *args: object) -> None:
+        """Kernels may touch the elements of `matrices` and no others, and write the last alone."""
+        self.lib.emulated_forget()
+        for m in matrices:
+            width = (2, 2, 4)[m.dtype]
+            if m.data and m.rows:
+                extent = ((m.rows - 1) * m.row_stride + m.cols) * width
+                self.lib.emulated_allow(m.data, extent, m is matrices[-1])
+        passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else PTR(a) for a in args]
+        message = getattr(self.lib, f"emulated_{name}")(*passed)
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+    def token_stats_fwd(self, logits, targets, state, row, out, launch):
+        nothing = Matrix(0, 0, 0, 0, 0)
+        self._call("token_stats_fwd", [logits, nothing], logits, targets, state, row, out, launch)
+
+    def token_stats_bwd(self, logits, targets, state, grads, row, dlogits, launch):
+        args = (logits, targets, state, grads, row, dlogits, launch)
+        self._call("token_stats_bwd", [logits, dlogits], *args)
+
+    def policy_loss(self, logits, tokens, params, weighting, row, out, dlogits, launch):
+        args = (logits, tokens, params, weighting, row, out, dlogits, launch)
+        self._call("policy_loss", [logits, dlogits], *args)
+
+    def scale(self, matrix, factor, launch):
+        self._call("scale", [matrix], matrix, factor, launch)
+
+    @property
+    def widest_cluster(self) -> int:
+        """Blocks of the largest cluster launched."""
+        return int(self.lib.emulated_widest_cluster())
+
+    @property
+    def launches(self) -> int:
+        return int(self.lib.emulated_launches())
+
+
+@contextlib.contextmanager
+def emulated(
+    shared_per_block: int = 24000,
+    shared_per_multiprocessor: int = 26000,
+    max_cluster: int = 8,
+    resident: int = 2,
+    seed: int = 0,
+) -> Iterator[Native]:
+    """`papo_kernels.cuda_impl` serves CPU tensors, on a device of these limits.
+
+    Args:
+        max_cluster: 0: as on sm_80, without clusters.
+        resident: clusters (blocks, for kernels without) that run at a time.
+        seed: of the order in which threads run and transfers arrive.
+    """
+    native = Native()
+    limits = DeviceLimits(2, shared_per_block, shared_per_multiprocessor, max_cluster)
+    native.lib.emulated_configure(ctypes.byref(limits), resident, seed)
+
+    def launch(native: Native, logits: Tensor) -> ctypes.Structure:
+        return Launch(1, 0, 0)
+
+    def cannot(device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    backend._choose.cache_clear()
+    with (
+        mock.patch("papo_kernels._native.module", lambda: native),
+        mock.patch("papo_kernels.cuda_impl._launch", launch),
+        mock.patch.dict(backend._CANNOT, {"cuda": cannot}),
+    ):
+        yield native
+    backend._choose.cache_clear()
+
+
+def at_offset(x: Tensor, stride: int, elements: int) -> Tensor:
+    """A copy of `x [N, V]` with another row stride that starts `elements` elements behind a 16-byte
+    boundary, and ends where its storage ends."""
+    n, v = x.shape
+    per_word = 16 // x.element_size()
+    storage = torch.full((per_word + elements + (n - 1) * stride + v,), torch.nan, dtype=x.dtype)
+    skip = -storage.data_ptr() // x.element_size() % per_word + elements
+    view = storage.as_strided((n, v), (stride, 1), skip)
+    return view.copy_(x)

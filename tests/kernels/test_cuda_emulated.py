@@ -1,0 +1,390 @@
+"""The CUDA kernels on the emulated machine of cuda_emulator.py: results against the oracle, with
+threads and transfers in random order; nothing read or written outside the matrices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from papo_kernels import PolarityWeighting, PolicyLossParams, cuda_impl, reference
+from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
+from tests.cases import LAYOUTS, LOGITS, Case, make_case, make_loss_case
+from tests.kernels import test_golden
+from tests.kernels.cuda_emulator import at_offset, emulated
+from tests.oracle import check_policy_loss, check_token_stats, plain_token_stats
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+EVERY_TERM = PolicyLossParams(
+    clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01
+)
+WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The same call in the three ways there are to run it; the device's limits decide.
+DEVICES = {
+    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
+    "ahead": {},
+    # Two buffers fit at most: sums and gradient of a row follow each other.
+    "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
+    "no_clusters": {"max_cluster": 0},
+}
+# (N, V, which regime it covers)
+SHAPES = (
+    (1, 1, "one element: less than a word, one lane of one warp"),
+    (3, 7, "a ragged row shorter than a word of 2-byte elements"),
+    (40, 33, "more rows than one look-ahead of 32, odd rows"),
+    (9, 1000, "a few words per lane, every row aligned"),
+    (7, 3001, "a cluster of 2 or more, odd rows, a ragged end in the last block"),
+    (5, 8200, "a cluster of 4 or more"),
+)
+
+
+@pytest.fixture(params=DEVICES)
+def device_limits(request):
+    return DEVICES[request.param]
+
+
+@pytest.mark.parametrize("n,v", [(n, v) for n, v, _ in SHAPES])
+def test_shapes(n, v, device_limits):
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            check_token_stats(make_case("normal", n, v, dtype=dtype), "cuda")
+            case = make_loss_case(
+                "normal", n, v, dtype=dtype, params=EVERY_TERM, weighting=WEIGHTING
+            )
+            check_policy_loss(case, "cuda", factor=-1.5)
+            check_policy_loss(case, "cuda", inplace=True)
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_kinds(kind, device_limits):
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            check_token_stats(make_case(kind, 16, 1601, dtype=dtype), "cuda")
+            case = make_loss_case(
+                kind, 16, 1601, dtype=dtype, params=EVERY_TERM, weighting=WEIGHTING
+            )
+            check_policy_loss(case, "cuda", inplace=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("temperature", [0.2, 0.7, 3.0])
+def test_temperature_and_soft_cap(temperature, softcap, device_limits):
+    more = {"temperature": temperature, "softcap": softcap}
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            check_token_stats(make_case("masked", 8, 1500, dtype=dtype, **more), "cuda")
+            # No entropy term: the gradient is a multiple of p, which has a loop of its own.
+            check_policy_loss(make_loss_case("masked", 8, 1500, dtype=dtype, **more), "cuda")
+
+
+@pytest.mark.parametrize("name", test_golden.CASES)
+def test_golden_cases(name):
+    golden = test_golden.CASES[name]
+    for device_limits in (DEVICES["ahead"], DEVICES["no_clusters"]):
+        with emulated(**device_limits):
+            for dtype in DTYPES:
+                if test_golden.is_exact(golden, dtype):
+                    test_golden.check(golden, test_golden.build(golden, dtype, "cpu"), "cuda")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, device_limits):
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            case = make_case("normal", 7, 1203, dtype=dtype, layout=layout)
+            check_token_stats(case, "cuda")
+
+
+def test_padding_columns(device_limits):
+    """They hold NaN; their gradient is 0. Less than a word, and whole words."""
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            for v, vocab_size in ((1304, 1299), (3000, 1025), (64, 1)):
+                more = {"dtype": dtype, "vocab_size": vocab_size}
+                dlogits = check_token_stats(make_case("normal", 6, v, **more), "cuda")
+                assert dlogits[:, vocab_size:].eq(0).all()
+                case = make_loss_case("normal", 6, v, params=EVERY_TERM, **more)
+                assert check_policy_loss(case, "cuda")[:, vocab_size:].eq(0).all()
+
+
+def test_a_slice_of_several_buffers():
+    """37,500 columns do not fit one buffer of 32 KB; the ring holds one more than they fill."""
+    with emulated(shared_per_block=110000, shared_per_multiprocessor=110000) as native:
+        case = make_loss_case("normal", 4, 300001, dtype=torch.bfloat16, params=EVERY_TERM)
+        check_policy_loss(case, "cuda", inplace=True)
+        assert native.widest_cluster == 8
+        check_token_stats(case, "cuda")
+
+
+# ---- orders -------------------------------------------------------------------------------------
+
+
+def one_call(case: Case, dlogits: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    scalars = [torch.tensor(x) for x in (0.5, 0.1, 1.1)]
+    return cuda_impl.policy_loss_fwd(
+        case.logits,
+        case.targets,
+        TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp),
+        case.params,
+        WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6),
+        RowParams(case.temperature, case.softcap or 0.0, case.logits.shape[1]),
+        dlogits,
+    )
+
+
+@pytest.mark.parametrize("v", [900, 3001, 8200])
+def test_every_order_of_threads_gives_the_same_bits(v, device_limits):
+    """Sixteen orders, one to three clusters at a time: a missing barrier would change or hang one."""
+    case = make_loss_case("normal", 11, v, dtype=torch.bfloat16, params=EVERY_TERM)
+    first = None
+    for seed in range(16):
+        with emulated(**device_limits, resident=1 + seed % 3, seed=seed):
+            dlogits = torch.full_like(case.logits, torch.nan)
+            outputs = (*one_call(case, dlogits), dlogits)
+        first = outputs if first is None else first
+        for a, b in zip(outputs, first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("v", [900, 3001, 8200])
+def test_complaint_10_the_ratio_to_ones_own_logp_is_exactly_one(v, device_limits):
+    """Whatever the number of rows, their alignment, and whether a gradient is formed."""
+    logits = (3.0 * torch.randn(6, v)).to(torch.bfloat16)
+    targets = torch.randint(v, (6,))
+    row = RowParams(0.9, 0.0, v)
+    ones = torch.ones(6)
+    with emulated(**device_limits):
+        logp, *_ = cuda_impl.token_stats_fwd(logits, targets, row)
+        for offset, stride in ((0, v), (3, v + 5), (1, v + 8)):
+            moved = at_offset(logits, stride, offset)
+            for rows in (slice(0, 6), slice(2, 3)):
+                for dlogits in (None, torch.empty_like(logits[rows])):
+                    tokens = TokenInputs(ones[rows], ones[rows], logp[rows].contiguous(), None)
+                    _, again, *_, ratio, _ = cuda_impl.policy_loss_fwd(
+                        moved[rows], targets[rows], tokens, PolicyLossParams(), None, row, dlogits
+                    )
+                    assert torch.equal(again, logp[rows])
+                    assert ratio.eq(1.0).all()
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_alignment_of_both_matrices(dtype, device_limits):
+    """Rows that start anywhere within a word, in the logits and, elsewhere, in the gradient."""
+    n, v = 3, 1203
+    case = make_loss_case("normal", n, v, dtype=dtype, params=EVERY_TERM)
+    per_word = 16 // case.logits.element_size()
+    expected = None
+    with emulated(**device_limits):
+        for offset in range(per_word):
+            for out_offset in range(0, per_word, 3):
+                moved = at_offset(case.logits, v + offset, offset)
+                dlogits = at_offset(torch.full_like(case.logits, torch.nan), v + 1, out_offset)
+                around = dlogits.untyped_storage().nbytes()
+                one_call(replace(case, logits=moved), dlogits)
+                expected = dlogits.clone() if expected is None else expected
+                assert torch.equal(dlogits, expected)
+                whole = torch.empty(0, dtype=dtype).set_(dlogits.untyped_storage())
+                written = whole.isfinite().sum().item()
+                assert written == n * v, f"{written} of {n * v} elements, {around} bytes"
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_float32_logits_with_a_narrower_gradient(narrow, device_limits):
+    case = make_loss_case("normal", 5, 1203, params=EVERY_TERM)
+    row = RowParams(1.0, 0.0, 1203)
+    g = torch.randn(3, 5)
+    with emulated(**device_limits):
+        wide, small = torch.empty_like(case.logits), torch.empty(5, 1203, dtype=narrow)
+        one_call(case, wide)
+        one_call(case, small)
+        assert torch.equal(small, wide.to(narrow))
+        *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+        for dlogits in (wide, small):
+            cuda_impl.token_stats_bwd(case.logits, case.targets, state, tuple(g), row, dlogits)
+        assert torch.equal(small, wide.to(narrow))
+        with pytest.raises(TypeError, match="dlogits"):
+            one_call(case, torch.empty(5, 1203, dtype=torch.float64))
+
+
+def test_in_place_and_beside_are_the_same(device_limits):
+    case = make_loss_case("masked", 9, 3001, dtype=torch.bfloat16, params=EVERY_TERM)
+    row = RowParams(1.0, 0.0, 3001)
+    g = tuple(torch.randn(3, 9))
+    with emulated(**device_limits):
+        *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+        beside = cuda_impl.token_stats_bwd(case.logits, case.targets, state, g, row)
+        over = case.logits.clone()
+        cuda_impl.token_stats_bwd(over, case.targets, state, g, row, over)
+        assert torch.equal(over, beside)
+        loss = torch.empty_like(beside)
+        outputs = one_call(case, loss)
+        over = case.logits.clone()
+        again = one_call(replace(case, logits=over), over)
+        assert torch.equal(over, loss)
+        for a, b in zip(outputs, again, strict=True):
+            assert torch.equal(a, b)
+
+
+# ---- rows that are special ----------------------------------------------------------------------
+
+
+def test_rows_that_contribute_nothing(device_limits):
+    """Ignored rows and rows of weight 0 hold NaN; all of them, none, and runs longer than 32."""
+    n, v = 70, 40
+    with emulated(**device_limits):
+        for left_out in (range(0, n), range(3, 40), range(1, n, 2)):
+            case = make_loss_case("normal", n, v, dtype=torch.bfloat16, params=EVERY_TERM)
+            rows = torch.tensor(list(left_out))
+            case.targets[rows[::2]] = -100
+            case.token_weight[rows] = 0.0
+            case.logits[rows] = torch.nan
+            dlogits = check_policy_loss(case, "cuda", inplace=True)
+            assert dlogits[rows].eq(0).all()
+            case.targets[rows] = -100
+            assert check_token_stats(case, "cuda")[rows].eq(0).all()
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_bad_rows_are_nan_and_their_neighbours_are_not(bad, device_limits):
+    """One such element anywhere, or all of them; a single -inf is a masked token and no bad row."""
+    v, row = 1601, 3
+    others = [i for i in range(9) if i != row]
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            case = make_loss_case("normal", 9, v, dtype=dtype, params=EVERY_TERM)
+            case.targets[row], case.token_weight[row] = 5, 0.1
+            expected_grad = torch.empty_like(case.logits)
+            expected = one_call(case, expected_grad)
+            for place in (0, 700, v - 1, slice(None)):
+                logits = case.logits.clone()
+                logits[row, place] = float(bad)
+                dlogits = torch.empty_like(logits)
+                outputs = one_call(replace(case, logits=logits), dlogits)
+                masked = bad == "-inf" and place != slice(None)
+                for x in (*outputs[:-1], dlogits):
+                    assert x[row].isnan().any() == (not masked)
+                    assert x[row].isnan().all() == (not masked)
+                for x, y in zip((*outputs, dlogits), (*expected, expected_grad), strict=True):
+                    assert torch.equal(x[others], y[others])
+
+
+@pytest.mark.parametrize("target", [1203, 5000, -2, -101, 2**40, -(2**40)])
+def test_a_target_out_of_range_makes_its_row_nan(target, device_limits):
+    logits = torch.randn(5, 1203)
+    targets = torch.tensor([0, 7, target, 1202, -100])
+    row = RowParams(1.0, 0.0, 1203)
+    with emulated(**device_limits):
+        *stats, state = cuda_impl.token_stats_fwd(logits, targets, row)
+        dlogits = cuda_impl.token_stats_bwd(logits, targets, state, (torch.ones(5),) * 3, row)
+        ones = torch.ones(5)
+        loss = torch.empty_like(logits)
+        outputs = cuda_impl.policy_loss_fwd(
+            logits, targets, TokenInputs(ones, ones, None, None), EVERY_TERM, None, row, loss
+        )
+    for x in (*stats, dlogits, *outputs[:-1], loss):
+        assert x[2].isnan().all()
+        assert x[[0, 1, 3]].isfinite().all()
+
+
+EXTREMES = {
+    "finfo.min beside ordinary logits": lambda x: x[:, ::2].fill_(torch.finfo(x.dtype).min),
+    "nothing but finfo.min": lambda x: x.fill_(torch.finfo(x.dtype).min),
+    "finfo.min and -inf": lambda x: x.fill_(torch.finfo(x.dtype).min)[:, ::3].fill_(-torch.inf),
+    "both ends of the range": lambda x: x.fill_(torch.finfo(x.dtype).min)[:, 5].fill_(
+        torch.finfo(x.dtype).max
+    ),
+    "a rising row": lambda x: x.copy_(torch.linspace(-6e4, 6e4, x.shape[1]).expand(x.shape)),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("temperature", [1.0, 1e-3, 1e3])
+def test_extreme_logits(name, temperature, device_limits):
+    """Where the fused multiply-add of the inner loops would overflow or lose the maximum."""
+    with emulated(**device_limits):
+        for dtype in DTYPES:
+            case = make_case("normal", 4, 1100, dtype=dtype, temperature=temperature)
+            EXTREMES[name](case.logits)
+            case.targets[:] = 5
+            exact = plain_token_stats(case.logits, case.targets, temperature=temperature)
+            row = RowParams(temperature, 0.0, 1100)
+            actual = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+            for x, y in zip(actual, exact, strict=False):
+                torch.testing.assert_close(x, y.float(), rtol=2e-6, atol=2e-6)
+
+
+# ---- states, scaling, nothing -------------------------------------------------------------------
+
+
+def test_merged_states_of_shards(device_limits):
+    """Three shards of the vocabulary, then outputs and gradients from the merged state."""
+    case = make_loss_case("masked", 9, 3001, params=EVERY_TERM, temperature=0.8)
+    row = RowParams(0.8, 0.0, 3001)
+    edges = (0, 1000, 1009, 3001)
+    g = tuple(torch.randn(3, 9))
+    with emulated(**device_limits):
+        *stats, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+        dstats = cuda_impl.token_stats_bwd(case.logits, case.targets, state, g, row)
+        dloss = torch.empty_like(case.logits)
+        outputs = one_call(case, dloss)
+        shards = []
+        for begin, end in itertools.pairwise(edges):
+            here = (case.targets >= begin) & (case.targets < end)
+            local = torch.where(here, case.targets - begin, -1)
+            local = torch.where(case.targets == -100, -100, local)
+            shards.append((case.logits[:, begin:end], local, row._replace(vocab_size=end - begin)))
+        parts = [cuda_impl.token_stats_fwd(z, t, r)[-1] for z, t, r in shards]
+        whole = reference.merge_states(torch.stack(parts))
+        tokens = TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp)
+        scalars = [torch.tensor(x) for x in (0.5, 0.1, 1.1)]
+        weighting = WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6)
+        for (z, t, r), begin in zip(shards, edges, strict=False):
+            close = {"rtol": 1e-5, "atol": 1e-6}
+            for x, y in zip(cuda_impl.token_stats_fwd(z, t, r, whole), stats, strict=False):
+                torch.testing.assert_close(x, y, **close)
+            mine = slice(begin, begin + z.shape[1])
+            dz = cuda_impl.token_stats_bwd(z, t, whole, g, r)
+            torch.testing.assert_close(dz, dstats[:, mine], **close)
+            dz = torch.empty_like(z)
+            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.params, weighting, r, dz, whole)
+            for x, y in zip(got, outputs, strict=True):
+                torch.testing.assert_close(x, y, **close)
+            torch.testing.assert_close(dz, dloss[:, mine], **close)
+            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.params, weighting, r, None, whole)
+            for x, y in zip(got, outputs, strict=True):
+                torch.testing.assert_close(x, y, **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(dtype):
+    x = torch.randn(3, 70001).to(dtype)
+    with emulated():
+        for stride, offset in ((70001, 0), (70001, 1), (70010, 3)):
+            y = at_offset(x, stride, offset)
+            cuda_impl.scale_(y, torch.tensor(-0.75, dtype=torch.float64))
+            assert torch.equal(y, (x.float() * -0.75).to(dtype))
+            cuda_impl.scale_(y, torch.tensor(1.0))
+            assert torch.equal(y, (x.float() * -0.75).to(dtype))
+
+
+def test_no_rows(device_limits):
+    row = RowParams(1.0, 0.0, 40)
+    none = torch.empty(0)
+    logits, targets = torch.empty(0, 40), torch.empty(0, dtype=torch.int64)
+    with emulated(**device_limits) as native:
+        *stats, state = cuda_impl.token_stats_fwd(logits, targets, row)
+        assert [tuple(x.shape) for x in stats] == [(0,)] * 4
+        assert cuda_impl.token_stats_bwd(logits, targets, state, (none,) * 3, row).shape == (0, 40)
+        tokens = TokenInputs(none, none, None, None)
+        cuda_impl.policy_loss_fwd(logits, targets, tokens, EVERY_TERM, None, row, logits)
+        cuda_impl.scale_(logits, torch.tensor(2.0))
+        assert native.launches == 0

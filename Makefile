@@ -2,6 +2,7 @@
 # make test     set up .venv and run the whole test suite
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
+# make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv)
 #
 # PYTHON=...  the interpreter .venv is made from        VENV=...    where
 # CONFIG=...  another config for `make train`           ARGS="--set a.b=c --resume auto"    its arguments
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup train test bench lint clean
+.PHONY: setup train test bench lint gpu-check clean
 
 setup: $(STAMP)
 
@@ -37,12 +38,16 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_cpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy papo papo_kernels
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build runs

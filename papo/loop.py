@@ -1,6 +1,5 @@
-"""The run: the only file that knows the order of the stages:
-problems -> rollout -> reward -> advantage -> batch -> stats -> phase -> loss -> step.
-"""
+"""The order of the stages, known here alone: problems -> rollout -> reward -> advantage -> batch ->
+stats -> phase -> loss -> step."""
 
 from __future__ import annotations
 
@@ -95,20 +94,19 @@ class Loop:
         s.write(self.step, metrics, collected)
 
     def _sample_round(self, model: Any, k: int, clock: StageClock) -> list[experience.ScoredGroup]:
-        rollout, rank = self.config.rollout, collectives.rank()
+        config, rollout, rank = self.config, self.config.rollout, collectives.rank()
         problems = self.s.problems.batch(self.cursor, rollout.prompts_per_step)
         self.cursor += rollout.prompts_per_step
         share = len(problems) // collectives.world_size()
         mine = problems[rank * share : (rank + 1) * share]
-        n = rollout.completions_per_prompt
+        n, limit = rollout.completions_per_prompt, rollout.max_new_tokens
         with clock("rollout"):
-            seed = seed_of(self.config.seed, "rollout", self.step, k, rank)
+            seed = seed_of(config.seed, "rollout", self.step, k, rank)
             params = SamplingParams.of(rollout)
             completions = self.s.sampler.sample(model, mine, n, params, seed)
         with clock("reward"):
             rewards = self.s.rewards.score(completions)
-        limit = rollout.max_new_tokens
-        return experience.score_groups(completions, rewards, n, self.config.advantage, limit)
+        return experience.score_groups(completions, rewards, n, config.advantage, limit)
 
     def _updates(
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock

@@ -80,7 +80,7 @@ METRICS: dict[str, Metric] = {
         "share", "Tokens whose update contracts entropy (polarity below 0)."
     ),
     "polarity/expanding_pressure_before": Metric(
-        "share", "The expanding branch's part of the summed absolute polarity, unweighted."
+        "share", "The expanding branch's part of the summed absolute advantage, unweighted."
     ),
     "polarity/contracting_pressure_before": Metric(
         "share", "The contracting branch's part of it, unweighted."

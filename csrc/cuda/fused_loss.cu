@@ -1,12 +1,13 @@
 // Rows that stay on chip: one read of the logits and, where a gradient is wanted, one write.
 //
-// A cluster of blocks shares a row. Each block's slice is copied into buffers in shared memory, where it
-// stays until its gradient has been written. In a block three roles run side by side:
+// A cluster of blocks shares a row. Each block's slice is copied into buffers in shared memory,
+// where it stays until its gradient has been written. In a block three roles run side by side:
 //   copy      one warp: fills free buffers with the slices of the rows to come
 //   compute   tile.warps warps: a row's sums; later, from the same buffers, its gradient
-//   finish    one warp: merges the sums over the block and the cluster, writes the row's outputs and
-//             forms the coefficients of its gradient. Every block does so, from the same numbers
-// and talk through barriers in shared memory:
+//   finish    one warp: merges the sums over the block and the cluster, writes the row's outputs
+//             and forms the coefficients of its gradient. Every block does so, from the same
+//             numbers
+// They talk through barriers in shared memory:
 //   full[buffer]    copy -> compute      the bytes have landed
 //   empty[buffer]   compute -> copy      every warp is done with them
 //   partial[2]      compute -> finish    every warp's sums of a row
@@ -121,8 +122,8 @@ class ResidentRows {
     const Span within = span_of(s, tile_.stage, slice_.count);
     return {slice_.begin + within.begin, within.count};
   }
-  // Slices and stages are whole words, so that the bytes of a stage lie in its buffer as far from a 16-byte
-  // boundary as the row's first element does in memory.
+  // Slices and stages are whole words, so that the bytes of a stage lie in its buffer as far from a
+  // 16-byte boundary as the row's first element does in memory.
   PAPO_DEVICE SharedRow<In> staged(int buffer, int64_t row) const {
     const uintptr_t start = reinterpret_cast<uintptr_t>(element_at<In>(call_.logits, row, 0));
     return {buffer_address(buffer) + static_cast<uint32_t>(start % kWordBytes)};
@@ -133,7 +134,7 @@ class ResidentRows {
     if (lane_ == 0) machine::barrier_arrive(empty(buffer));
   }
 
-  // ---- copy ---------------------------------------------------------------------------------------
+  // ---- copy ------------------------------------------------------------------------------------
 
   PAPO_DEVICE void copy() const {
     RowQueue queue = rows();
@@ -187,13 +188,13 @@ class ResidentRows {
     }
   }
 
-  // ---- compute ------------------------------------------------------------------------------------
+  // ---- compute ---------------------------------------------------------------------------------
 
   PAPO_DEVICE void compute() const {
     RowQueue queue = rows();
     Cursor scanned, finished;
-    // With room for two rows the sums of a row come before the gradient of the row before it: what the
-    // finish warp takes for one is hidden behind the other.
+    // With room for two rows the sums of a row come before the gradient of the row before it: what
+    // the finish warp takes for one is hidden behind the other.
     const bool ahead = tile_.ahead || !call_.wants_gradient();
     Job pending = {-1, kColumnInactive};
     for (int k = 0;; ++k) {
@@ -271,7 +272,7 @@ class ResidentRows {
     write_zero_columns<Out>(call_, job.row, call_.columns(), rank_, tile_.cluster, share);
   }
 
-  // ---- finish -------------------------------------------------------------------------------------
+  // ---- finish ----------------------------------------------------------------------------------
 
   PAPO_DEVICE void finish_rows() const {
     RowQueue queue = rows();

@@ -107,8 +107,9 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, void* stream,
   return config;
 }
 
-// How many clusters of a kernel (blocks, where shape.cluster is 1) a device runs at a time; 0: it cannot
-// run them. Asked once per kernel, device and shape, as is leave to use all of the shared memory.
+// How many clusters of a kernel (blocks, where shape.cluster is 1) a device runs at a time; 0: it
+// cannot run them. Asked once per kernel, device and shape, as is leave to use all of the shared
+// memory.
 template <typename... Args>
 int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int device,
                       int needed_ptx) {

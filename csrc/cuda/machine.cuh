@@ -285,8 +285,8 @@ PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
 PAPO_DEVICE void fence_before_bulk() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// global -> shared; source, target and bytes are multiples of 16. The bytes count towards `barrier`.
-// Streamed data: first to leave the L2 cache.
+// global -> shared; source, target and bytes are multiples of 16. The bytes count towards
+// `barrier`. Streamed data: first to leave the L2 cache.
 PAPO_DEVICE void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
   asm volatile(
       "{.reg .b64 policy;\n"

@@ -1,5 +1,6 @@
 // What one call asks of its rows, which rows there are, and the step between a row's sums and its
-// gradient: outputs written, coefficients formed. One warp does that step for a row, all lanes alike.
+// gradient: outputs written, coefficients formed. One warp does that step for a row, all lanes
+// alike.
 #pragma once
 
 #include "papo/policy_loss.h"
@@ -89,7 +90,7 @@ class RowQueue {
   int lane_, at_, column_;
 };
 
-// ---- from sums to outputs and coefficients --------------------------------------------------------
+// ---- from sums to outputs and coefficients -----------------------------------------------------
 
 enum class GradMode : int {
   kScaledExp,  // du = a0 2^y, the usual policy loss
@@ -97,8 +98,8 @@ enum class GradMode : int {
   kCareful,  // soft caps, and maxima for which the fma of kGeneral is not exact enough
 };
 
-// A row's gradient in the units of the inner loops: du = e (a0 + a1 y + e (b0 + b1 y)), e = 2^y, with
-// y = x unit - m, or (x - m) unit if careful; 1/temperature is folded in.
+// A row's gradient in the units of the inner loops: du = e (a0 + a1 y + e (b0 + b1 y)), e = 2^y,
+// with y = x unit - m, or (x - m) unit if careful; 1/temperature is folded in.
 struct ElementGrad {
   float m, a0, a1, b0, b1;
   float target;  // of the sampled token

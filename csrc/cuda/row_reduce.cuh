@@ -1,7 +1,7 @@
 // The five sums of a row: per lane over words of logits, then over a warp, a block and a cluster.
 //
-// Lanes count in base 2 about a maximum m that their warp shares: with unit = log2(e) / temperature,
-//   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y.
+// Lanes count in base 2 about a maximum m that their warp shares. With unit = log2(e)/temperature:
+//   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y
 // In the usual case y comes from one fma, x unit - M with M = m unit rounded; the rounding error
 // o = m unit - M, known exactly, is the same for every element: the sums are about m - o / unit.
 // From the warp on the sums are a RowState<double> in nats, merged as everywhere else.
@@ -22,8 +22,8 @@ constexpr float kFloor = -500.0f;
 struct Scaling {
   float unit;
   float softcap, inv_softcap;  // 0: none
-  // Maxima in [fast_min, fast_max] allow the fma: m unit is at most 2^20, and a logit raised to `low` is
-  // still too far below the maximum to count.
+  // Maxima in [fast_min, fast_max] allow the fma: m unit is at most 2^20, and a logit raised to
+  // `low` is still too far below the maximum to count.
   float fast_min, fast_max;
   uint32_t low;  // in the bits of the logits' type, once per element of a register
   double inv_unit, inv_temperature;
@@ -107,8 +107,8 @@ class WarpScan {
       : s_(scaling), m_(-infinity<float>()), big_m_(0.0f), o_(0.0f), mode_(kNothing),
         sums_(LaneSums::zero()) {}
 
-  // The first n of kWords words of every lane; the others, and words that are not there, are masked.
-  // All branches are the warp's.
+  // The first n of kWords words of every lane; the others, and words that are not there, are
+  // masked. All branches are the warp's.
   template <int kWords>
   PAPO_DEVICE void batch(Word (&w)[kWords], int n) {
     const float top = largest<T>(w);
@@ -125,8 +125,8 @@ class WarpScan {
     }
   }
 
-  // Leaves the warp's message at `address`; `sampled` is the softcapped logit of the sampled token where
-  // this warp has it, else -inf.
+  // Leaves the warp's message at `address`; `sampled` is the softcapped logit of the sampled token
+  // where this warp has it, else -inf.
   PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) const {
     int which;
     const float total = warp_total(lane, which);

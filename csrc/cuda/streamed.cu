@@ -1,5 +1,5 @@
-// Rows read from global memory by one block each: once for the sums and, where a gradient is wanted,
-// again for it. For GPUs without clusters and rows longer than a cluster's shared memory.
+// Rows read from global memory by one block each: once for the sums and, where a gradient is
+// wanted, again for it. For GPUs without clusters and rows longer than a cluster's shared memory.
 #include "launch.cuh"
 #include "row_gradient.cuh"
 

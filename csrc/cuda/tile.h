@@ -1,5 +1,6 @@
-// How rows are cut: over the blocks of a cluster, into buffers in shared memory, into 16-byte words.
-// Plain index arithmetic for host and device; tests/cpp/tile_walk.cpp checks it exhaustively.
+// How rows are cut: over the blocks of a cluster, into buffers in shared memory, into 16-byte
+// words. Plain index arithmetic for host and device; tests/cpp/tile_walk.cpp checks it
+// exhaustively.
 #pragma once
 
 #include <stdint.h>
@@ -43,9 +44,9 @@ PAPO_HD Walk make_walk(uintptr_t address, int64_t elements, int element_bytes) {
           static_cast<int>(elements - head - words * per_word)};
 }
 
-// The aligned bytes [begin, end) that one bulk copy brings for a run of elements. They may include a
-// few bytes of its neighbours in the same word, but never leave [lowest, highest), the bytes of the
-// matrix: what the copy then lacks at the ends are `head` and `tail` elements.
+// The aligned bytes [begin, end) that one bulk copy brings for a run of elements. They may include
+// a few bytes of its neighbours in the same word, but never leave [lowest, highest), the bytes of
+// the matrix: what the copy then lacks at the ends are `head` and `tail` elements.
 struct CopyRange {
   uintptr_t begin, end;
   int head, tail;
@@ -103,9 +104,9 @@ PAPO_HD Span span_between(int64_t begin, int64_t end, int part, int parts, int p
   return {static_cast<int>(first), static_cast<int>(smaller(size, end - first))};
 }
 
-// A warp goes over a run of words in batches that start at words 32 warp, 32 warp + most * threads, ...:
-// word u of a lane's batch is base + lane + u * threads. The first batch_size() of its `most` words lie in
-// the run for some lane.
+// A warp goes over a run of words in batches that start at words 32 warp, 32 warp + most * threads,
+// ...: word u of a lane's batch is base + lane + u * threads. The first batch_size() of its `most`
+// words lie in the run for some lane.
 PAPO_HD int batch_size(int base, int words, int threads, int most) {
   return static_cast<int>(smaller(most, ceil_div(words - base, threads)));
 }
@@ -183,7 +184,8 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
 }
 
 // Prefers two blocks on a multiprocessor, so that one computes where the other waits, and the
-// smallest cluster whose blocks hold three rows: one being finished, one being summed, one on its way.
+// smallest cluster whose blocks hold three rows: one being finished, one being summed, one on its
+// way.
 inline Tile choose_tile(int64_t columns, int element_bytes, const DeviceLimits& device) {
   const int half = device.shared_per_multiprocessor / 2 - kReservedShared;
   const int shared = static_cast<int>(smaller(half, device.shared_per_block));

@@ -18,7 +18,8 @@ from papo_kernels.types import PolicyLossParams, RowParams, TokenInputs, Weighti
 
 from . import launch
 from .gradient import Part, fill_zeros, row_beside, scale_part, write_gradient
-from .row_state import Upstream, finished, policy_token, row_grad
+from .policy_loss import policy_token
+from .row_state import Upstream, finished, row_grad
 from .source import IGNORED, STATE, Numbers, program_row, scaling, whole_row
 from .tile import SEGMENT_TILES, row_at
 
@@ -37,7 +38,8 @@ class Inputs(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The call's and the objective's numbers; the ``has_*`` and ``is_*`` are 0.0 or 1.0, ``dual_clip`` 0.0 is off."""
+    """The call's and the objective's numbers; ``has_*`` and ``is_*`` are 0.0 or 1.0, ``dual_clip``
+    0.0 is off."""
 
     numbers: Numbers
     clip_low: float
@@ -207,7 +209,9 @@ def _inputs(targets: Tensor, tokens: TokenInputs, weighting: WeightingInputs | N
     def rows(values: Tensor | None) -> Tensor:
         return advantages if values is None else launch.row_tensor(values, torch.float32)
 
-    given = (None,) * 3 if weighting is None else (weighting.phase, weighting.sigma, weighting.scale)
+    given = (
+        (None,) * 3 if weighting is None else (weighting.phase, weighting.sigma, weighting.scale)
+    )
     return Inputs(
         launch.row_tensor(targets, torch.int64),
         advantages,

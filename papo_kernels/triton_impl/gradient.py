@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton has no starred tuples.
 """How a row's gradient is written: in 16-byte words wherever the row starts, or as zeros.
 
 The gradient is formed element by element, so unlike the state it may be cut by *position*, counted

@@ -143,12 +143,14 @@ def is_aligned(rows: Tensor) -> bool:
 def same_words(logits: Tensor, dlogits: Tensor) -> bool:
     """Whether the elements of a 16-byte word of logits lie in one aligned word of dlogits."""
     word = WORD_BYTES // logits.element_size()
-    offset = logits.data_ptr() // logits.element_size() - dlogits.data_ptr() // dlogits.element_size()
+    offset = (
+        logits.data_ptr() // logits.element_size() - dlogits.data_ptr() // dlogits.element_size()
+    )
     return offset % word == 0 and (logits.stride(0) - dlogits.stride(0)) % word == 0
 
 
 def row_tensor(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values [N]` contiguous, in `dtype` and on a 16-byte boundary, which Triton specialises on."""
+    """`values [N]` contiguous, in `dtype`, on a 16-byte boundary: Triton specialises on that."""
     values = values.to(dtype).contiguous()
     return values if values.data_ptr() % WORD_BYTES == 0 else values.clone()
 
@@ -182,10 +184,25 @@ def _warp_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
+def options(kernel: Any, how: Variant, warp_size: int, nvidia: bool) -> dict[str, Any]:
+    """Launch options. Without contraction of a * b + c, in which two kernels might differ."""
+    chosen = {
+        "num_warps": how.LANES.value // warp_size,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+    more = not how.ALIGNED.value or kernel.__name__ == "policy_loss_kernel"
+    if nvidia and more and how.SOURCE.value == LOGITS.value:
+        # ptxas would spill a few bytes to reach 64 registers.
+        chosen["maxnreg"] = 80
+    return chosen
+
+
 def launch(kernel: Any, device: torch.device, programs: int, *args: Any) -> None:
-    """Without contraction of a * b + c, in which two kernels might differ; see row_state.py."""
+    """`programs` programs; the last argument is the variant."""
     if programs == 0:
         return
-    warps = args[-1].LANES.value // _warp_size(device)
+    nvidia = torch.version.hip is None
+    chosen = options(kernel, args[-1], _warp_size(device), nvidia)
     with _on(device):
-        kernel[(programs,)](*args, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+        kernel[(programs,)](*args, **chosen)

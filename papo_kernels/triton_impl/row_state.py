@@ -1,7 +1,7 @@
-"""The maths of one row as Triton helpers: statistics, gradient coefficients and the policy objective.
+"""The maths of one row as Triton helpers: its statistics and the coefficients of its gradient.
 
-The formulas of ``csrc/include/papo/{row_state,row_grad,policy_loss}.h`` under the same names, so the
-two can be read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
+The formulas of ``csrc/include/papo/{row_state,row_grad}.h`` under the same names, so the two can be
+read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
 
     Z = sum e^d      T = sum e^d d      Z2 = sum e^2d      T2 = sum e^2d d
 
@@ -83,8 +83,9 @@ class RowStats(NamedTuple):
 
 
 class RowGrad(NamedTuple):
-    """``dz_j = e_j (a0 + a1 y_j + e_j (b0 + b1 y_j))`` with ``y_j = (z_j - z_ref) log2(e) / temperature``
-    and ``e_j = 2^y_j``, before the soft cap's slope; ``target`` is all of the sampled token's."""
+    """``dz_j = e_j (a0 + a1 y_j + e_j (b0 + b1 y_j))`` before the soft cap's slope, with ``e_j =
+    2^y_j`` and ``y_j = (z_j - z_ref) log2(e) / temperature``; ``target`` is all of the sampled
+    token's."""
 
     z_ref: tl.tensor
     a0: tl.tensor
@@ -92,18 +93,6 @@ class RowGrad(NamedTuple):
     b0: tl.tensor
     b1: tl.tensor
     target: tl.tensor
-
-
-class TokenOut(NamedTuple):
-    """What the objective gives for one token; the derivatives have ``token_weight`` applied."""
-
-    loss: tl.tensor
-    polarity: tl.tensor
-    weight: tl.tensor
-    ratio: tl.tensor
-    clipped: tl.tensor
-    dlogp: tl.tensor
-    dentropy: tl.tensor
 
 
 # ---- logits ---------------------------------------------------------------------------------
@@ -130,7 +119,7 @@ def tanh(x):
 
 @triton.jit
 def capped(z, softcap):
-    """softcap * tanh(z / softcap); infinities pass, so that -inf stays masked and +inf stays bad."""
+    """softcap * tanh(z / softcap); infinities pass: -inf stays masked and +inf stays bad."""
     return tl.where(tl.abs(z) == POS_INF, z, softcap * tanh(z * (1.0 / softcap)))
 
 
@@ -246,8 +235,9 @@ def finished(state, target_u):
 
     A handful of operations a row: in float64, so that the differences below keep their digits.
     """
-    # Z is 0 where every logit is -inf and NaN where one is NaN or +inf: all of them bad rows.
-    Z = tl.where(state.Z > 0.0, state.Z, float("nan"))
+    # Bad rows: Z is 0 where every logit is -inf and NaN where one is NaN or +inf; target_u is NaN
+    # where the target is no column.
+    Z = tl.where((state.Z > 0.0) & (target_u == target_u), state.Z, float("nan"))
     inv_Z = reciprocal(Z)
     log_Z = tl.log(Z.to(tl.float32)).to(tl.float64)
     mu = state.T * inv_Z
@@ -290,8 +280,8 @@ def row_grad(state, r, g, target_u, s, HAS_SOFTCAP: tl.constexpr):
     dc = r.p_a * (2.0 * r.p_a * q * r.s_a - (q * q + Q_r) * (1.0 + r.s_a) - 2.0 * S_r)
     target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc
 
-    # From d = u - row_max and e^d to y and 2^y about a float32 logit: d = y ln(2) + shift. The shift
-    # is 0 where row_max comes from these kernels, at most a rounding of row_max where it does not.
+    # From d = u - row_max and e^d to y and 2^y about a float32 logit: d = y ln(2) + shift. The
+    # shift is 0 where row_max comes from these kernels, at most a rounding of it elsewhere.
     z_ref = logit_at(state.row_max, s)
     shift = z_ref.to(tl.float64) * s.inv_temperature - state.row_max
     scale = tl.exp(shift.to(tl.float32)) * r.inv_Z
@@ -334,71 +324,3 @@ def slope(x, softcap):
     t = tl.maximum(x, -softcap) * (1.0 / softcap)
     # (1 - t)(1 + t) keeps its digits where the cap saturates.
     return (1.0 - t) * (1.0 + t)
-
-
-# ---- policy objective -----------------------------------------------------------------------
-
-
-@triton.jit
-def k3(gap):
-    """e^gap - gap - 1 and e^gap - 1, by series where the direct forms cancel."""
-    series = tl.fma(gap, 1.0 / 5040.0, 1.0 / 720.0)
-    series = tl.fma(gap, series, 1.0 / 120.0)
-    series = tl.fma(gap, series, 1.0 / 24.0)
-    series = tl.fma(gap, series, 1.0 / 6.0)
-    series = gap * gap * tl.fma(gap, series, 0.5)
-    small = tl.abs(gap) < 0.25
-    growth = tl.where(small, gap + series, tl.exp(gap) - 1.0)
-    value = tl.where(small, series, tl.where(growth == POS_INF, growth, growth - gap))
-    return value, growth
-
-
-@triton.jit
-def polarity_weight(polarity, unit_polarity, token, objective):
-    """s (1 + strength phase h(polarity)); exactly s where strength or phase is 0."""
-    sign = tl.where(polarity > 0.0, 1.0, tl.where(polarity < 0.0, -1.0, 0.0))
-    # Deterministic tokens sit at the rounding noise of c; their sign means nothing.
-    sign = tl.where(tl.abs(unit_polarity) <= objective.dead_zone, 0.0, sign)
-    h = tl.where(objective.is_tanh > 0.0, tanh(polarity / token.sigma), sign)
-    swing = objective.strength * token.phase
-    return tl.where(swing == 0.0, token.scale, token.scale * (1.0 + swing * h))
-
-
-@triton.jit
-def policy_token(r, token, objective):
-    """The clipped objective of one token with its optional terms; see policy_loss.h."""
-    ratio = tl.where(objective.has_old > 0.0, tl.exp(r.logp - token.old_logp), 1.0)
-    polarity = ratio * token.advantage * r.unit_polarity
-    weight = polarity_weight(polarity, r.unit_polarity, token, objective)
-    weight = tl.where(objective.has_weighting > 0.0, weight, 1.0)
-    adv = weight * token.advantage
-
-    clamped = tl.where(ratio < 1.0 - objective.clip_low, 1.0 - objective.clip_low, ratio)
-    clamped = tl.where(ratio > 1.0 + objective.clip_high, 1.0 + objective.clip_high, clamped)
-    plain = ratio * adv
-    bounded = clamped * adv
-    # min() takes the unclipped branch on a tie, where both have the same gradient.
-    clipped = bounded < plain
-    loss = -tl.where(clipped, bounded, plain)
-    cap = -objective.dual_clip * adv
-    above = (objective.dual_clip > 0.0) & (adv < 0.0) & (cap < loss)
-    loss = tl.where(above, cap, loss)
-    clipped = clipped | above
-    dlogp = tl.where(clipped, 0.0, -plain)  # d(-r A')/dlogp = -r A', since dr/dlogp = r
-
-    divergence, growth = k3(token.ref_logp - r.logp)
-    has_kl = objective.kl_coef != 0.0
-    loss = tl.where(has_kl, tl.fma(objective.kl_coef, divergence, loss), loss)
-    dlogp = tl.where(has_kl, tl.fma(-objective.kl_coef, growth, dlogp), dlogp)
-    loss = tl.fma(-objective.entropy_coef, r.entropy, loss)
-
-    bad = r.entropy != r.entropy
-    return TokenOut(
-        loss=tl.where(bad, float("nan"), token.token_weight * loss),
-        polarity=tl.where(bad, float("nan"), polarity),
-        weight=tl.where(bad, float("nan"), weight),
-        ratio=tl.where(bad, float("nan"), ratio),
-        clipped=clipped & (r.entropy == r.entropy),
-        dlogp=tl.where(bad, float("nan"), token.token_weight * dlogp),
-        dentropy=tl.where(bad, float("nan"), -token.token_weight * objective.entropy_coef),
-    )

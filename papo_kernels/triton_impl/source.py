@@ -1,7 +1,8 @@
 """Where a kernel takes a row's state from, and the numbers that the host passes to every kernel.
 
-They travel as floats in a tuple: Triton specialises integers inside tuples on their value, and would
-compile anew for another V, while floats are never specialised and hold integers up to 2^24 exactly.
+They travel as floats in a tuple: Triton specialises integers inside tuples on their value, and
+would compile anew for another V, while floats are never specialised and hold integers up to 2^24
+exactly.
 """
 
 from typing import NamedTuple
@@ -60,8 +61,8 @@ def program_row(n_parts):
 
 @triton.jit
 def target_logit(row, target, vocab_size, s, how):
-    """The sampled token's softcapped logit: -inf where that lies in another shard, NaN (and no read)
-    where the target is no column."""
+    """The sampled token's softcapped logit: -inf where that lies in another shard, NaN, and no
+    read, where the target is no column."""
     valid = (target >= 0) & (target < vocab_size)
     z = tl.load(row.ptr + (row.head + tl.where(valid, target, 0)), mask=valid, other=0.0)
     z = z.to(tl.float32)
@@ -72,7 +73,7 @@ def target_logit(row, target, vocab_size, s, how):
 
 @triton.jit
 def parts_stride(n_words, how):
-    """Floats that the parts of a row take: the rest of the row, its segments, the target's logit."""
+    """Floats of a row's parts: the rest of the row, its segments, the target's logit."""
     return ((count_segments(n_words, how) + 1) * N_SUMS + 1) * how.LANES
 
 

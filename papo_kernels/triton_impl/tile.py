@@ -1,9 +1,10 @@
+# ruff: noqa: RUF005, SIM300 - Triton has no starred tuples; DTYPE is no constant to ruff's eye.
 """How a row of logits is read: words, tiles, segments, and the state they add up to.
 
 A row is read in 16-byte *words* counted from column 0, in tiles of a few words a thread. Where rows
-do not start on a 16-byte boundary (an odd V puts most of them off it) a word is put together from the
-two aligned ones it lies across. The last word or so is read element by element, so that nothing
-outside the row is read, and so are rows of a few columns.
+do not start on a 16-byte boundary (an odd V puts most of them off it) a word is put together from
+the two aligned ones it lies across. The last word or so is read element by element, so that nothing
+outside the matrix is read, and so are rows of a few columns.
 
 Tiles are grouped in segments, and a row's state is folded segment by segment, whether one program
 reads all of them or, where rows are few, a program each. So the bits of a result depend on the row
@@ -121,7 +122,7 @@ def shifted_words(low, high, head, LANES: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def unpacked(words, DTYPE: tl.constexpr):
-    """The elements of words as float32 blocks: one of float32, the even and the odd of two bytes."""
+    """The elements of words as float32 blocks; of two-byte types the even, then the odd ones."""
     if DTYPE == tl.float32:
         return (words.to(tl.float32, bitcast=True),)
     elif DTYPE == tl.bfloat16:

@@ -1,9 +1,10 @@
 // csrc/cuda/machine.cuh for a host: every CUDA thread is a fiber, run in an order drawn at random.
 //
 // The CUDA sources compile against this unchanged (-DPAPO_EMULATED). What is asynchronous on a GPU
-// stays so: bulk copies and messages between blocks arrive at some random later moment, and what they
-// are going to overwrite is spoilt at once. A missing barrier therefore shows as NaN, a wrong phase as
-// a deadlock, and a stray or misaligned access as an error. Everything is reported through error().
+// stays so: bulk copies and messages between blocks arrive at some random later moment, and what
+// they are going to overwrite is spoilt at once. A missing barrier therefore shows as NaN, a wrong
+// phase as a deadlock, and a stray or misaligned access as an error. Everything is reported through
+// error().
 #pragma once
 
 #include <math.h>
@@ -220,7 +221,9 @@ inline float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline float max_nan(float a, float b) { return a != a || b != b ? as_float(0x7fffffffu) : fmaxf(a, b); }
+inline float max_nan(float a, float b) {
+  return a != a || b != b ? as_float(0x7fffffffu) : fmaxf(a, b);
+}
 
 inline float from_half(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;

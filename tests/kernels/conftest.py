@@ -1,5 +1,5 @@
-"""Makes interpreted Triton kernels faster: the interpreter patches triton.language anew in every call
-of a device function, though what the running kernel's first calls patched still holds."""
+"""Makes interpreted Triton kernels faster: the interpreter patches triton.language anew in every
+call of a device function, though what the running kernel's first calls patched still holds."""
 
 from __future__ import annotations
 

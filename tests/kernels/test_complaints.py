@@ -218,20 +218,23 @@ def test_complaint_13_any_upstream_gradient_per_token(backend, device, sizes):
 def test_complaint_15_gradient_of_a_nearly_certain_token(p, v, backend, device, dtypes, sizes):
     """Relative to 1 - p_a, which a bfloat16 p_a would round to 0 at 0.999 (Liger PR 1329)."""
     n, v = sizes((24, v), (4, min(v, 2000)))
-    targets = torch.arange(n, device=device)
-    at = (targets, targets)
+    rows = torch.arange(24, device=device)
+    at = (rows, rows)
     for dtype in sizes(dtypes[-3:], dtypes[:1]):
-        logits = torch.randn(n, v, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+        logits = torch.randn(24, v, generator=torch.Generator().manual_seed(2)).to(device, dtype)
         logits[at] = -torch.inf
         logits[at] = (logits.double().logsumexp(1) + math.log(p / (1.0 - p))).to(dtype)
         grads = []
         for acc in (torch.float64, torch.float32):
             leaf = logits.detach().to(acc).clone().requires_grad_()
-            plain_token_stats(leaf, targets, dtype=acc).logp.sum().backward()
+            plain_token_stats(leaf, rows, dtype=acc).logp.sum().backward()
             grads.append(leaf.grad[at])
-        leaf = logits.requires_grad_()
-        (dz,) = torch.autograd.grad(token_stats(leaf, targets, backend=backend).logp.sum(), leaf)
-        assert_close("1 - p_a", dz[at], *grads, scale=grads[0].abs())
+        leaf = logits[:n].requires_grad_()
+        (dz,) = torch.autograd.grad(token_stats(leaf, rows[:n], backend=backend).logp.sum(), leaf)
+        # Where fewer rows are run, plain torch is still judged by all of them.
+        actual = grads[0].to(dtype)
+        actual[:n] = dz[at[0][:n], at[1][:n]]
+        assert_close("1 - p_a", actual, *grads, scale=grads[0].abs())
 
 
 def test_complaint_18_logits_of_magnitude_100(backend, device, dtypes, sizes):

@@ -140,7 +140,7 @@ def one_call(case: Case, dlogits: torch.Tensor | None) -> tuple[torch.Tensor, ..
 
 @pytest.mark.parametrize("v", [900, 3001, 8200])
 def test_every_order_of_threads_gives_the_same_bits(v, device_limits):
-    """Sixteen orders, one to three clusters at a time: a missing barrier would change or hang one."""
+    """Sixteen orders, one to three clusters at a time: a missing barrier changes or hangs one."""
     case = make_loss_case("normal", 11, v, dtype=torch.bfloat16, params=EVERY_TERM)
     first = None
     for seed in range(16):

@@ -1,4 +1,4 @@
-"""The CUDA backend's index arithmetic and the order of merges, checked by C++ programs on the host."""
+"""The CUDA backend's index arithmetic and the order of merges, by C++ programs on the host."""
 
 from __future__ import annotations
 

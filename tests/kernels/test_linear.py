@@ -129,24 +129,24 @@ CHUNKS = (None, 40_000, 1)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_statistics_follow_the_rule(head, backend, device, dtypes):
+def test_statistics_follow_the_rule(head, backend, device, dtypes, sizes):
     for dtype in dtypes[:-1]:
         if head == "kept" and dtype.itemsize == 2:
             continue  # `all` covers it
         case = make_head_case(**HEADS[head], dtype=dtype, device=device)
-        for chunk_bytes in CHUNKS:
+        for chunk_bytes in sizes(CHUNKS, (40_000,)):
             check_head_token_stats(case, backend=backend, chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_losses_follow_the_rule(head, backend, device, dtypes):
+def test_losses_follow_the_rule(head, backend, device, dtypes, sizes):
     for dtype in dtypes[:-1]:
         for on_policy in (False, True):
             options = {} if on_policy else LOSS
             case = make_head_case(
                 **HEADS[head], dtype=dtype, device=device, loss=True, on_policy=on_policy, **options
             )
-            for chunk_bytes in CHUNKS:
+            for chunk_bytes in sizes(CHUNKS, (40_000,)):
                 check_head_policy_loss(case, backend=backend, chunk_bytes=chunk_bytes)
 
 
@@ -180,12 +180,13 @@ def test_logits_in_the_dtype_of_the_operands_on_request(backend, device):
             assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_results_do_not_depend_on_the_chunks(backend, device):
+def test_results_do_not_depend_on_the_chunks(backend, device, sizes):
     """To 1e-6 of the logits' size in float32, from one slab to one row each (a vendor's product of
     one row is another kernel, with another order of sums)."""
     options = {"bias": True, "rank": 3, "loss": True, "device": device, **LOSS}
-    case = make_head_case(64, 32, 900, **options)
-    rows = 4 * (960 + 2 * 32)
+    n, v = sizes((64, 900), (9, 150))
+    case = make_head_case(n, 32, v, **options)
+    rows = 4 * (v // 64 * 64 + 64 + 2 * 32)
     size = float(case.tokens.logits.nan_to_num(0.0).abs().max())
     results = []
     for chunk_bytes in (None, 33 * rows, 7 * rows, rows):
@@ -200,10 +201,12 @@ def test_results_do_not_depend_on_the_chunks(backend, device):
             assert (a - b).abs().max() <= 1e-6 * size * a.abs().max()
 
 
-def test_complaint_16_error_of_the_weight_gradient_does_not_grow_with_the_chunks(backend, device):
+def test_complaint_16_error_of_the_weight_gradient_does_not_grow_with_the_chunks(
+    backend, device, sizes
+):
     """bfloat16 sums over chunks drift (Liger #512: 7.5e-3 to 10e-3 from 1 to 32 chunks). Here one
     slab, some, and one per token are each as far off as one rounding to bfloat16."""
-    case = make_head_case(256, 8, 400, dtype=torch.bfloat16, device=device, loss=True)
+    case = make_head_case(sizes(256, 32), 8, 400, dtype=torch.bfloat16, device=device, loss=True)
     wide = case.leaves(torch.float32)
     case.policy_loss(wide, backend=backend).loss.backward()
     exact = wide["weight"].grad.double()

@@ -193,8 +193,8 @@ def options(kernel: Any, how: Variant, warp_size: int, nvidia: bool) -> dict[str
     }
     more = not how.ALIGNED.value or kernel.__name__ == "policy_loss_kernel"
     if nvidia and more and how.SOURCE.value == LOGITS.value:
-        # ptxas would spill a few bytes to reach 64 registers.
-        chosen["maxnreg"] = 80
+        # ptxas would spill a few bytes to reach 64 registers (80 with a soft cap).
+        chosen["maxnreg"] = 128 if how.HAS_SOFTCAP.value else 80
     return chosen
 
 

@@ -37,8 +37,18 @@ class TrainingSequence:
     factor: Tensor | None = None
 
 
-# Contributes exactly nothing: for ranks that have nothing to do where others have.
-IDLE = TrainingSequence((0,), (0,), (0.0,), advantage=0.0, weight=0.0, group=-1)
+# Contributes exactly nothing: for ranks that have nothing to do where others have. It holds what
+# any loss may ask for, also where a rank has no real sequence to tell.
+IDLE = TrainingSequence(
+    (0,),
+    (0,),
+    (0.0,),
+    advantage=0.0,
+    weight=0.0,
+    group=-1,
+    old_logp=torch.zeros(1),
+    ref_logp=torch.zeros(1),
+)
 
 
 @dataclass(frozen=True)
@@ -193,16 +203,4 @@ def micro_batches(
     pieces = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     yield from pieces
     for _ in range(count - len(pieces)):
-        yield [_idle_like(sequences)]
-
-
-def _idle_like(sequences: Sequence[TrainingSequence]) -> TrainingSequence:
-    """`IDLE` with the optional tensors that the real sequences have."""
-    zero = torch.zeros(1)
-    like = sequences[0] if sequences else IDLE
-    return replace(
-        IDLE,
-        old_logp=None if like.old_logp is None else zero,
-        ref_logp=None if like.ref_logp is None else zero,
-        factor=None if like.factor is None else torch.ones(1),
-    )
+        yield [IDLE]

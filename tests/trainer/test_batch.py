@@ -110,8 +110,11 @@ def test_idle_micro_batches_even_out_the_ranks_and_weigh_nothing() -> None:
     pieces = list(micro_batches(sequences, 2, count=4))
     assert [len(p) for p in pieces] == [2, 1, 1, 1]
     assert all(p[0].weight == 0.0 and p[0].group == -1 for p in pieces[2:])
-    empty = list(micro_batches([], 2, count=1))
-    assert collate(empty[0], pad_id=0, max_row_tokens=64).token_weight.tolist() == [0.0]
+    # A rank without sequences cannot tell which inputs the loss of the others needs.
+    (empty,) = micro_batches([], 2, count=1)
+    batch = collate(empty, pad_id=0, max_row_tokens=64)
+    assert batch.token_weight.tolist() == [0.0]
+    assert batch.old_logp is not None and batch.ref_logp is not None
 
 
 @pytest.mark.parametrize("bad", [sequence([], [1]), sequence([1], [])])

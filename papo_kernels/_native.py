@@ -7,7 +7,7 @@ import os
 from functools import lru_cache
 from types import ModuleType
 
-CPU_ISAS = ("avx512", "avx2", "portable")
+CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 @lru_cache(maxsize=1)
@@ -61,5 +61,5 @@ def module() -> ModuleType:
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU kernels use: ``avx512``, ``avx2`` or ``portable``."""
+    """The instruction set the CPU kernels use, one of `CPU_ISAS`."""
     return str(module().cpu_isa())

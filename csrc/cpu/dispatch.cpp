@@ -9,32 +9,28 @@ namespace papo {
 namespace cpu {
 namespace {
 
-bool has_avx2() {
-#if defined(PAPO_X86)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
+struct Choice {
+  const RowKernels* kernels;
+  bool available;
+};
 
-bool has_avx512() {
-#if defined(PAPO_X86)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
-}
-
-// PAPO_CPU_ISA lowers the choice; a set that the machine lacks, or an unknown name, is refused by
-// _native.py, and falls back here.
+// PAPO_CPU_ISA lowers the choice: the best set from the named one down that the machine has. What it
+// lacks, or an unknown name, is refused by _native.py.
 const RowKernels* choose() {
   const char* wanted = std::getenv("PAPO_CPU_ISA");
-  const bool any = wanted == nullptr || *wanted == '\0';
-  const auto allows = [&](const char* name) { return any || std::strcmp(wanted, name) == 0; };
+  bool allowed = wanted == nullptr || *wanted == '\0';
 #if defined(PAPO_X86)
-  if (allows("avx512") && has_avx512()) return &kAvx512Kernels;
-  if ((allows("avx2") || allows("avx512")) && has_avx2()) return &kAvx2Kernels;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const Choice best_first[] = {
+      {&kAvx512Bf16Kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&kAvx512Kernels, avx512},
+      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+  };
+  for (const Choice& choice : best_first) {
+    allowed = allowed || std::strcmp(wanted, choice.kernels->isa) == 0;
+    if (allowed && choice.available) return choice.kernels;
+  }
 #endif
   return &kPortableKernels;
 }

@@ -29,7 +29,7 @@ PAPO_HD void prefetch_next_block(const S* x, int64_t n) {
 
 // ---- scan -----------------------------------------------------------------------------------------
 
-// The four sums in vector lanes about the maximum m; T and T2 in units of y = d * unit_of<V>().
+// The four sums in vector lanes about the maximum m.
 template <typename V>
 struct LaneSums {
   V Z{}, T{}, Z2{}, T2{};
@@ -49,9 +49,9 @@ struct LaneSums {
     T2 += block.T2;
   }
 
-  // Moves the sums to a maximum larger by -shift / unit.
+  // Moves the sums to a maximum larger by -shift.
   PAPO_HD void rescale(V shift) {
-    const V alpha = exp_scaled(shift);
+    const V alpha = exp_of(shift);
     const V alpha2 = alpha * alpha;
     T = alpha * (T + shift * Z);
     Z = alpha * Z;
@@ -121,9 +121,7 @@ struct Scanner {
     if (any_greater(top, raw_max_v)) {
       const Scalar new_max = max_lanes(top);
       const V new_m = prep(splat(new_max, V{}));
-      if (raw_max != -infinity<Scalar>()) {
-        sums.rescale((m - new_m) * static_cast<Scalar>(unit_of<V>()));
-      }
+      if (raw_max != -infinity<Scalar>()) sums.rescale(m - new_m);
       raw_max = new_max;
       raw_max_v = splat(new_max, V{});
       m = new_m;
@@ -138,7 +136,6 @@ struct Scanner {
   }
 
   PAPO_HD void accumulate(const S* x, int64_t n) {
-    const V unit = splat(static_cast<Scalar>(unit_of<V>()), V{});
     // Fresh sums per block: added one by one to the row's, a block's many small terms would be lost in
     // the rounding of a large one.
     LaneSums<V> s;
@@ -146,10 +143,10 @@ struct Scanner {
       prefetch_next_block(x + i, kStep);
       V x0, x1;
       load_pair(x + i, x0, x1);
-      V y0 = (prep(x0) - m) * unit;
-      V y1 = (prep(x1) - m) * unit;
-      const V e0 = exp_scaled(y0);
-      const V e1 = exp_scaled(y1);
+      V y0 = prep(x0) - m;
+      V y1 = prep(x1) - m;
+      const V e0 = exp_of(y0);
+      const V e1 = exp_of(y1);
       s.add(y0, e0);
       s.add(y1, e1);
     }
@@ -159,9 +156,8 @@ struct Scanner {
   PAPO_HD RowState<double> result() const {
     if (bad) return RowState<double>::bad();
     if (raw_max == -infinity<Scalar>()) return RowState<double>::empty();
-    const double inv_unit = 1.0 / unit_of<V>();
-    return {static_cast<double>(m[0]), sum_lanes(sums.Z), sum_lanes(sums.T) * inv_unit,
-            sum_lanes(sums.Z2), sum_lanes(sums.T2) * inv_unit};
+    return {static_cast<double>(m[0]), sum_lanes(sums.Z), sum_lanes(sums.T), sum_lanes(sums.Z2),
+            sum_lanes(sums.T2)};
   }
 };
 
@@ -190,6 +186,8 @@ struct GradWriter {
   using V = typename Acc<S>::Vec;
   using Scalar = typename Acc<S>::Scalar;
   static constexpr int kStep = 2 * lanes<V>();
+  static constexpr bool kIsCoarse = std::is_same<S, BFloat16>::value;
+  static constexpr double kFactor = kIsCoarse ? kCoarse : 1.0;
 
   Prep<V> prep;
   V m, a0, a1, b0, b1;
@@ -197,16 +195,19 @@ struct GradWriter {
   GradWriter(const RowParams& row, double row_max, const RowGrad<double>& g)
       : prep(row),
         m(constant(row_max)),
-        a0(constant(g.a0)),
-        a1(constant(g.a1 / unit_of<V>())),
-        b0(constant(g.b0)),
-        b1(constant(g.b1 / unit_of<V>())) {}
+        a0(constant(g.a0 * kFactor)),
+        a1(constant(g.a1 * kFactor)),
+        b0(constant(g.b0 * (kFactor * kFactor))),
+        b1(constant(g.b1 * (kFactor * kFactor))) {}
 
   static PAPO_HD V constant(double x) { return splat(static_cast<Scalar>(x), V{}); }
 
+  static PAPO_HD V exponential(F64& y) { return exp_of(y); }
+  static PAPO_HD V exponential(F32& y) { return kIsCoarse ? exp_coarse(y) : exp_of(y); }
+
   PAPO_HD V element(V z) const {
-    V y = (prep(z) - m) * static_cast<Scalar>(unit_of<V>());
-    const V e = exp_scaled(y);
+    V y = prep(z) - m;
+    const V e = exponential(y);
     const V du = kLogpOnly ? e * a0 : e * fma(e, fma(b1, y, b0), fma(a1, y, a0));
     return prep.chain(du, z);
   }
@@ -369,7 +370,9 @@ void store(void* x, DType dtype, double value) {
 
 namespace cpu {
 
-#if defined(PAPO_ISA_AVX512)
+#if defined(PAPO_ISA_AVX512_BF16)
+const RowKernels kAvx512Bf16Kernels = {"avx512_bf16", scan, grad, scaled, scale, load, store};
+#elif defined(PAPO_ISA_AVX512)
 const RowKernels kAvx512Kernels = {"avx512", scan, grad, scaled, scale, load, store};
 #elif defined(PAPO_ISA_AVX2)
 const RowKernels kAvx2Kernels = {"avx2", scan, grad, scaled, scale, load, store};

@@ -42,6 +42,7 @@ extern const RowKernels kPortableKernels;
 #if defined(PAPO_X86)
 extern const RowKernels kAvx2Kernels;
 extern const RowKernels kAvx512Kernels;
+extern const RowKernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace cpu

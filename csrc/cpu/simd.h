@@ -1,6 +1,7 @@
 // One vector abstraction for every instruction set. The translation unit that includes it is
-// compiled once per set, with PAPO_ISA_AVX512, PAPO_ISA_AVX2 or neither defined; everything lives in
-// an anonymous namespace so that no set's code can be linked into another's.
+// compiled once per set, with PAPO_ISA_AVX512_BF16 (AVX-512 with bfloat16 conversions), PAPO_ISA_AVX512,
+// PAPO_ISA_AVX2 or none of them defined; everything lives in an anonymous namespace so that no set's
+// code can be linked into another's.
 //
 // Vectors are GCC/Clang vector types: + - * and the bit operators are the language's. Only what it
 // lacks is spelled out below. FMA is always explicit (the build passes -ffp-contract=off): fused into
@@ -14,6 +15,9 @@
 
 #include "papo/platform.h"
 
+#if defined(PAPO_ISA_AVX512_BF16)
+#define PAPO_ISA_AVX512
+#endif
 #if defined(PAPO_ISA_AVX512) || defined(PAPO_ISA_AVX2)
 #include <immintrin.h>
 #endif
@@ -109,7 +113,10 @@ PAPO_HD F64 max_keep_nan(F64 a, F64 b) {
 #endif
 }
 
-PAPO_HD I16 max_of(I16 a, I16 b) { return a > b ? a : b; }
+template <typename I>
+PAPO_HD I max_of(I a, I b) {
+  return a > b ? a : b;
+}
 
 // Is any lane of a greater than its lane of b?
 PAPO_HD bool any_greater(F32 a, F32 b) {
@@ -181,6 +188,16 @@ PAPO_HD void load_pair(const BFloat16* p, F32& a, F32& b) {
   b = (F32)(both & 0xffff0000u);
 }
 
+#if defined(PAPO_ISA_AVX512_BF16)
+PAPO_HD void store_pair(BFloat16* p, F32 a, F32 b) {
+  // The instruction gives all of a, then all of b: elements 2j come from a, 2j + 1 from b.
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  store_raw(p, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
+#else
 // Rounds to nearest even in the upper half word. A NaN stays one: those that get here are the
 // default NaN or came from a half-width logit, so their low halves are zero and nothing carries.
 PAPO_HD U32 round_to_bfloat16(F32 v) {
@@ -197,6 +214,7 @@ PAPO_HD U32 round_to_bfloat16(F32 v) {
 PAPO_HD void store_pair(BFloat16* p, F32 a, F32 b) {
   store_raw(p, (round_to_bfloat16(a) >> 16) | (round_to_bfloat16(b) & 0xffff0000u));
 }
+#endif
 
 #if defined(PAPO_ISA_AVX512)
 PAPO_HD void load_pair(const Float16* p, F32& a, F32& b) {
@@ -268,20 +286,17 @@ PAPO_HD void set_masked(BFloat16* p) { p->bits = 0xff80; }
 PAPO_HD void set_masked(Float16* p) { p->bits = 0xfc00; }
 
 // ---- exp and tanh -----------------------------------------------------------------------------
-// exp_scaled(y) is e^d for y = d * kUnit<V>: float works in base 2 (its rounding error, |y| ulp/2,
-// only touches terms that are small themselves), double in base e with a two-word reduction.
 
-template <typename V>
-constexpr double unit_of() {
-  return sizeof(V{}[0]) == 4 ? 1.44269504088896340736 : 1.0;
-}
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kLowest = -88.02969193111305f;  // -127 ln 2
 
-// 2^y, y <= 127, within 1.5 ulp; exactly 1 at 0 and exactly 0 from -127 down, so that -inf and the
-// products with it stay finite. y is replaced by its clamped value. The band between 2^-127 and
-// 2^-126 yields a subnormal, zero in the flush-to-zero mode that the kernels run in.
+// e^y, y <= 88, within 1.5 ulp; exactly 1 at 0 and exactly 0 from -127 ln 2 down, so that -inf and the
+// products with it stay finite. y is replaced by its clamped value. The band up to -126 ln 2 yields a
+// subnormal, zero in the flush-to-zero mode that the kernels run in.
 #if defined(PAPO_ISA_AVX512)
-// y = k/32 + f: 2^(k/32) from a table that fits two registers and one permutation, then a minimax
-// quadratic (5.3e-8) on |f| <= 1/64. Two multiplications fewer than the polynomial alone.
+// y = k/32 ln 2 + f: 2^(k/32) from a table that fits two registers and one permutation, then a minimax
+// quadratic (5.3e-8) on |f| <= ln 2 / 64. Two multiplications fewer than the polynomial alone.
 // Entry j is the bit pattern of 2^(j/32) less j << 18, so that adding k << 18 sets the exponent
 // and cancels the low five bits of k.
 alignas(64) constexpr uint32_t kExp2Table[32] = {
@@ -291,36 +306,60 @@ alignas(64) constexpr uint32_t kExp2Table[32] = {
     0x3f75b9beu, 0x3f76248cu, 0x3f76a81eu, 0x3f7744fdu, 0x3f77fbb8u, 0x3f78ccdfu, 0x3f79b907u,
     0x3f7ac0c7u, 0x3f7be4bau, 0x3f7d257du, 0x3f7e83b3u};
 
-PAPO_HD F32 exp_scaled(F32& y) {
+// Clamps y and splits e^y into the table's part, which is returned, and f.
+PAPO_HD F32 exp_parts(F32& y, F32& f) {
   constexpr float kRound = 393216.0f;  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
-  y = max_keep_nan(splat(-127.0f, F32{}), y);
-  const F32 shifted = y + kRound;
-  const F32 f = y - (shifted - kRound);
+  y = max_keep_nan(splat(kLowest, F32{}), y);
+  const F32 shifted = fma(y, splat(kLog2E, F32{}), kRound);
+  f = fma(shifted - kRound, splat(-kLn2, F32{}), y);
   const __m512i entry =
       _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Table), (__m512i)shifted,
                                 _mm512_load_si512(kExp2Table + 16));
-  const F32 t = (F32)((I32)entry + ((I32)shifted << 18));
-  const F32 q = fma(f, splat(0.24022649228572845f, F32{}), 0.6931573152542114f);
+  return (F32)((I32)entry + ((I32)shifted << 18));
+}
+
+PAPO_HD F32 exp_of(F32& y) {
+  F32 f;
+  const F32 t = exp_parts(y, f);
+  const F32 q = fma(f, splat(0.49999997f, F32{}), 1.0000147f);
   return fma(t * f, q, t);
 }
+
+// Without the square of f, for what is rounded to bfloat16: times kCoarse within 2.94e-5, a hundredth of
+// that format's own rounding, with two multiplications fewer.
+PAPO_HD F32 exp_coarse(F32& y) {
+  F32 f;
+  const F32 t = exp_parts(y, f);
+  return fma(t, f, t);
+}
+constexpr double kCoarse = 1.0 + 2.94e-5;
 #else
-PAPO_HD F32 exp_scaled(F32& y) {
+PAPO_HD F32 exp_of(F32& y) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  y = max_keep_nan(splat(-127.0f, F32{}), y);
-  const F32 shifted = y + kRound;
-  const F32 f = y - (shifted - kRound);
-  // Minimax for the relative error (9.1e-8) with the constant held at 1.
-  F32 p = splat(1.326472731307149e-3f, F32{});
-  for (float c : {9.671512991189957e-3f, 5.550733581185341e-2f, 2.402224242687225e-1f,
-                  6.931470036506653e-1f, 1.0f}) {
+  y = max_keep_nan(splat(kLowest, F32{}), y);
+  const F32 shifted = fma(y, splat(kLog2E, F32{}), kRound);
+  const F32 k = shifted - kRound;
+#if defined(PAPO_ISA_AVX2)
+  const F32 f = fma(k, splat(-kLn2, F32{}), y);
+#else
+  const F32 f = (y - k * 0.693359375f) - k * -2.12194440e-4f;
+#endif
+  // Minimax for the relative error (9.2e-8) with the constant held at 1.
+  F32 p = splat(8.290311321616173e-3f, F32{});
+  for (float c : {4.189784452319145e-2f, 1.6667641699314117e-1f, 4.9999150633811950e-1f,
+                  9.9999970197677612e-1f, 1.0f}) {
     p = fma(p, f, c);
   }
-  return (F32)((I32)p + ((I32)shifted << 23));
+  // At the lower bound f is just below 0, p below 1, and the sum below the bits of 0.
+  return (F32)max_of((I32)p + ((I32)shifted << 23), I32{});
 }
+
+PAPO_HD F32 exp_coarse(F32& y) { return exp_of(y); }
+constexpr double kCoarse = 1.0;
 #endif
 
 // e^y, y <= 709, relative error below 2e-16 (with rounding 1 ulp); exactly 0 below -708.
-PAPO_HD F64 exp_scaled(F64& y) {
+PAPO_HD F64 exp_of(F64& y) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   const F64 low = splat(-708.0, F64{});
   y = max_keep_nan(low, y);
@@ -348,9 +387,8 @@ PAPO_HD F32 tanh_of(F32 x) {
     p = fma(p, x2, c);
   }
   const F32 near_zero = fma(p, x2 * a, a);
-  F32 y = a > 20.0f ? splat(20.0f, F32{}) : a;
-  y = y * 2.88539008177792681472f;
-  const F32 far = 1.0f - 2.0f / (exp_scaled(y) + 1.0f);
+  F32 y = 2.0f * (a > 20.0f ? splat(20.0f, F32{}) : a);
+  const F32 far = 1.0f - 2.0f / (exp_of(y) + 1.0f);
   const I32 is_near = a < 0.625f;
   const I32 t = ((I32)near_zero & is_near) | ((I32)far & ~is_near);
   return (F32)(t | sign);

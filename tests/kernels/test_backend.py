@@ -166,7 +166,7 @@ except ValueError as error:
     print(error)
 """
     message = run(code, PAPO_CPU_ISA="sse9")
-    assert "PAPO_CPU_ISA='sse9': expected one of avx512, avx2, portable" in message
+    assert "PAPO_CPU_ISA='sse9': expected one of avx512_bf16, avx512, avx2, portable" in message
 
 
 def test_importing_loads_no_backend():

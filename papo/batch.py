@@ -108,9 +108,16 @@ def rows_of(sequences: Sequence[TrainingSequence], max_row_tokens: int) -> list[
 
 
 def collate(
-    sequences: Sequence[TrainingSequence], *, pad_id: int, max_row_tokens: int
+    sequences: Sequence[TrainingSequence],
+    *,
+    pad_id: int,
+    max_row_tokens: int,
+    width_multiple: int = 1,
 ) -> MicroBatch:
     """One forward pass's tensors for `sequences`, their tokens in the order given.
+
+    Args:
+        width_multiple: rows are padded to a multiple of so many positions.
 
     Raises:
         ValueError: a sequence without prompt or response tokens, or no sequence at all.
@@ -128,6 +135,7 @@ def collate(
         len(sequences[r[0]].prompt_ids) + sum(len(sequences[i].response_ids) - 1 for i in r)
         for r in rows
     )
+    width = -(-width // width_multiple) * width_multiple
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
     segment = torch.full((len(rows), width), -1, dtype=torch.int64)

@@ -34,9 +34,10 @@ def sequence(prompt: list[int], response: list[int], group: int = 0) -> Training
 
 
 def token_logits(
-    model: LlamaForCausalLM, sequences: list[TrainingSequence], max_row_tokens: int
+    model: LlamaForCausalLM, sequences: list[TrainingSequence], max_row_tokens: int, multiple: int
 ) -> torch.Tensor:
-    batch = collate(sequences, pad_id=0, max_row_tokens=max_row_tokens)
+    batch = collate(sequences, pad_id=0, max_row_tokens=max_row_tokens, width_multiple=multiple)
+    assert batch.input_ids.shape[1] % multiple == 0
     with torch.no_grad():
         hidden = model.get_decoder()(
             input_ids=batch.input_ids,
@@ -58,17 +59,26 @@ prompts = st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=3
 responses = st.lists(st.lists(ids, min_size=1, max_size=7), min_size=1, max_size=4)
 
 
-@given(prompts, st.lists(responses, min_size=3, max_size=3), st.sampled_from([0, 9, 2048]))
+@given(
+    prompts,
+    st.lists(responses, min_size=3, max_size=3),
+    st.sampled_from([0, 9, 2048]),
+    st.sampled_from([1, 16]),
+)
 @settings(max_examples=40, deadline=None)
 def test_requirement_28_logits_do_not_depend_on_padding_sharing_or_mates(
-    model: LlamaForCausalLM, some_prompts: list, some_responses: list, max_row_tokens: int
+    model: LlamaForCausalLM,
+    some_prompts: list,
+    some_responses: list,
+    max_row_tokens: int,
+    multiple: int,
 ) -> None:
     sequences = [
         sequence(prompt, response, g)
         for g, prompt in enumerate(some_prompts)
         for response in some_responses[g]
     ]
-    got = token_logits(model, sequences, max_row_tokens)
+    got = token_logits(model, sequences, max_row_tokens, multiple)
     expected = torch.cat([alone(model, s) for s in sequences])
     assert torch.allclose(got, expected, atol=2e-5, rtol=1e-4)
 

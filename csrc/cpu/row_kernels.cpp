@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "exp.h"
 #include "scaling.h"
 #include "simd.h"
 
@@ -186,7 +187,7 @@ struct GradWriter {
   using V = typename Acc<S>::Vec;
   using Scalar = typename Acc<S>::Scalar;
   static constexpr int kStep = 2 * lanes<V>();
-  static constexpr bool kIsCoarse = std::is_same<S, BFloat16>::value;
+  static constexpr bool kIsCoarse = std::is_same_v<S, BFloat16>;
   static constexpr double kFactor = kIsCoarse ? kCoarse : 1.0;
 
   Prep<V> prep;

@@ -2,8 +2,8 @@
 // `chain`, the derivative's way back. Included by the code that is compiled once per instruction set.
 #pragma once
 
+#include "exp.h"
 #include "papo/params.h"
-#include "simd.h"
 
 namespace papo {
 namespace {

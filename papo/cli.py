@@ -14,6 +14,9 @@ from typing import Any, NoReturn
 from papo.config import ConfigError, TrainConfig, load_config
 from papo.errors import PapoError
 
+# The launcher kills every rank when one has failed: rank 0 is to have its say before the others go.
+_GRACE_SECONDS = 2.0
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are raised, so that ranks do not each print them."""
@@ -78,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config)
     except PapoError as error:
         if leads:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).splitlines())  # it may quote a library's
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_GRACE_SECONDS)
         return 1
     except KeyboardInterrupt:
         return 130

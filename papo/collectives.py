@@ -6,7 +6,8 @@ every rank in the same order where one does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,3 +79,16 @@ def raise_together(failure: str | None) -> None:
     told = next((text for text in gather_objects(failure) if text is not None), None)
     if told is not None:
         raise PapoError(told)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What a PapoError ends on one rank it ends on all, with the same text; a collective at the end
+    of the block, which holds none itself.
+    """
+    failure = None
+    try:
+        yield
+    except PapoError as error:
+        failure = str(error)
+    raise_together(failure)

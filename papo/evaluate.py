@@ -42,16 +42,17 @@ def evaluate(
     share = list(problems[rank::world])
     plain = replace(params, temperature=1.0, top_p=1.0, top_k=0)
     sums = torch.zeros(5, dtype=torch.float64)
-    if share:
-        completions = sampler.sample(model, share, samples, plain, seed)
-        right = torch.tensor([_correct(r) for r in score(completions)], dtype=torch.float64)
-        right = right.view(len(share), samples)
-        sums[0], sums[1] = right.sum(), right.amax(dim=1).sum()
-        sums[2] = sum(c.truncated for c in completions)
-        if with_greedy:
-            best = sampler.sample(model, share, 1, greedy(params), seed)
-            sums[3] = sum(_correct(r) for r in score(best))
-        sums[4] = len(share)
+    with collectives.failing_together():
+        if share:
+            completions = sampler.sample(model, share, samples, plain, seed)
+            right = torch.tensor([_correct(r) for r in score(completions)], dtype=torch.float64)
+            right = right.view(len(share), samples)
+            sums[0], sums[1] = right.sum(), right.amax(dim=1).sum()
+            sums[2] = sum(c.truncated for c in completions)
+            if with_greedy:
+                best = sampler.sample(model, share, 1, greedy(params), seed)
+                sums[3] = sum(_correct(r) for r in score(best))
+            sums[4] = len(share)
     total = collectives.all_sum(sums)
     count = max(1.0, float(total[4]))
     figures = {

@@ -104,7 +104,7 @@ class Loop:
             seed = seed_of(config.seed, "rollout", self.step, k, rank)
             params = SamplingParams.of(rollout)
             completions = self.s.sampler.sample(model, mine, n, params, seed)
-        with clock("reward"):
+        with clock("reward"), collectives.failing_together():
             rewards = self.s.rewards.score(completions)
         return experience.score_groups(completions, rewards, n, config.advantage, limit)
 

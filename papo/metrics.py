@@ -7,6 +7,7 @@ prints docs/metrics.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -174,9 +175,8 @@ class JsonLines:
             return
         self.close()
         before = self.path.read_bytes()
-        lines = before.decode("utf-8", errors="replace").splitlines(keepends=True)
         after = "".join(
-            line for line in lines if (row := _row(line)) is not None and wanted(row)
+            line for line in _lines(before) if (row := _row(line)) is not None and wanted(row)
         ).encode()
         if after == before:
             return
@@ -190,7 +190,8 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; `append` opens it again."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a write that has failed, and was told, before
+                self._file.close()
             self._file = None
 
 
@@ -198,14 +199,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The finished rows of a file, none where there is no file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [row for line in lines if (row := _row(line)) is not None]
+    return [row for line in _lines(path.read_bytes()) if (row := _row(line)) is not None]
+
+
+def _lines(data: bytes) -> list[str]:
+    """The finished lines. `splitlines` would also cut a completion's text, at U+2028 and others."""
+    *finished, _cut_off = data.decode("utf-8", errors="replace").split("\n")
+    return [line + "\n" for line in finished]
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The row of a line; None for one that is cut off."""
-    if not line.endswith("\n"):
-        return None
+    """The row of a line; None where it holds none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -265,10 +269,13 @@ class MetricsWriter:
         self._lines.append([row])
         self._written.add(_row_id(row))
         if self._folder is not None:
-            board = self._open_board()
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
-            board.flush()
+            try:
+                board = self._open_board()
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
+                board.flush()
+            except OSError as error:
+                raise _cannot_write(self._folder, error) from error
 
     def _open_board(self) -> Any:
         if self._board is None:
@@ -291,7 +298,8 @@ class MetricsWriter:
         if self._lines is not None:
             self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
             self._board = None
 
 

@@ -64,7 +64,8 @@ class Report:
                 plot(steps, self._run_dir / "curves.png")
         except OSError as error:
             raise PapoError(
-                f"cannot write the report in {self._run_dir}: {error.strerror}"
+                f"cannot write the report in {self._run_dir}: {error.strerror}; free some space or "
+                "choose another output_dir"
             ) from error
         if self.evaluations:
             print_table(self.evaluations)

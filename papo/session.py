@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from papo.batch import IDLE, MicroBatch, TrainingSequence, collate
 from papo.cli import Progress
 from papo.config import TrainConfig
 from papo.data import ProblemSource
-from papo.engine import Engine
+from papo.engine import Engine, local_device
 from papo.errors import PapoError
 from papo.evaluate import evaluate
 from papo.experience import Collected
@@ -31,7 +31,11 @@ from papo.rollout import HFSampler, SamplingParams
 from papo.schedule import seed_of
 from papo.telemetry import completion_rows
 from papo.weighting import WeightController
-from papo_kernels import PolicyLossParams, TokenStats
+from papo_kernels import PolicyLossParams, TokenStats, token_stats
+
+# torch's CPU products are compiled for every shape they meet, and the code is kept: with rows of any
+# width a run grew by 24 MiB a step.
+_CPU_WIDTHS = 32
 
 
 class Session:
@@ -42,14 +46,16 @@ class Session:
         self.config = config
         self.run_dir = Path(config.output_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self._resumed = checkpoint.resolve(config.resume, self.checkpoints)
         lead = collectives.rank() == 0
         self.progress = Progress(enabled=lead)
         with contextlib.ExitStack() as stack:
-            verifier = choose_verifier(config.reward.verifier, config.data.source)
-            self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
-            self.tokenizer = load_tokenizer(config.model)
-            self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
+            with collectives.failing_together():
+                check_backend(config.loss.backend)
+                self._resumed = checkpoint.resolve(config.resume, self.checkpoints)
+                verifier = choose_verifier(config.reward.verifier, config.data.source)
+                self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
+                self.tokenizer = load_tokenizer(config.model)
+                self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
             self.engine, self.reference = self._engines()
             pad = self.tokenizer.pad_token_id
             eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
@@ -65,9 +71,11 @@ class Session:
                 config.loss.entropy_coef,
             )
             collectives.raise_together(self._prepare_run_dir() if lead else None)
-            metrics = MetricsWriter(self.run_dir, config.metrics.tensorboard, lead)
-            self.metrics = stack.enter_context(contextlib.closing(metrics))
-            self.completions = CompletionsWriter(self.run_dir, lead and config.metrics.completions)
+            with collectives.failing_together():
+                metrics = MetricsWriter(self.run_dir, config.metrics.tensorboard, lead)
+                self.metrics = stack.enter_context(contextlib.closing(metrics))
+                wanted = lead and config.metrics.completions
+                self.completions = CompletionsWriter(self.run_dir, wanted)
             self.results = Report(self.run_dir, enabled=lead)
             self._stack = stack.pop_all()
 
@@ -92,7 +100,10 @@ class Session:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.config.dump_yaml(self.run_dir / "config.yaml")
         except OSError as error:
-            return f"output_dir={self.config.output_dir!r}: {error.strerror}"
+            return (
+                f"output_dir={self.config.output_dir!r}: {error.strerror}; "
+                "free some space or choose another output_dir"
+            )
         return None
 
     def _holds_another_run(self) -> bool:
@@ -117,9 +128,12 @@ class Session:
 
     def _policy(self) -> Policy:
         config = self.config
-        causal_lm = load_causal_lm(config.model)
+        with collectives.failing_together():
+            causal_lm = load_causal_lm(config.model)
         if config.model.activation_checkpointing:
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5.23, which Python 3.10 does not get.
+            enable = getattr(causal_lm, "activation_checkpointing_enable", None)
+            (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
         chunk = config.loss.chunk_mib
         return Policy(
             causal_lm,
@@ -131,10 +145,14 @@ class Session:
 
     def make_batch(self, sequences: Sequence[TrainingSequence]) -> MicroBatch:
         """A micro-batch of `sequences` on this rank's device."""
+        device = self.engine.device
         batch = collate(
-            sequences, pad_id=self.pad_id, max_row_tokens=self.config.optim.max_row_tokens
+            sequences,
+            pad_id=self.pad_id,
+            max_row_tokens=self.config.optim.max_row_tokens,
+            width_multiple=_CPU_WIDTHS if device.type == "cpu" else 1,
         )
-        return batch.to(self.engine.device)
+        return batch.to(device)
 
     def rollout_weights(self, phase: float) -> Any:
         """Polarity weights from the old policy (`weighting.source: rollout`), else None."""
@@ -169,8 +187,9 @@ class Session:
             self.say(f"resumed from {self._resumed} after step {step}")
         if collectives.rank() == 0:
             checkpoint.discard_after(self.checkpoints, step)
-        self.metrics.truncate_after(step)
-        self.completions.truncate_after(step)
+        with collectives.failing_together():
+            self.metrics.truncate_after(step)
+            self.completions.truncate_after(step)
         return step, cursor
 
     def _create_optimizer_state(self) -> None:
@@ -214,7 +233,8 @@ class Session:
             )
         self.results.add(label, step, figures)
         shown = {f"eval/{k}": v for k, v in figures.items() if k != "problems"}
-        self._write(lambda: self.metrics.write(step, shown))
+        with collectives.failing_together():
+            self.metrics.write(step, shown)
         seconds = time.perf_counter() - begin
         self.say(f"held-out accuracy {label}: {figures['accuracy']:.3f} ({seconds:.0f} s)")
 
@@ -223,19 +243,10 @@ class Session:
         counts = collectives.gather_objects(len(collected.sampled))
         first = sum(counts[: collectives.rank()])
         rows = collectives.gather_lists(completion_rows(collected.sampled, first))
-        self._write(lambda: self.completions.write(step, rows))
-        self._write(lambda: self.metrics.write(step, metrics))
+        with collectives.failing_together():
+            self.completions.write(step, rows)
+            self.metrics.write(step, metrics)
         self.progress.update(step, metrics)
-
-    @staticmethod
-    def _write(write: Callable[[], None]) -> None:
-        """What writes on rank 0 alone; where that fails every rank fails. A collective."""
-        failure = None
-        try:
-            write()
-        except PapoError as error:
-            failure = str(error)
-        collectives.raise_together(failure)
 
     def say(self, text: str) -> None:
         """A line for the user, from rank 0."""
@@ -243,4 +254,19 @@ class Session:
 
     def report(self) -> None:
         """The closing table, summary.json and the plot."""
-        self._write(lambda: self.results.finish(self.run_dir / "metrics.jsonl"))
+        with collectives.failing_together():
+            self.results.finish(self.run_dir / "metrics.jsonl")
+
+
+def check_backend(name: str | None) -> None:
+    """Refuse a kernel backend that cannot serve this rank's device, before anything is loaded.
+
+    Raises:
+        PapoError: it, or the one that PAPO_BACKEND names, cannot.
+    """
+    logits = torch.zeros(1, 2, device=local_device())
+    try:
+        token_stats(logits, logits[:, 0].long(), backend=name)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        option = "" if name is None else f"loss.backend={name!r}: "
+        raise PapoError(f"{option}{error}; without it the fastest one that can is taken") from error

@@ -7,7 +7,7 @@ from typing import Any
 from papo.config import DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig
 
 
-def deepspeed_dict(stage: int, dtype: str) -> dict[str, Any]:
+def deepspeed_dict(stage: int, dtype: str, **offload: str) -> dict[str, Any]:
     config = TrainConfig(
         name="test",
         steps=1,
@@ -15,6 +15,6 @@ def deepspeed_dict(stage: int, dtype: str) -> dict[str, Any]:
         data={"source": "reasoning_gym", "dataset": "chain_sum"},
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
         optim=OptimConfig(lr=1e-2),
-        deepspeed=DeepSpeedConfig(zero_stage=stage),
+        deepspeed=DeepSpeedConfig(zero_stage=stage, **offload),
     )
     return config.deepspeed_dict(1)

@@ -69,14 +69,17 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 240) -> list[tup
     return results
 
 
-def run_tasks(world: int, tasks: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Any]]:
-    """Run tasks of tests/distributed/tasks.py one after the other on `world` ranks; each one's
-    result per rank.
+def run_tasks(
+    world: int,
+    tasks: dict[str, tuple[str, dict[str, Any]]],
+    module: str = "tests.distributed.tasks",
+) -> dict[str, list[Any]]:
+    """Run tasks of `module` one after the other on `world` ranks; each one's result per rank.
 
     Starting Python, torch and DeepSpeed takes far longer than a task, so a test file starts its
     ranks once.
     """
-    results = finish(start(world, ["-m", "tests.distributed.tasks", json.dumps(tasks)]))
+    results = finish(start(world, ["-m", module, json.dumps(tasks)]))
     for code, out, err in results:
         assert code == 0, f"exit code {code}\n{out}\n{err}"
     ranks = [json.loads(out.strip().splitlines()[-1]) for _, out, _ in results]

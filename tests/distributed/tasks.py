@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from papo import checkpoint, collectives, engine
 from papo.batch import TrainingSequence, collate
 from papo.config import OptimConfig
 from papo.engine import Engine
+from papo.errors import PapoError
 from papo.experience import with_token_weights
 from papo.objective import Policy
 from papo.stats import token_stats_of
@@ -66,9 +70,13 @@ def make_engine(
     dtype: str = "fp32",
     temperature: float = 1.0,
     lr: float = 1e-2,
+    frozen: bool = False,
 ) -> Engine:
+    """`frozen`: the head, and with it the embedding where it is tied, is not trained."""
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    policy = Policy(model(tied).to(torch_dtype), temperature=temperature, backend=None)
+    causal_lm = model(tied).to(torch_dtype)
+    causal_lm.get_output_embeddings().requires_grad_(not frozen)
+    policy = Policy(causal_lm, temperature=temperature, backend=None)
     return Engine(policy, ds_config(stage, dtype), OptimConfig(lr=lr, eps=1e-3))
 
 
@@ -132,9 +140,10 @@ def run_update(
     aggregation: str = "token",
     weighted: bool = True,
     dtype: str = "fp32",
+    frozen: bool = False,
 ) -> dict[str, Any]:
     """One update on `sum(split)` sequences, `split[rank]` of them here."""
-    e = make_engine(stage, tied, dtype)
+    e = make_engine(stage, tied, dtype, frozen=frozen)
     result = one_update(
         e, my_part(sequences(sum(split)), split), micro, Loss(aggregation), weighted
     )
@@ -145,6 +154,73 @@ def run_update(
         "branches": result.branches._asdict(),
         "applied": result.applied,
     }
+
+
+def run_unfused(tied: bool, aggregation: str, frozen: bool) -> dict[str, Any]:
+    """The update of `run_update` on eight sequences without anything of ours but the formulas:
+    logits whole, from the model's own forward pass, torch's autograd through the eager loss.
+    """
+    from papo_kernels import policy_loss
+
+    causal_lm = model(tied)
+    causal_lm.get_output_embeddings().requires_grad_(not frozen)
+    trained = [p for p in causal_lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0)
+    loss = 0.0
+    for s in with_token_weights(sequences(8), Loss(aggregation)):
+        n = len(s.response_ids)
+        out = policy_loss(
+            causal_lm(torch.tensor([s.prompt_ids + s.response_ids])).logits[0, -n - 1 : -1],
+            torch.tensor(s.response_ids),
+            torch.full((n,), s.advantage),
+            torch.full((n,), s.weight),
+            weighting=PolarityWeighting(strength=0.5, phase=0.7, scale=1.1),
+            backend="reference",
+        )
+        out.loss.backward()
+        loss += float(out.loss)
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    weights = {k: p.double().flatten().tolist() for k, p in causal_lm.named_parameters()}
+    return {"weights": weights, "grad_norm": float(norm), "loss": loss}
+
+
+def run_nothing(stage: int) -> dict[str, Any]:
+    """An update for which every completion was masked, on every rank."""
+    e = make_engine(stage)
+    before = whole_weights(e)
+    result = one_update(e, [], 4, Loss(), True)
+    return {
+        "sums": vars(result.sums),
+        "grad_norm": result.grad_norm,
+        "applied": result.applied,
+        "unchanged": whole_weights(e) == before,
+    }
+
+
+def run_head_outside_a_gather() -> dict[str, Any]:
+    """What a user of ZeRO-3 gets who passes the head's weight by attribute."""
+    from papo_kernels import linear_token_stats
+
+    e = make_engine(3, tied=False)
+    weight = e.policy.causal_lm.get_output_embeddings().weight
+    try:
+        linear_token_stats(torch.zeros(4, weight.ds_shape[1]), weight, torch.arange(4))
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    return {"elements": weight.numel(), "message": message}
+
+
+def run_fail_together(failing: int) -> str:
+    """The text of the error that `failing` alone meets, on every rank."""
+    try:
+        with collectives.failing_together():
+            if collectives.rank() == failing:
+                raise PapoError(f"rank {failing} has no disk")
+    except PapoError as error:
+        return str(error)
+    return ""
 
 
 def run_bad_update(stage: int, where: str) -> dict[str, Any]:
@@ -196,20 +272,40 @@ def run_stats(temperature: float) -> dict[str, Any]:
     e = make_engine(3, True, temperature=temperature)
     part = sequences(6)
     got = token_stats_of(e, part, 4, make_batch)
-    entropy, logp = [], []
+    entropy, logp, unit_polarity = [], [], []
     with e.inference_model() as whole, torch.no_grad():
         for s in part:
             logits = whole(torch.tensor([s.prompt_ids + s.response_ids])).logits[
                 0, len(s.prompt_ids) - 1 : -1
             ]
             ell = torch.log_softmax(logits.double() / temperature, -1)
-            entropy += (-(ell.exp() * ell).sum(-1)).tolist()
-            logp += ell[range(len(s.response_ids)), list(s.response_ids)].tolist()
+            p, ids = ell.exp(), (range(len(s.response_ids)), list(s.response_ids))
+            h = -(p * ell).sum(-1)
+            score = p * (h[:, None] + ell)
+            entropy += h.tolist()
+            logp += ell[ids].tolist()
+            unit_polarity += ((p * score).sum(-1) - score[ids]).tolist()
+    # The last two carry no weight: what is averaged covers exactly the tokens of the loss.
+    trained = [replace(s, weight=float(i < 4)) for i, s in enumerate(part)]
+    sums = update(
+        e,
+        trained,
+        make_batch,
+        micro_batch_size=4,
+        params=PolicyLossParams(),
+        weighting=None,
+        controller=WeightController(Weighting()),
+        lr=0.0,
+    ).sums
     return {
         "entropy": torch.cat([s.entropy for s in got]).tolist(),
         "logp": torch.cat([s.logp for s in got]).tolist(),
+        "unit_polarity": torch.cat([s.unit_polarity for s in got]).tolist(),
         "true_entropy": entropy,
         "true_logp": logp,
+        "true_unit_polarity": unit_polarity,
+        "lengths": [len(s.response_ids) for s in part],
+        "mean_entropy": sums.mean(sums.entropy),
     }
 
 
@@ -242,10 +338,58 @@ def run_load(
     return {"weights": whole_weights(e), "steps": e.optimizer_steps, "cursor": state["cursor"]}
 
 
-def main() -> None:
+def run_full_disk(folder: str) -> str:
+    """A checkpoint that fits, then one that does not; what every rank is told."""
+    from pathlib import Path
+
+    def full(tensors: Any, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    e = make_engine()
+    one_update(e, sequences(2), 4, Loss(), True)
+    checkpoint.save(Path(folder), 1, e, {}, keep=2)
+    real, checkpoint.save_file = checkpoint.save_file, full  # rank 0 alone writes
+    try:
+        checkpoint.save(Path(folder), 2, e, {}, keep=2)
+    except PapoError as error:
+        return str(error)
+    finally:
+        checkpoint.save_file = real
+    return ""
+
+
+def run_export(folder: str, tied: bool, dtype: str) -> dict[str, Any]:
+    """`final/` after an update, beside the model that sampled."""
+    from pathlib import Path
+
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    e = Engine(Policy(model(tied), temperature=1.0), ds_config(3, dtype), OptimConfig(lr=1e-2))
+    one_update(e, my_part(sequences(8), [4, 4]), 4, Loss(), True)
+    checkpoint.export(Path(folder), e, SimpleNamespace(save_pretrained=lambda folder: None))
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = torch.arange(VOCABULARY)[None]
+    with e.inference_model() as whole, torch.no_grad():
+        same = torch.equal(whole(ids).logits, again(ids).logits)
+        start = model(tied).get_input_embeddings().weight
+        moved = not torch.equal(whole.get_input_embeddings().weight, start.to(whole.dtype))
+    with safe_open(str(Path(folder) / "model.safetensors"), framework="pt") as file:
+        names = list(file.keys())
+    return {
+        "same": same,
+        "moved": moved,
+        "dtype": str(again.dtype),
+        "head": "lm_head.weight" in names,
+    }
+
+
+def main(runners: Mapping[str, Any]) -> None:
+    """`runners`: the functions `run_<task>` among other names."""
     engine.start()
     results = {
-        key: globals()[f"run_{task}"](**options)
+        key: runners[f"run_{task}"](**options)
         for key, (task, options) in json.loads(sys.argv[1]).items()
     }
     engine.stop()
@@ -253,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

@@ -18,16 +18,31 @@ CASES = [
     ((3, [4, 4]), (3, [4, 4]), "fp32", True),
     ((3, [4, 4]), (0, [8]), "fp32", False),  # requirement 22: other stage, other number of ranks
     ((0, [8]), (2, [4, 4]), "fp32", True),
+    ((0, [8]), (0, [8]), "fp32", True),
     ((1, [4, 4]), (3, [8]), "bf16", True),
     ((2, [8]), (2, [8]), "bf16", True),
 ]
+
+
+EXPORTS = [(True, "bf16"), (False, "fp32")]
+
+
+def of_two_ranks(root: Path) -> dict:
+    exports = {
+        f"export-{tied}": (
+            "export",
+            {"folder": str(root / f"final-{tied}"), "tied": tied, "dtype": dtype},
+        )
+        for tied, dtype in EXPORTS
+    }
+    return {"full": ("full_disk", {"folder": str(root / "full")}), **exports}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     """Everything saved and loaded: per case the ranks' results of both."""
     root = tmp_path_factory.mktemp("checkpoints")
-    done: dict = {}
+    done: dict = {"full-folder": root / "full"}
     for task, side in (("save", 0), ("load", 1)):
         for world in (1, 2):
             done |= run_tasks(
@@ -45,7 +60,8 @@ def results(tmp_path_factory) -> dict:
                     )
                     for i, case in enumerate(CASES)
                     if len(case[side][1]) == world
-                },
+                }
+                | (of_two_ranks(root) if (task, world) == ("save", 2) else {}),
             )
     return done
 
@@ -106,6 +122,24 @@ def test_disk_full_while_saving_is_one_line_and_loses_nothing(tmp_path: Path, mo
         checkpoint.save(tmp_path, 2, engine, {}, keep=2)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_disk_full_on_rank_0_fails_both_ranks_with_the_same_line(results) -> None:
+    """None waits for the other, and the checkpoint before is whole."""
+    told, other = results["full"]
+    assert told == other and "\n" not in told
+    assert "cannot save" in told and "No space left on device" in told and "free some space" in told
+    folder = results["full-folder"]
+    assert [p.name for p in folder.iterdir()] == ["step-00000001"]
+    assert [step for step, _ in checkpoint.completed(folder)] == [1]
+
+
+@pytest.mark.parametrize(("tied", "dtype"), EXPORTS)
+def test_requirement_27_final_gives_the_logits_that_sampled(results, tied, dtype) -> None:
+    """Gathered over two ranks; a tied head is written once."""
+    name = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]
+    for got in results[f"export-{tied}"]:
+        assert got == {"same": True, "moved": True, "head": not tied, "dtype": name}
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

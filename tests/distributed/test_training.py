@@ -5,9 +5,12 @@ with one line.
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papo.checkpoint import completed
-from tests.distributed.launch import ROOT, finish, start
+from papo.metrics import METRICS
+from tests.distributed.launch import ROOT, environment, finish, start
 from tests.trainer.tiny import build_model
 
 STEPS = 5
@@ -52,7 +56,7 @@ def config(folder: Path, model: Path, **sections: Any) -> Path:
         "optim": {"lr": 1e-3, "micro_batch_size": 4},
         "checkpoint": {"every": 1, "keep": 2},
         "metrics": {"tensorboard": False},
-        "evaluation": {"samples": 2, "greedy": False},
+        "evaluation": {"samples": 2},
     }
     for name, values in sections.items():
         options[name] = (
@@ -112,6 +116,25 @@ def test_a_run_leaves_what_it_promises(unbroken: Path, tiny: Path) -> None:
     assert any(not torch.equal(after[k].float(), before[k].float()) for k in after)
 
 
+def test_every_documented_figure_is_written_and_no_other(unbroken: Path) -> None:
+    lines = (unbroken / "run" / "metrics.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line)}
+    # Stages and memory that this run, on a CPU and with one update per rollout, does not have.
+    assert written == {"step", *METRICS} - {"memory/peak_device"}
+
+
+def test_requirement_11_each_step_shows_what_a_small_loss_does_not(unbroken: Path) -> None:
+    """Two of four completions differ from the group's mean: there is something to learn, whatever
+    the value of the loss.
+    """
+    for row in rows(unbroken):
+        if "reward/mean" in row:
+            learns = row["reward/zero_spread_groups"] < 1
+            assert math.isfinite(row["loss/policy"])
+            assert (row["loss/advantage_abs"] > 0) == (row["optim/grad_norm"] > 0) == learns
+            assert abs(row["loss/policy"]) < row["loss/advantage_abs"] or not learns
+
+
 def test_requirement_34_every_completion_once(unbroken: Path) -> None:
     completions = rows(unbroken, "completions.jsonl")
     assert len(completions) == STEPS * 4 * 4
@@ -119,27 +142,36 @@ def test_requirement_34_every_completion_once(unbroken: Path) -> None:
     assert all(keys.count(key) == 4 for key in set(keys))
 
 
-@pytest.mark.parametrize("last_words", ["step 2/", "step 4/"])
+def kill_after(line_start: str, path: Path, world: int) -> None:
+    """SIGKILL to all ranks while the step after the one that prints `line_start` is under way."""
+    ranks = start(world, ["train.py", "--config", str(path)])
+    assert ranks[0].stdout is not None
+    for line in ranks[0].stdout:
+        if line.startswith(line_start):
+            for process in ranks:
+                process.kill()
+    for process in ranks:
+        process.wait()
+    finish(ranks)
+    assert [process.returncode for process in ranks] == [-signal.SIGKILL] * world
+
+
+def same_run(a: Path, b: Path) -> None:
+    """The same figures, completions and weights, bit for bit."""
+    assert rows(a) == rows(b)
+    assert rows(a, "completions.jsonl") == rows(b, "completions.jsonl")
+    expected = weights(b)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(a).items())
+
+
 def test_requirement_20_21_killed_and_resumed_is_unbroken(
-    tmp_path: Path, tiny: Path, unbroken: Path, last_words: str
+    tmp_path: Path, tiny: Path, unbroken: Path
 ) -> None:
-    """SIGKILL while the step after `last_words` is under way: wherever it strikes, resuming reaches
-    the same figures.
-    """
+    """Wherever in the step SIGKILL strikes, resuming reaches the same figures."""
     path = config(tmp_path, tiny)
-    (process,) = start(1, ["train.py", "--config", str(path)])
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(last_words):
-            process.kill()
-    process.wait()
-    finish([process])
-    assert process.returncode == -signal.SIGKILL
+    kill_after("step 2/", path, world=1)
     train(path, "--resume", "auto")
-    assert rows(tmp_path) == rows(unbroken)
-    assert rows(tmp_path, "completions.jsonl") == rows(unbroken, "completions.jsonl")
-    expected = weights(unbroken)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+    same_run(tmp_path, unbroken)
 
 
 def test_sigterm_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
@@ -158,13 +190,11 @@ def test_sigterm_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) ->
     assert rows(tmp_path) == rows(unbroken)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, tiny) -> tuple[Path, list[tuple[int, str, str]]]:
+def two_rank_config(folder: Path, tiny: Path) -> Path:
     """Dynamic sampling, two updates per rollout and a KL term: everything that makes ranks differ
     in what they do.
     """
-    folder = tmp_path_factory.mktemp("two")
-    path = config(
+    return config(
         folder,
         tiny,
         method="dapo",
@@ -173,10 +203,27 @@ def two_ranks(tmp_path_factory, tiny) -> tuple[Path, list[tuple[int, str, str]]]
         optim={"lr": 1e-3, "micro_batch_size": 3, "updates_per_rollout": 2},
         dynamic_sampling={"max_rounds": 3},
     )
-    return folder, train(path, world=2)
 
 
-def test_requirement_3_4_6_7_two_ranks(two_ranks) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, tiny) -> tuple[Path, list[tuple[int, str, str]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, train(two_rank_config(folder, tiny), world=2)
+
+
+def test_requirement_20_21_two_ranks_killed_and_resumed_are_unbroken(
+    tmp_path: Path, tiny: Path, two_ranks
+) -> None:
+    """ZeRO-3 over two ranks, whose cursor depends on how often they sampled and whose reference is
+    the initial model, not the resumed one.
+    """
+    path = two_rank_config(tmp_path, tiny)
+    kill_after("step 1/", path, world=2)
+    train(path, "--resume", "auto", world=2)
+    same_run(tmp_path, two_ranks[0])
+
+
+def test_requirement_3_6_7_two_ranks(two_ranks) -> None:
     folder, results = two_ranks
     assert "step 3/3" in results[0][1]
     assert "step" not in results[1][1]  # rank 0 alone speaks
@@ -185,12 +232,22 @@ def test_requirement_3_4_6_7_two_ranks(two_ranks) -> None:
     sampled = [r["rollout/rounds"] for r in steps]
     assert len(rows(folder, "completions.jsonl")) == sum(sampled) * 4 * 4
     assert all(r["optim/skipped"] == 0 for r in steps)
+    # Requirement 3: evaluated before the first training step, through the same gather.
+    evaluations = json.loads((folder / "run" / "summary.json").read_text())["evaluations"]
+    assert [(e["label"], e["step"], e["problems"]) for e in evaluations] == [
+        ("before", 0, 4.0),
+        ("after", 3, 4.0),
+    ]
     AutoModelForCausalLM.from_pretrained(folder / "run" / "final")
 
 
 def test_strength_zero_is_the_baseline_bit_for_bit(tmp_path: Path, tiny: Path) -> None:
     """PAPO at lambda 0 and GRPO with PAPO's other options are the same run."""
-    common = {"loss": {"aggregation": "token", "clip_low": 0.2, "clip_high": 0.2}, "steps": 2}
+    common = {
+        "loss": {"aggregation": "token", "clip_low": 0.2, "clip_high": 0.2},
+        "evaluation": {"before": False, "after": False},
+        "steps": 2,
+    }
     final = []
     for method in ("papo", "grpo"):
         folder = tmp_path / method
@@ -225,34 +282,37 @@ def test_batch_not_divisible_is_one_line_from_rank_0(tmp_path: Path, tiny: Path)
         ("model.path={empty}", ["tokenizer"]),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(
+def test_what_a_user_gets_wrong_is_one_line_from_rank_0(
     tmp_path: Path, tiny: Path, override: str, expected: list[str]
 ) -> None:
+    """On two ranks, each of which meets it."""
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((tiny / "config.json").read_text())
     path = config(tmp_path, tiny)
-    line = one_line(train(path, "--set", override.format(empty=empty), code=1))
+    line = one_line(train(path, "--set", override.format(empty=empty), world=2, code=1))
     assert all(part in line for part in expected), line
 
 
-def test_port_in_use_is_one_line(tmp_path: Path, tiny: Path) -> None:
-    from tests.distributed.launch import environment
-
+def test_port_in_use_is_one_line_and_ends_both_ranks(tmp_path: Path, tiny: Path) -> None:
+    """As users start it: the launcher ends the other rank, which waits for a rendezvous."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        import sys
-
-        command = [sys.executable, "train.py", "--config", str(config(tmp_path, tiny))]
+        command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+        inherited = {k: v for k, v in environment(0, 2, port).items() if "RANK" not in k}
         done = subprocess.run(
-            command,
-            env=environment(0, 1, port),
+            [sys.executable, *command, "train.py", "--config", str(config(tmp_path, tiny))],
+            env={
+                **inherited,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            },
             cwd=ROOT,
             capture_output=True,
             text=True,
-            check=False,
+            timeout=120,
         )
+    assert done.returncode != 0
     line = one_line([(done.returncode, done.stdout, done.stderr)])
     assert f"MASTER_PORT={port}" in line and "--master_port" in line

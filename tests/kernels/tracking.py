@@ -32,10 +32,11 @@ def flops(run: Callable[[], Any]) -> int:
 
 
 class Memory(NamedTuple):
-    """Bytes of tensors on the CPU, over what there was before."""
+    """Bytes of tensors on the CPU, over what there was before; `largest` is of one allocation."""
 
     peak: int
     after: int
+    largest: int
 
 
 def memory(run: Callable[[], Any]) -> Memory:
@@ -43,10 +44,10 @@ def memory(run: Callable[[], Any]) -> Memory:
     counts as allocated still."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         kept = run()
-    now = peak = 0
+    now = peak = largest = 0
     for event in trace.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
             now += event.nbytes()
-            peak = max(peak, now)
+            peak, largest = max(peak, now), max(largest, event.nbytes())
     del kept
-    return Memory(peak, now)
+    return Memory(peak, now, largest)

@@ -1,0 +1,233 @@
+"""What the rank does in test_engine: `python -m tests.distributed.engine_tasks <json>`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from papo.config import OptimConfig, TrainConfig
+from papo.engine import Engine
+from papo.objective import Policy
+from papo.session import Session
+from papo.stats import attach, token_stats_of
+from papo.step import Update, update
+from papo.weighting import WeightController
+from papo_kernels import PolarityWeighting, PolicyLossParams
+from tests.distributed import tasks
+from tests.distributed.configs import deepspeed_dict
+from tests.distributed.tasks import make_batch, sequences, whole_weights
+from tests.kernels.tracking import memory
+from tests.trainer.tiny import build_model
+
+MiB = 2**20
+
+
+def engine_of(
+    causal_lm: Any,
+    *,
+    stage: int = 3,
+    dtype: str = "fp32",
+    chunk_bytes: int | None = None,
+    **ds: str,
+) -> Engine:
+    policy = Policy(causal_lm, temperature=1.0, chunk_bytes=chunk_bytes)
+    return Engine(policy, deepspeed_dict(stage, dtype, **ds), OptimConfig(lr=1e-3, eps=1e-3))
+
+
+def step(
+    e: Engine, part: list[Any], controller: WeightController | None = None, **options: Any
+) -> Update:
+    return update(
+        e,
+        part,
+        make_batch,
+        **{
+            "micro_batch_size": 64,
+            "params": PolicyLossParams(),
+            "weighting": None,
+            "controller": controller or WeightController(tasks.Weighting()),
+            "lr": 1e-3,
+            **options,
+        },
+    )
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+WIDE = 32_768
+
+
+def wide_sequences(count: int) -> list[Any]:
+    """64 tokens each: short rows, so that attention stays small beside the logits."""
+    from papo.batch import TrainingSequence
+
+    g = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(count):
+        ids = tuple(torch.randint(0, WIDE, (66,), generator=g).tolist())
+        made.append(
+            TrainingSequence(ids[:2], ids[2:], (-10.0,) * 64, (-1.0) ** i, 1 / (64 * count), i)
+        )
+    return made
+
+
+def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, Any]:
+    """Allocations of statistics, forward, backward, step and probe on `count` x 64 tokens of a wide
+    vocabulary. The second step: moments exist by then.
+    """
+    config = LlamaConfig(
+        vocab_size=WIDE,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    causal_lm = LlamaForCausalLM(config).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    e = engine_of(causal_lm, dtype=dtype, chunk_bytes=chunk_mib * MiB)
+    weighting = PolarityWeighting(strength=0.5, phase=0.5)
+    step(e, wide_sequences(1), weighting=weighting)
+
+    def whole_step() -> None:
+        part = wide_sequences(count)
+        old = token_stats_of(e, part, 64, make_batch)
+        part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
+        done = step(e, part, weighting=weighting, probe_tokens=10**9).measured(e, make_batch)
+        assert done.applied and done.measured_delta is not None
+
+    used = memory(whole_step)
+    return {
+        "peak": used.peak,
+        "largest": used.largest,
+        "logits": count * 64 * WIDE * (2 if dtype == "bf16" else 4),
+        "weight": WIDE * 24 * 4,
+    }
+
+
+# ---- the probe ----------------------------------------------------------------------------------
+
+
+def run_probe(steps: int) -> list[tuple[float | None, float | None]]:
+    """(predicted, measured) mean entropy change of the same tokens, of updates of one and the same
+    policy by other advantages.
+    """
+    pairs = []
+    for i in range(steps):
+        causal_lm = tasks.model(True)
+        with torch.no_grad():
+            causal_lm.get_input_embeddings().weight.mul_(15)
+        e = engine_of(causal_lm, stage=0)
+        g = torch.Generator().manual_seed(i)
+        part = sequences(4, seed=0)
+        part = [
+            replace(s, advantage=float(torch.randn((), generator=g)), weight=0.01) for s in part
+        ]
+        done = step(e, part, probe_tokens=10**9, lr=1e-3).measured(e, make_batch)
+        pairs.append((done.predicted_delta, done.measured_delta))
+    return pairs
+
+
+# ---- the engine ---------------------------------------------------------------------------------
+
+
+def run_masters(stage: int, **offload: str) -> dict[str, bool]:
+    """A float32 checkpoint computed in bfloat16: the masters before any step, and after one."""
+    causal_lm = tasks.model(False)
+    start = {name: p.detach().clone() for name, p in causal_lm.named_parameters()}
+    e = engine_of(causal_lm, stage=stage, dtype="bf16", **offload)
+    masters = {name: e.read_state(p)["weight"].clone() for name, p in e.trained_parameters()}
+    with e.inference_model() as whole:
+        compute = {name: p.clone() for name, p in whole.named_parameters()}
+    return {
+        "off the bfloat16 grid": any((p != p.bfloat16().float()).any() for p in start.values()),
+        "masters": all(torch.equal(masters[name], p) for name, p in start.items()),
+        "compute": all(torch.equal(compute[name], p.bfloat16()) for name, p in start.items()),
+    }
+
+
+def run_whole_model() -> dict[str, Any]:
+    """What samples: its hooks beside those of the policy, and its parameters."""
+
+    def hooks(module: torch.nn.Module) -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
+
+    e = engine_of(tasks.model(True), stage=3)
+    source = dict(e.policy.causal_lm.named_parameters())
+    with e.inference_model() as whole:
+        inside = {
+            "hooks": hooks(whole),
+            "policy hooks": hooks(e.policy),
+            "shared": all(
+                p.data_ptr() == source[n].data_ptr() for n, p in whole.named_parameters()
+            ),
+            "tied": whole.get_input_embeddings().weight is whole.get_output_embeddings().weight,
+        }
+        ids = torch.arange(12)[None]
+        whole.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=[])
+    return {**inside, "kept": sum(p.numel() for p in whole.parameters())}
+
+
+def run_offload(stage: int, dtype: str, **offload: str) -> dict[str, Any]:
+    """Three updates with what `offload` keeps in host memory."""
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    e = engine_of(tasks.model(True).to(torch_dtype), stage=stage, dtype=dtype, **offload)
+    applied = [step(e, sequences(8), lr=1e-2).applied for _ in range(3)]
+    return {"weights": whole_weights(e), "applied": applied, "steps": e.optimizer_steps}
+
+
+def run_checkpointing(folder: str, on: bool) -> dict[str, Any]:
+    """An update of the policy that the trainer makes of its options, and how often a layer runs."""
+    config = TrainConfig(
+        name="test",
+        steps=1,
+        model={"path": str(build_model(folder)), "dtype": "fp32", "activation_checkpointing": on},
+        data={"source": "reasoning_gym", "dataset": "chain_sum"},
+        rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
+        optim={"lr": 1e-2, "eps": 1e-3},
+    )
+    session: Any = SimpleNamespace(config=config)
+    e = Engine(Session._policy(session), config.deepspeed_dict(1), config.optim)
+    calls: list[int] = []
+    layer = e.policy.causal_lm.get_decoder().layers[0]
+    layer.self_attn.register_forward_hook(lambda *args: calls.append(1))
+    done = step(e, tasks.with_token_weights(sequences(8), tasks.Loss()), lr=1e-2)
+    return {"weights": whole_weights(e), "grad_norm": done.grad_norm, "calls": len(calls)}
+
+
+def run_source(source: str, conserve: bool) -> dict[str, Any]:
+    """The first update of a rollout whose polarity comes from the update or from the old policy."""
+    phase, micro = 0.7, 3
+    controller = WeightController(tasks.Weighting(conserve=conserve))
+    e = engine_of(tasks.model(True))
+    # A batch before, for a conserving scale other than 1.
+    controller.update(step(e, sequences(4, seed=1), controller).branches)
+    config = SimpleNamespace(
+        weighting=SimpleNamespace(source=source, strength=0.5),
+        optim=SimpleNamespace(micro_batch_size=micro, updates_per_rollout=1),
+    )
+    session: Any = SimpleNamespace(config=config, weighting=controller)
+    weights = Session.rollout_weights(session, phase)
+    part = tasks.with_token_weights(sequences(8), tasks.Loss())
+    part = attach(part, config, e, None, make_batch, weights)
+    weighting = None
+    if weights is None:
+        weighting = PolarityWeighting(strength=0.5, phase=phase, scale=controller.scale(phase))
+    done = step(e, part, controller, weighting=weighting, micro_batch_size=micro, lr=1e-2)
+    return {
+        "weights": whole_weights(e),
+        "scale": controller.scale(phase),
+        "factors": part[0].factor is not None,
+        "sums": vars(done.sums),
+        "branches": done.branches._asdict(),
+        "grad_norm": done.grad_norm,
+    }
+
+
+if __name__ == "__main__":
+    tasks.main(globals())

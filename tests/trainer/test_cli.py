@@ -1,0 +1,213 @@
+"""The command line: its arguments, its one-line errors and its progress."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from papo import cli
+from papo.cli import Progress, clock_text, config_from, main, step_line
+from papo.config import ConfigError
+from papo.errors import PapoError
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = """
+name: test
+steps: 3
+model: {path: somewhere}
+data: {source: reasoning_gym, dataset: chain_sum}
+rollout: {prompts_per_step: 4, completions_per_prompt: 8, max_new_tokens: 24}
+"""
+FIGURES = {
+    "reward/mean": 0.5,
+    "entropy/mean": 2.25,
+    "phase/phi": -0.5,
+    "throughput/tokens_per_second": 1234.4,
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(OPTIONS)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting, and the root of the log as it was: `main` sets it up for the whole process."""
+    monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "_log_to_stderr", lambda level: None)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def test_set_overrides_in_order(file: str) -> None:
+    config = config_from(["--config", file, "--set", "optim.lr=1e-5", "--set", "optim.lr=2e-5"])
+    assert config.optim.lr == 2e-5 and config.resume == "never"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume"),
+    [
+        ([], "never"),
+        (["--resume"], "auto"),
+        (["--resume", "auto"], "auto"),
+        (["--resume", "never", "--set", "resume=auto"], "never"),
+        (["--set", "resume=auto"], "auto"),
+        (["--resume", "runs/x/checkpoints/step-00000010"], "runs/x/checkpoints/step-00000010"),
+    ],
+)
+def test_resume(file: str, arguments: list[str], resume: str) -> None:
+    assert config_from(["--config", file, *arguments]).resume == resume
+
+
+def test_the_launchers_argument_is_accepted(file: str) -> None:
+    assert config_from(["--local_rank=1", "--config", file]).name == "test"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--config"),
+        (["--config", "{file}", "--lr", "3"], "unrecognized arguments: --lr 3; see --help"),
+        (["--config", "{file}", "--resum", "auto"], "unrecognized arguments: --resum auto"),
+        (["--config", "{file}", "--set"], "expected one argument"),
+        (["--config", "{file}", "--set", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["--config", "{file}", "--set", "weightng.strength=1"], "did you mean weighting?"),
+        (["--config", "{file}", "--set", "steps"], "--set steps"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_a_failure(
+    file: str, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [a.format(file=file) for a in arguments]
+    with pytest.raises(ConfigError):
+        config_from(argv)
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and expected in line and not out
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_the_run_is_told_by_rank_0_and_fails_every_rank(
+    file: str, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: object) -> int:
+        raise PapoError("the disk is full:\nfree some")
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("papo.loop.run", run)
+    capsys.readouterr()  # what importing DeepSpeed says
+    assert main(["--config", file]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err == ("error: the disk is full: free some\n" if rank == 0 else "")
+
+
+def test_the_other_ranks_leave_after_rank_0_has_spoken(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher kills rank 0 with the rest when it sees another one fail first."""
+    waited: list[float] = []
+    monkeypatch.setattr(cli, "_GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--config", file, "--set", "steps=0"]) == 1
+    assert waited == [2.0]
+
+
+def test_a_bug_keeps_its_traceback(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: object) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("papo.loop.run", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["--config", file])
+
+
+def test_ctrl_c_is_130(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papo.loop.run", run)
+    assert main(["--config", file]) == 130
+
+
+def test_a_bad_option_ends_the_process_before_torch_is_loaded(file: str) -> None:
+    """As a process: the exit status, and an answer within the time Python takes to start."""
+    code = (
+        "import sys; from papo.cli import main; status = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", file, "--set", "weighting.strength=1"],
+        cwd=ROOT,
+        env={**os.environ, "RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: {file}: weighting.strength=1: expected less than 1\n"
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+def test_a_step_is_a_line_with_what_was_promised() -> None:
+    assert step_line(3, 20, FIGURES, 65.2) == (
+        "step 3/20  reward 0.500  entropy 2.250  phase -0.50  1234 tok/s  ETA 1:05"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.7, "1:00:00"), (7384, "2:03:04")],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock_text(seconds) == text
+
+
+def test_eta_is_the_median_step_times_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """An evaluation or a checkpoint between two steps does not move it."""
+    now = iter([0.0, 10.0, 20.0, 120.0, 130.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    progress = Progress()
+    progress.start(total=10)
+    for step in (1, 2, 3, 4):
+        progress.update(step, FIGURES)
+    progress.say("a line")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("ETA ")[-1] for line in lines] == ["1:30", "1:20", "1:10", "1:00", "a line"]
+
+
+def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(enabled=False)
+    progress.start(2)
+    progress.update(1, FIGURES)
+    progress.say("a line")
+    progress.close()
+    assert not capsys.readouterr().out
+
+
+def test_on_a_terminal_the_bar_shows_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: True, raising=False)
+    progress = Progress()
+    progress.start(total=4, done=1)
+    progress.update(2, FIGURES)
+    (task,) = progress._bar.tasks
+    assert (task.completed, task.total) == (2, 4)
+    assert task.description.startswith("step 2/4  reward 0.500")
+    progress.close()
+    progress.close()

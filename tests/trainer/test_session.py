@@ -1,0 +1,134 @@
+"""The run's folder: what a run may write into, what moves aside, what a resumed run keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from papo import checkpoint, collectives
+from papo.config import TrainConfig
+from papo.errors import PapoError
+from papo.session import Session, check_backend
+
+
+def session(folder: Path, resume: str = "never", **options: Any) -> Session:
+    """A session that has got as far as its folder: no model, no data, no workers."""
+    made = Session.__new__(Session)
+    made.config = TrainConfig(
+        name="test",
+        steps=options.pop("steps", 3),
+        output_dir=str(folder),
+        resume=resume,
+        model={"path": "somewhere"},
+        data={"source": "reasoning_gym", "dataset": "chain_sum"},
+        rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
+    )
+    made.run_dir = folder
+    made.checkpoints = folder / "checkpoints"
+    made._resumed = checkpoint.resolve(resume, made.checkpoints)
+    made.said = []
+    made.say = made.said.append
+    return made
+
+
+def prepare(folder: Path, resume: str = "never", **options: Any) -> list[str]:
+    """Make the folder ready; what the user was told."""
+    made = session(folder, resume, **options)
+    assert made._prepare_run_dir() is None
+    return made.said
+
+
+def finished_run(folder: Path, mark: str) -> Path:
+    """What a run of two steps leaves; its newest checkpoint."""
+    newest = folder / "checkpoints" / "step-00000002"
+    newest.mkdir(parents=True)
+    (newest / "trainer.json").write_text(json.dumps({"format": checkpoint.FORMAT}))
+    (folder / "metrics.jsonl").write_text(f'{{"step": 1, "mark": "{mark}"}}\n')
+    return newest
+
+
+def marks(root: Path) -> dict[str, str]:
+    """Whose metrics each folder holds."""
+    return {p.parent.name: json.loads(p.read_text())["mark"] for p in root.glob("*/metrics.jsonl")}
+
+
+def test_a_new_run_gets_a_folder_with_its_resolved_options(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "deep" / "test"
+    assert prepare(folder) == []
+    assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 3
+
+
+def test_an_earlier_runs_folder_moves_aside_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Again and again: the first free number is taken, and the user is told."""
+    for number, mark in enumerate("abc", start=1):
+        finished_run(tmp_path / "run", mark)
+        (said,) = prepare(tmp_path / "run")
+        assert said == f"an earlier run's folder is now {tmp_path / f'run.{number}'}"
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    assert marks(tmp_path) == {"run.1": "a", "run.2": "b", "run.3": "c"}
+
+
+def test_a_folder_without_results_is_used_as_it_is(tmp_path: Path) -> None:
+    """Such as the folder of a run that failed before its first step."""
+    prepare(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert prepare(tmp_path / "run", steps=4) == []
+    assert (tmp_path / "run" / "notes.txt").exists()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 4
+
+
+def test_a_resumed_run_keeps_its_folder(tmp_path: Path) -> None:
+    """By `auto`, and by the name of one of its own checkpoints, however it is spelt."""
+    newest = finished_run(tmp_path / "run", "a")
+    relative = os.path.relpath(newest)
+    for resume in ("auto", str(newest), relative, f"{newest.parent}/../checkpoints/{newest.name}"):
+        assert prepare(tmp_path / "run", resume) == []
+    assert marks(tmp_path) == {"run": "a"}
+
+
+def test_auto_without_a_checkpoint_keeps_what_is_there_and_starts(tmp_path: Path) -> None:
+    """Killed before its first checkpoint: the rows go when the run begins again, see resume()."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "mark": "a"}\n')
+    assert prepare(tmp_path / "run", "auto") == []
+    assert marks(tmp_path) == {"run": "a"}
+
+
+def test_going_on_from_another_runs_checkpoint_leaves_that_run_alone(tmp_path: Path) -> None:
+    other = finished_run(tmp_path / "other", "b")
+    finished_run(tmp_path / "run", "a")
+    (said,) = prepare(tmp_path / "run", str(other))
+    assert "run.1" in said and marks(tmp_path) == {"run.1": "a", "other": "b"}
+
+
+@pytest.mark.parametrize("blocked", ["run", "run/config.yaml"])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) -> None:
+    if blocked == "run":  # a file is in its place
+        (tmp_path / "run").write_text("")
+    else:
+        (tmp_path / blocked).mkdir(parents=True)
+    told = session(tmp_path / "run")._prepare_run_dir()
+    assert told is not None and "\n" not in told
+    assert told.startswith(f"output_dir={str(tmp_path / 'run')!r}: ")
+    assert told.endswith("choose another output_dir")
+    with pytest.raises(PapoError, match="output_dir="):
+        collectives.raise_together(told)
+
+
+def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None:
+    """Asked for by the option or by the environment; before the model is loaded."""
+    wrong, right = ("cpu", "triton") if torch.cuda.is_available() else ("cuda", "cpu")
+    for name in (None, "reference", right):
+        check_backend(name)
+    with pytest.raises(PapoError, match=rf"^loss.backend='{wrong}': .*cannot serve") as caught:
+        check_backend(wrong)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("PAPO_BACKEND", wrong)
+    with pytest.raises(PapoError, match=rf"^PAPO_BACKEND: '{wrong}' cannot serve"):
+        check_backend(None)

@@ -198,11 +198,11 @@ def main() -> None:
         return
     results = {}
     for shape in shapes:
-        figures = {} if args.part == "memory" else times(shape, args.rounds)
-        for name, peak in ({} if args.part == "time" else peaks(shape)).items():
-            figures.setdefault(name, {}).update(peak)
+        figures = times(shape, args.rounds)
+        for name, peak in peaks(shape).items():
+            figures[name] |= peak
         results[shape.name] = figures
-        print_table(shape.name, results[shape.name])
+        print_table(shape.name, figures)
     record = {
         "environment": environment(),
         "clock": "process CPU time, one thread, median of interleaved rounds",
@@ -210,8 +210,7 @@ def main() -> None:
         "results": results,
     }
     if args.save:
-        parts = ["linear", *filter(None, (args.part, args.only))]
-        print("wrote", write_json("-".join(parts), record).name)
+        print("wrote", write_json("linear", record).name)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("triton", "transformers", "trl", "liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 
 @dataclass
@@ -164,7 +166,16 @@ def environment() -> dict[str, str]:
         "cpu": _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{peer: importlib.metadata.version(peer) for peer in PEERS if _is_installed(peer)},
     }
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def write_json(name: str, record: dict[str, Any]) -> Path:

@@ -81,10 +81,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
            py::arg("dtype"));
   py::class_<RowParams>(m, "RowParams")
-      .def(py::init([](double temperature, double softcap, int64_t vocab_size) {
-             return RowParams{temperature, softcap, vocab_size};
+      .def(py::init([](double temperature, double softcap, int64_t vocab_size, bool sharded) {
+             return RowParams{temperature, softcap, vocab_size, sharded};
            }),
-           py::arg("temperature"), py::arg("softcap"), py::arg("vocab_size"));
+           py::arg("temperature"), py::arg("softcap"), py::arg("vocab_size"),
+           py::arg("sharded") = false);
   py::class_<TokenStatsOut>(m, "TokenStatsOut")
       .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity, uintptr_t lse,
                        uintptr_t state) {

@@ -33,8 +33,8 @@ from papo.telemetry import completion_rows
 from papo.weighting import WeightController
 from papo_kernels import PolicyLossParams, TokenStats, token_stats
 
-# torch's CPU products are compiled for every shape they meet, and the code is kept: with rows of any
-# width a run grew by 24 MiB a step.
+# torch compiles its CPU products for every shape it meets and keeps the code: with rows of any
+# width the main job grew by 24 MiB a step.
 _CPU_WIDTHS = 32
 
 

@@ -71,8 +71,7 @@ _CANNOT: dict[str, Callable[[torch.device, torch.dtype], str | None]] = {
 
 
 @cache
-def _choose(requested: str | None, source: str, device_key: str, dtype: torch.dtype) -> str:
-    device = torch.device(device_key)
+def _choose(requested: str | None, source: str, device: torch.device, dtype: torch.dtype) -> str:
     if requested is not None:
         if requested not in _MODULES:
             raise ValueError(f"{source}: expected one of {BACKENDS}, got {requested!r}")
@@ -105,7 +104,7 @@ def choose(requested: str | None, device: torch.device, dtype: torch.dtype) -> s
     source = "backend"
     if requested is None:
         requested, source = os.environ.get("PAPO_BACKEND") or None, "PAPO_BACKEND"
-    return _choose(requested, source, str(device), dtype)
+    return _choose(requested, source, device, dtype)
 
 
 @cache

@@ -4,21 +4,23 @@ expected, before anything is launched."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .ops import filled
 from .types import (
     LossInputs,
-    LossOptions,
     PolarityWeighting,
     PolicyLossParams,
     RowParams,
     TokenInputs,
+    WeightingInputs,
 )
 
 _DEFAULT_PARAMS = PolicyLossParams()
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -29,7 +31,7 @@ def check_type(name: str, value: object, expected: type) -> None:
 def check_float(name: str, value: Tensor) -> None:
     """A floating-point tensor `[..., C]` with C >= 1."""
     check_type(name, value, Tensor)
-    if value.dtype not in FLOAT_DTYPES:
+    if value.dtype not in _FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}"
         )
@@ -116,67 +118,63 @@ def loss_inputs(
         tokens: shaped like `targets`, of any real dtype; made `dtype`.
         source: what the loss is differentiable in, for messages.
     """
-    params = _DEFAULT_PARAMS if params is None else params
+    advantages, token_weight, old_logp, ref_logp = tokens
+    if params is None:
+        params = _DEFAULT_PARAMS
     check_type("params", params, PolicyLossParams)
-    for name, value in tokens._asdict().items():
-        if value is not None or name in ("advantages", "token_weight"):
-            check_token_input(name, value, targets, source)
-    if params.kl_coef and tokens.ref_logp is None:
+    check_token_input("advantages", advantages, targets, source)
+    check_token_input("token_weight", token_weight, targets, source)
+    if old_logp is not None:
+        check_token_input("old_logp", old_logp, targets, source)
+        old_logp = flat(old_logp, dtype)
+    if ref_logp is not None:
+        check_token_input("ref_logp", ref_logp, targets, source)
+        ref_logp = flat(ref_logp, dtype)
+    elif params.kl_coef:
         raise ValueError(f"ref_logp: expected a tensor, since params.kl_coef is {params.kl_coef}")
-    phase, sigma, scale = _weighting_scalars(weighting, dtype, targets.device)
-    options = LossOptions(
-        float(row.temperature),
-        float(row.softcap),
-        float(params.clip_low),
-        float(params.clip_high),
-        float(params.dual_clip or 0.0),
-        float(params.kl_coef),
-        float(params.entropy_coef),
-        0.0 if weighting is None else float(weighting.strength),
-        0.0 if weighting is None else float(weighting.dead_zone),
-    )
     return LossInputs(
-        flat(targets, targets.dtype),
-        flat(tokens.advantages, dtype),
-        flat(tokens.token_weight, dtype),
-        None if tokens.old_logp is None else flat(tokens.old_logp, dtype),
-        None if tokens.ref_logp is None else flat(tokens.ref_logp, dtype),
-        phase,
-        sigma,
-        scale,
-        "sign" if weighting is None else weighting.shape,
-        list(options),
-        row.vocab_size,
+        flat(targets, torch.int64),
+        TokenInputs(flat(advantages, dtype), flat(token_weight, dtype), old_logp, ref_logp),
+        params,
+        None if weighting is None else _weighting_inputs(weighting, dtype, targets),
+        row,
         backend or "",
     )
 
 
 def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` detached, contiguous `[N]`, in `dtype`; itself where it is all that."""
-    if (
-        value.dtype == dtype
-        and value.dim() == 1
-        and not value.requires_grad
-        and value.is_contiguous()
-    ):
-        return value
-    return value.detach().reshape(-1).to(dtype).contiguous()
+    if value.dim() != 1:
+        value = value.reshape(-1)
+    if value.requires_grad:
+        value = value.detach()
+    if value.dtype != dtype:
+        value = value.to(dtype)
+    return value if value.is_contiguous() else value.contiguous()
 
 
-def _weighting_scalars(
-    weighting: PolarityWeighting | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """phase, sigma and scale as 0-dim tensors on `device`, without a host sync."""
-    if weighting is None:
-        return None, None, None
+def shaped(values: Sequence[Tensor], targets: Tensor) -> Sequence[Tensor]:
+    """The inverse of `flat`: `values [N]` in the shape of `targets`."""
+    return values if targets.dim() == 1 else [x.view_as(targets) for x in values]
+
+
+def _weighting_inputs(
+    weighting: PolarityWeighting, dtype: torch.dtype, targets: Tensor
+) -> WeightingInputs:
     check_type("weighting", weighting, PolarityWeighting)
-    scalars = []
-    for name in ("phase", "sigma", "scale"):
-        value = getattr(weighting, name)
-        if isinstance(value, Tensor):
-            check_device(f"weighting.{name}", value, device)
-            scalars.append(value.detach().to(dtype))
-        else:
-            scalars.append(torch.full((), value, dtype=dtype, device=device))
-    phase, sigma, scale = scalars
-    return phase, sigma, scale
+
+    def scalar(name: str, value: float | Tensor) -> Tensor:
+        """`value` as a 0-dim tensor beside the targets, without a host sync."""
+        if not isinstance(value, Tensor):
+            return filled(value, dtype, targets)
+        check_device(f"weighting.{name}", value, targets.device)
+        return value.detach().to(dtype)
+
+    return WeightingInputs(
+        float(weighting.strength),
+        scalar("phase", weighting.phase),
+        weighting.shape,
+        scalar("sigma", weighting.sigma),
+        scalar("scale", weighting.scale),
+        float(weighting.dead_zone),
+    )

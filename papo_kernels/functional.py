@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import loss_ops, ops
-from .checks import check_float, check_row_options, check_targets, flat, loss_inputs
+from .checks import check_float, check_row_options, check_targets, flat, loss_inputs, shaped
 from .types import (
     PolarityWeighting,
     PolicyLossOutput,
@@ -40,7 +40,7 @@ def token_stats(
             -inf masks a token: p = 0, gradient 0. Read without a copy where the leading dimensions
             flatten to one stride and the last has stride 1.
         targets: ``[...]`` int64, the sampled tokens; -100: ignored, all outputs and the gradient 0.
-        temperature: > 0.
+        temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
         softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
         vocab_size: columns from there on are padding: never read, p = 0, gradient 0.
         backend: "reference", "cpu", "triton" or "cuda"; by default ``PAPO_BACKEND`` or else the
@@ -55,18 +55,9 @@ def token_stats(
         TypeError, ValueError: naming the argument, its value and what was expected. A target out
             of range raises for CPU tensors; on a GPU it makes its row NaN.
     """
-    check_float("logits", logits)
-    columns = check_row_options(logits.shape[-1], temperature, softcap, vocab_size)
-    check_targets("logits", logits, targets)
-    *stats, _ = ops.run_token_stats(
-        _rows(logits),
-        flat(targets, targets.dtype),
-        float(temperature),
-        float(softcap or 0.0),
-        columns,
-        backend or "",
-    )
-    return TokenStats(*_shaped(stats, targets))
+    row = _checked_row(logits, targets, temperature, softcap, vocab_size)
+    stats = ops.run_token_stats(logits, flat(targets, torch.int64), row, backend or "")
+    return TokenStats(*shaped(stats, targets))
 
 
 def policy_loss(
@@ -107,10 +98,10 @@ def policy_loss(
         ref_logp: logp under the reference policy; needed where params.kl_coef is not 0.
         params: the surrogate's options; None for `PolicyLossParams()`.
         weighting: polarity weighting, None for none.
-        inplace: overwrite the logits with their gradient instead of allocating it. The logits must
-            not be a leaf or a view, and belong to this loss alone: another use in a loss, or a
-            second backward, raises. Without a gradient to form (no_grad) they are left as they are.
-            Under torch.compile, which places its buffers itself, it has no effect.
+        inplace: overwrite the logits with their gradient instead of allocating it. They must not be
+            a leaf or a view, and belong to this loss alone: another use in a loss, or a second
+            backward, raises. No effect under no_grad, nor under torch.compile, which places its
+            buffers itself.
 
     Returns:
         PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clipped):
@@ -119,29 +110,34 @@ def policy_loss(
     Raises:
         TypeError, ValueError: as for `token_stats`.
     """
+    row = _checked_row(logits, targets, temperature, softcap, vocab_size)
+    tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
+    call = loss_inputs(
+        targets, tokens, params, weighting, row, acc_dtype(logits.dtype), backend, "the logits"
+    )
+    in_place = inplace and _overwritable(logits)
+    run = loss_ops.policy_loss_in_place if in_place else loss_ops.run_policy_loss
+    loss, *parts = run(logits, call)
+    return PolicyLossOutput(loss, *shaped(parts, targets))
+
+
+def _checked_row(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int | None,
+) -> RowParams:
     check_float("logits", logits)
     columns = check_row_options(logits.shape[-1], temperature, softcap, vocab_size)
     check_targets("logits", logits, targets)
-    call = loss_inputs(
-        targets,
-        TokenInputs(advantages, token_weight, old_logp, ref_logp),
-        params,
-        weighting,
-        RowParams(temperature, softcap or 0.0, columns),
-        acc_dtype(logits.dtype),
-        backend,
-        source="the logits",
-    )
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needs_grad and not torch.compiler.is_compiling():
-        _check_overwritable(logits)
-        loss, *parts = loss_ops.policy_loss_in_place(logits, call)
-    else:
-        loss, *parts = loss_ops.run_policy_loss(_rows(logits), call)
-    return PolicyLossOutput(loss, *_shaped(parts, targets))
+    return RowParams(float(temperature), float(softcap or 0.0), columns)
 
 
-def _check_overwritable(logits: Tensor) -> None:
+def _overwritable(logits: Tensor) -> bool:
+    """Whether there is a gradient to put in place of the logits; raises where that is not safe."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
     if logits.is_leaf:
         raise ValueError(
             "inplace: expected False for logits that are a leaf requiring grad: "
@@ -157,13 +153,4 @@ def _check_overwritable(logits: Tensor) -> None:
             f"inplace: expected False for logits that are not contiguous, got strides "
             f"{logits.stride()} for shape {tuple(logits.shape)}"
         )
-
-
-def _shaped(values: list[Tensor], like: Tensor) -> list[Tensor]:
-    return values if like.dim() == 1 else [x.view(like.shape) for x in values]
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """`logits` as `[N, V]` with unit column stride, a view where the layout allows."""
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return True

@@ -1,4 +1,5 @@
-"""A call's tokens in chunks: the plan, the reused workspace, the gradients formed of each slab.
+"""A call's tokens in chunks: the plan and the reused workspace; `linear_gradients.py` has what is
+formed of each slab.
 
 Shapes: ``hidden [N, D]``, ``weight [V, D]``, a chunk's ``logits [n, V]``.
 """
@@ -11,9 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linear_products import Head, low_rank, product
-from .types import acc_dtype
-
 Selection = slice | Tensor  # of rows: consecutive ones, or int64 indices
 
 _ALIGN = 64  # elements: rows of logits start on cache lines and vector loads
@@ -22,7 +20,7 @@ _ALIGN = 64  # elements: rows of logits start on cache lines and vector loads
 _CHUNKS_PER_SLAB = 8
 _TILE_ROWS = 128  # of a matrix product on a GPU
 _CPU_WORKSPACE = 256 * 2**20
-# A GPU's workspace: every slab of tokens reads and writes the weight's float32 gradient once, so
+# A GPU's workspace: every slab of tokens reads and writes the weight's gradient in float32, so
 # slabs of a few thousand tokens are what keeps that below a few per cent of the products.
 _GPU_WORKSPACE_SHARE = 32
 
@@ -112,9 +110,9 @@ def make_plan(
         dtypes: of hidden states and logits.
         backward: whether gradients of the logits are formed.
         budget: bytes that the buffers may take; one row is held whatever it takes.
-        sum_bytes: what several slabs cost besides, the float32 sum of a half-precision weight's
-            gradient. One slab is planned where it fits the budget and this together: it needs no
-            sum, which makes it both smaller and faster.
+        sum_bytes: what several slabs cost besides, the lower halves of the float32 sum of a
+            half-precision weight's gradient. One slab is planned where it fits the budget and this
+            together: it needs no sum, which makes it both smaller and faster.
     """
     operand, dtype = dtypes
     pitch = -(-max(1, columns) // _ALIGN) * _ALIGN
@@ -189,114 +187,3 @@ class Workspace:
     def keep_gradient(self, part: slice, columns: int) -> None:
         if self._narrow is not None and not self._narrowing:
             self._narrow[part, :columns] = self._logits[: part.stop - part.start, :columns]
-
-
-# ---- gradients ----------------------------------------------------------------------------------
-
-
-class _Sum:
-    """The gradient of one parameter, summed over slabs in float32 (float64 for float64)."""
-
-    def __init__(self, parameter: Tensor, rows: int, slabs: int, dtype: torch.dtype | None) -> None:
-        # One slab: the product itself accumulates in float32 and rounds once.
-        held = acc_dtype(parameter.dtype) if slabs > 1 else parameter.dtype
-        self._full = torch.empty(parameter.shape, dtype=dtype or held, device=parameter.device)
-        self._dtype = dtype or parameter.dtype
-        self.rows = self._full[:rows]
-        self._full[rows:] = 0
-        self.started = False
-        if slabs == 0:
-            self._full.zero_()
-
-    def add_product(self, a: Tensor, b: Tensor) -> None:
-        product(a, b, self.rows, self.started)
-        self.started = True
-
-    def add_columns(self, dlogits: Tensor) -> None:
-        total = dlogits.sum(dim=0, dtype=acc_dtype(dlogits.dtype))
-        self.rows.copy_(self.rows + total if self.started else total)
-        self.started = True
-
-    def result(self) -> Tensor:
-        return self._full.to(self._dtype)
-
-
-class Gradients:
-    """Gradients of the head's inputs, formed slab by slab from the logits' gradient.
-
-    Args:
-        hidden: `[N, D]`.
-        head: what the logits came from.
-        full: weight, bias, lora_a and lora_b as the caller gave them, padding included.
-        needs: which gradients to form; the others cost nothing.
-        slabs: how many times `add` will be called.
-        partial: the head is one shard of several: dhidden and the gradient of lora_a are partial
-            sums and stay in float32.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        full: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-        needs: Needs,
-        slabs: int,
-        partial: bool = False,
-    ) -> None:
-        self._head, self._needs = head, needs
-        wide = acc_dtype(hidden.dtype) if partial else None
-        columns = head.columns
-        slabs = slabs if columns else 0
-        self._dhidden = None
-        if needs.hidden:
-            self._dhidden = torch.zeros(
-                hidden.shape, dtype=wide or hidden.dtype, device=hidden.device
-            )
-        self._sums: dict[str, _Sum] = {}
-        for name, tensor in zip(("weight", "bias", "lora_a", "lora_b"), full, strict=True):
-            if tensor is not None and getattr(needs, name):
-                replicated = name == "lora_a"
-                rows = tensor.shape[0] if replicated else columns
-                self._sums[name] = _Sum(tensor, rows, slabs, wide if replicated else None)
-
-    def add(self, rows: Selection, hidden: Tensor, dlogits: Tensor, ignored: Tensor | None) -> None:
-        """`hidden [n, D]` and `dlogits [n, V]` of a slab; `ignored [n]` rows have zero dlogits."""
-        head, needs, sums = self._head, self._needs, self._sums
-        if head.columns == 0:
-            return
-        low_grad = None
-        if head.lora_b is not None and (needs.hidden or needs.lora_a):
-            low_grad = torch.mm(dlogits, head.lora_b).mul_(head.scaling)
-        if self._dhidden is not None:
-            self._add_hidden(rows, dlogits, low_grad, self._dhidden)
-        if ignored is not None and (needs.weight or needs.lora_a or needs.lora_b):
-            # 0 * NaN: a row that does not count may hold anything.
-            hidden = hidden.masked_fill(ignored[:, None], 0.0)
-        if needs.weight:
-            sums["weight"].add_product(dlogits.t(), hidden)
-        if needs.bias:
-            sums["bias"].add_columns(dlogits)
-        if needs.lora_a and low_grad is not None:
-            sums["lora_a"].add_product(low_grad.t(), hidden)
-        if needs.lora_b:
-            low = low_rank(head, hidden, acc_dtype(hidden.dtype)).to(dlogits.dtype)
-            sums["lora_b"].add_product(dlogits.t(), low)
-
-    def _add_hidden(
-        self, rows: Selection, dlogits: Tensor, low_grad: Tensor | None, dhidden: Tensor
-    ) -> None:
-        """dlogits W + (scaling dlogits B) A into its rows, which are written once."""
-        if isinstance(rows, slice):
-            out = dhidden[rows]
-        else:
-            out = dhidden.new_empty((rows.numel(), dhidden.shape[1]))
-        product(dlogits, self._head.weight, out)
-        if low_grad is not None and self._head.lora_a is not None:
-            product(low_grad, self._head.lora_a, out, add=True)
-        if not isinstance(rows, slice):
-            dhidden[rows] = out
-
-    def results(self) -> tuple[Tensor | None, ...]:
-        """dhidden and the gradients of weight, bias, lora_a, lora_b; None where not needed."""
-        sums = (self._sums.get(name) for name in Needs._fields[1:])
-        return self._dhidden, *(None if s is None else s.result() for s in sums)

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import backend as backends
 from .keep import KeepMask
 from .linear_chunks import (
-    Gradients,
     Needs,
     Selection,
     Workspace,
@@ -22,6 +21,7 @@ from .linear_chunks import (
     default_workspace,
     make_plan,
 )
+from .linear_gradients import Gradients
 from .linear_products import Head, write_logits
 from .ops import check_target_values
 from .types import (
@@ -46,17 +46,20 @@ class HeadInputs(NamedTuple):
     keep_offsets: Tensor | None
     keep_ids: Tensor | None
 
+    def needs(self) -> Needs:
+        """Which of them will be asked for a gradient."""
+        grad = torch.is_grad_enabled()
+        return Needs(*(grad and x is not None and x.requires_grad for x in self[:5]))
+
 
 class HeadOptions(NamedTuple):
-    """`vocab_size` counts the whole vocabulary, `chunk_bytes` 0 is the default workspace."""
+    """`row.vocab_size` counts the whole vocabulary, `chunk_bytes` 0 is the default workspace."""
 
-    temperature: float
-    softcap: float
+    row: RowParams
+    backend: str
     lora_scaling: float
-    vocab_size: int
     logits_dtype: torch.dtype
     chunk_bytes: int
-    backend: str
 
 
 class Shard(NamedTuple):
@@ -84,10 +87,11 @@ class HeadPass:
     ) -> None:
         self._inputs, self._options, self._shard = inputs, options, shard
         check_gathered(inputs.weight, allow_empty=shard is not None)
-        check_target_values(targets, options.vocab_size)
+        vocab_size = options.row.vocab_size
+        check_target_values(targets, vocab_size)
         self._first = shard.first if shard is not None else 0
         held = inputs.weight.shape[0]
-        cut = max(0, min(held, options.vocab_size - self._first))
+        cut = max(0, min(held, vocab_size - self._first))
         weight = inputs.weight[:cut]
         self._head = Head(
             weight if 1 in weight.stride() or cut == 0 else weight.contiguous(),
@@ -98,16 +102,18 @@ class HeadPass:
         )
         # A shard without rows stands as one masked column.
         self._columns = max(1, cut)
-        self._row = RowParams(options.temperature, options.softcap, self._columns)
+        self._row = options.row._replace(vocab_size=self._columns, sharded=shard is not None)
         self._keep = None
         if inputs.keep_offsets is not None and inputs.keep_ids is not None:
-            self._keep = KeepMask(inputs.keep_offsets, inputs.keep_ids, targets, options.vocab_size)
+            self._keep = KeepMask(inputs.keep_offsets, inputs.keep_ids, targets, vocab_size)
         self._targets = targets
         if shard is not None:
+            # What is no id at all (on a GPU nothing has refused it) stays one that kernels refuse.
+            known = (targets >= 0) & (targets < vocab_size)
+            outside = torch.where(known, ELSEWHERE, targets.clamp(max=ELSEWHERE - 1))
+            outside = torch.where(targets == IGNORE_INDEX, IGNORE_INDEX, outside)
             local = targets - self._first
-            inside = (local >= 0) & (local < cut)
-            local = torch.where(inside, local, ELSEWHERE)
-            self._targets = torch.where(targets == IGNORE_INDEX, IGNORE_INDEX, local)
+            self._targets = torch.where((local >= 0) & (local < cut), local, outside)
         device, dtype = inputs.hidden.device, options.logits_dtype
         name = backends.choose(options.backend or None, device, dtype)
         self._backend = backends.module(name)
@@ -138,15 +144,13 @@ class HeadPass:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight, bias, lora_a and lora_b for upstream gradients ``[N]`` of
         logp, entropy and unit_polarity; the chunks' logits are computed again."""
-        dtype = acc_dtype(self._options.logits_dtype)
-        upstream = [None if g is None else g.to(dtype).contiguous() for g in grads]
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
             self._backend.token_stats_bwd(
                 logits,
                 self._targets[chunk],
                 state[chunk],
-                tuple(None if g is None else g[chunk] for g in upstream),
+                tuple(None if g is None else g[chunk] for g in grads),
                 self._row,
                 dlogits,
             )
@@ -156,8 +160,9 @@ class HeadPass:
     def policy_loss(
         self, inputs: LossInputs, needs: Needs
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """The fields of `PolicyLossOutput`, and the gradients of the loss as `token_stats_bwd`."""
-        tokens, params, weighting, _ = inputs.unpack()
+        """What `policy_loss_fwd` of a backend returns for all tokens, and the gradients of the loss
+        as `token_stats_bwd` does."""
+        tokens, params, weighting = inputs.tokens, inputs.params, inputs.weighting
         hidden, dtype = self._inputs.hidden, acc_dtype(self._options.logits_dtype)
         rows = hidden.shape[0]
         outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(7)]
@@ -183,8 +188,7 @@ class HeadPass:
 
         ignored = (self._targets == IGNORE_INDEX) | (tokens.token_weight == 0)
         grads = self._run(step, ignored, needs if any(needs) else None)
-        # Summed once over all tokens, so that the loss does not depend on the chunks.
-        return (outputs[0].sum(), *outputs[1:]), grads
+        return tuple(outputs), grads
 
     # ---- what they share ----
 
@@ -197,7 +201,7 @@ class HeadPass:
         weight_sum = 0
         if needs is not None and needs.weight:
             held = hidden.shape[1] * (columns if shard is None else shard.columns)
-            weight_sum = held * acc_dtype(dtype).itemsize
+            weight_sum = held * (acc_dtype(dtype).itemsize - hidden.dtype.itemsize)
         plan = make_plan(
             active.total,
             columns if shard is None else shard.columns,

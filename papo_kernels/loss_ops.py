@@ -2,189 +2,215 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .ops import (
-    backend_for,
-    check_target_values,
-    is_plain,
-    refuse_double_backward,
-    run_scale_,
+from . import ops
+from .ops import as_rows, backend_for, check_target_values, refuse_double_backward
+from .types import (
+    LossInputs,
+    PolicyLossParams,
+    RowParams,
+    TokenInputs,
+    WeightingInputs,
+    acc_dtype,
 )
-from .types import LossInputs, acc_dtype
+
+# ---- what the operations of a loss share ---------------------------------------------------------
+
+# `LossInputs`, flat. The weighting applies where phase, sigma and scale are given.
+LOSS_SCHEMA = (
+    "Tensor targets, Tensor advantages, Tensor token_weight, Tensor? old_logp, Tensor? ref_logp, "
+    "Tensor? phase, Tensor? sigma, Tensor? scale, str shape, float[] options, SymInt vocab_size, "
+    "str backend"
+)
+# The fields of `PolicyLossOutput`.
+OUTPUT_SCHEMA = (
+    "Tensor loss, Tensor logp, Tensor entropy, Tensor unit_polarity, Tensor polarity, "
+    "Tensor weight, Tensor ratio, Tensor clipped"
+)
+
+
+def flattened(inputs: LossInputs) -> tuple[Any, ...]:
+    """The arguments of `LOSS_SCHEMA`."""
+    targets, tokens, params, weighting, row, backend = inputs
+    scalars: tuple[Tensor | None, ...] = (None, None, None)
+    shape, strength, dead_zone = "sign", 0.0, 0.0
+    if weighting is not None:
+        scalars = (weighting.phase, weighting.sigma, weighting.scale)
+        shape, strength, dead_zone = weighting.shape, weighting.strength, weighting.dead_zone
+    options = [
+        row.temperature,
+        row.softcap,
+        params.clip_low,
+        params.clip_high,
+        params.dual_clip or 0.0,
+        params.kl_coef,
+        params.entropy_coef,
+        strength,
+        dead_zone,
+    ]
+    return targets, *tokens, *scalars, shape, options, row.vocab_size, backend
+
+
+def unflattened(arguments: Sequence[Any]) -> LossInputs:
+    """The inverse of `flattened`."""
+    targets, *tokens, phase, sigma, scale, shape, options, vocab_size, backend = arguments
+    temperature, softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, *rest = options
+    strength, dead_zone = rest
+    weighting = None
+    if phase is not None:
+        weighting = WeightingInputs(strength, phase, shape, sigma, scale, dead_zone)
+    return LossInputs(
+        targets,
+        TokenInputs(*tokens),
+        PolicyLossParams(clip_low, clip_high, dual_clip or None, kl_coef, entropy_coef),
+        weighting,
+        RowParams(temperature, softcap, vocab_size),
+        backend,
+    )
+
+
+def fake_policy_loss(like: Tensor) -> tuple[Tensor, ...]:
+    n, acc = like.shape[0], acc_dtype(like.dtype)
+    parts = (like.new_empty(n, dtype=acc) for _ in range(6))
+    return like.new_empty((), dtype=acc), *parts, like.new_empty(n, dtype=torch.bool)
+
+
+def scaled(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
+    """Gradients formed in the forward pass times the upstream scalar, in place where this is their
+    last use: a graph that is kept may come back for them, and a traced one must not write to what
+    its forward part returns."""
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    results: list[Tensor | None] = []
+    for grad in grads:
+        if grad is not None:
+            # A tensor of its own lets the leaf take the memory over instead of copying it.
+            grad = grad.clone() if kept or not ops.is_plain(grad) else grad.detach()
+            rows = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)
+            ops.run_scale_(rows, factor, backend)
+        results.append(grad)
+    return results
+
+
+class FormedLoss(torch.autograd.Function):
+    """The sum of token losses whose gradients were formed along with them.
+
+    Args:
+        token_loss: `[N]`.
+        grads: of the sum, one for each of `inputs`; None where that needs none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token_loss: Tensor,
+        grads: tuple[Tensor | None, ...],
+        backend: str,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*grads)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        return token_loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if g_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, *scaled(ctx.saved_tensors, g_loss, ctx.backend)
+
 
 # ---- policy_loss --------------------------------------------------------------------------------
 
 
-def _run_policy_loss(
-    logits: Tensor, inputs: LossInputs, dlogits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `PolicyLossOutput`; `dlogits` receives the gradient of the loss."""
-    check_target_values(inputs.targets, inputs.vocab_size)
-    token_loss, *parts = backend_for(inputs.backend, logits).policy_loss_fwd(
-        logits, inputs.targets, *inputs.unpack(), dlogits
+def _token_losses(logits: Tensor, inputs: LossInputs, dlogits: Tensor | None) -> tuple[Tensor, ...]:
+    """What `policy_loss_fwd` of a backend returns; `dlogits` receives the gradient of the loss."""
+    check_target_values(inputs.targets, inputs.row.vocab_size)
+    targets, tokens, params, weighting, row, backend = inputs
+    outputs: tuple[Tensor, ...] = backend_for(backend, logits).policy_loss_fwd(
+        logits, targets, tokens, params, weighting, row, dlogits
     )
-    logp, entropy, unit_polarity, polarity, weight, ratio, clipped = parts
-    return token_loss.sum(), logp, entropy, unit_polarity, polarity, weight, ratio, clipped
+    return outputs
 
 
-def _fake_policy_loss(
-    logits: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, acc = logits.shape[0], acc_dtype(logits.dtype)
-    logp, entropy, unit_polarity, polarity, weight, ratio = (
-        logits.new_empty(n, dtype=acc) for _ in range(6)
-    )
-    clipped = logits.new_empty(n, dtype=torch.bool)
-    loss = logits.new_empty((), dtype=acc)
-    return loss, logp, entropy, unit_polarity, polarity, weight, ratio, clipped
-
-
-def _policy_loss(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    token_weight: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    phase: Tensor | None,
-    sigma: Tensor | None,
-    scale: Tensor | None,
-    shape: str,
-    options: list[float],
-    vocab_size: int,
-    backend: str,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `PolicyLossOutput`, then dlogits, the gradient of the loss (`[0]` if not
-    needed). The arguments after `logits` are `LossInputs`."""
-    inputs = LossInputs(
-        targets,
-        advantages,
-        token_weight,
-        old_logp,
-        ref_logp,
-        phase,
-        sigma,
-        scale,
-        shape,
-        options,
-        vocab_size,
-        backend,
-    )
+@custom_op(
+    "papo::policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor logits, {LOSS_SCHEMA}, bool needs_grad) -> ({OUTPUT_SCHEMA}, Tensor dlogits)",
+)
+def policy_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The fields of `PolicyLossOutput`, then the gradient of the loss (`[0]` if not needed)."""
+    *arguments, needs_grad = rest
     dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
-    outputs = _run_policy_loss(logits, inputs, dlogits if needs_grad else None)
-    return *outputs, dlogits
-
-
-policy_loss = custom_op("papo::policy_loss", _policy_loss, mutates_args=())
+    token_loss, *parts = _token_losses(
+        logits, unflattened(arguments), dlogits if needs_grad else None
+    )
+    return token_loss.sum(), *parts, dlogits
 
 
 @policy_loss.register_fake
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs_grad = rest[-1]
-    return *_fake_policy_loss(logits), logits.new_empty(logits.shape if needs_grad else (0,))
+    return *fake_policy_loss(logits), logits.new_empty(logits.shape if needs_grad else (0,))
 
 
 def _policy_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *rest, dlogits = output
-    ctx.save_for_backward(dlogits)
-    ctx.mark_non_differentiable(*rest, dlogits)
+    ctx.save_for_backward(output[-1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.backend, ctx.needs_grad, ctx.n_inputs = inputs[-2], inputs[-1], len(inputs)
+    *_, ctx.backend, ctx.needs_grad = inputs
+    ctx.nothing = (None,) * (len(inputs) - 1)
 
 
 def _policy_loss_backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
-    others = (None,) * (ctx.n_inputs - 1)
     if g_loss is None:
-        return None, *others
+        return None, *ctx.nothing
     if not ctx.needs_grad:
         raise RuntimeError("papo::policy_loss was called with needs_grad=False")
-    (dlogits,) = ctx.saved_tensors
-    # A graph that is kept may come back for the unscaled gradient, and a traced one must not write
-    # to what its forward part returns; otherwise this is the buffer's last use.
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if kept or not is_plain(dlogits):
-        dlogits = dlogits.clone()
-    run_scale_(dlogits, g_loss, ctx.backend)
-    return dlogits, *others
+    return *scaled(ctx.saved_tensors, g_loss, ctx.backend), *ctx.nothing
 
 
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    """The same autograd without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
-        dlogits = logits.new_empty(logits.shape)
-        outputs = _run_policy_loss(logits, inputs, dlogits)
-        ctx.save_for_backward(dlogits)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        ctx.backend, ctx.needs_grad, ctx.n_inputs = inputs.backend, True, 2
-        return outputs
-
-    backward = staticmethod(_policy_loss_backward)
-
-
 def run_policy_loss(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
-    """`policy_loss`, by the shortest way: the fields of `PolicyLossOutput`."""
+    """`policy_loss` of `logits [..., V]`, by the shortest way: the fields of `PolicyLossOutput`."""
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if not is_plain(logits):
-        return tuple(policy_loss(logits, *inputs, needs_grad)[:-1])
-    if needs_grad:
-        outputs: tuple[Tensor, ...] = _PolicyLoss.apply(logits, inputs)
-        return outputs
-    return _run_policy_loss(logits, inputs, None)
+    if not ops.is_plain(logits):
+        return tuple(policy_loss(as_rows(logits), *flattened(inputs), needs_grad)[:-1])
+    rows = as_rows(logits.detach())
+    if not needs_grad:
+        token_loss, *parts = _token_losses(rows, inputs, None)
+        return token_loss.sum(), *parts
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    token_loss, *parts = _token_losses(rows, inputs, dlogits.view(-1, dlogits.shape[-1]))
+    return FormedLoss.apply(token_loss, (dlogits,), inputs.backend, logits), *parts
 
 
 # ---- policy_loss in place -----------------------------------------------------------------------
 
 
-@custom_op("papo::policy_loss_", mutates_args=("logits",))
-def policy_loss_(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    token_weight: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    phase: Tensor | None,
-    sigma: Tensor | None,
-    scale: Tensor | None,
-    shape: str,
-    options: list[float],
-    vocab_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@custom_op(
+    "papo::policy_loss_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {LOSS_SCHEMA}) -> ({OUTPUT_SCHEMA})",
+)
+def policy_loss_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`; the logits become the gradient of the loss."""
-    inputs = LossInputs(
-        targets,
-        advantages,
-        token_weight,
-        old_logp,
-        ref_logp,
-        phase,
-        sigma,
-        scale,
-        shape,
-        options,
-        vocab_size,
-        backend,
-    )
-    return _run_policy_loss(logits, inputs, logits)
+    token_loss, *parts = _token_losses(logits, unflattened(arguments), logits)
+    return token_loss.sum(), *parts
 
 
 @policy_loss_.register_fake
-def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_policy_loss(logits)
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return fake_policy_loss(logits)
 
 
 class _PolicyLossInPlace(torch.autograd.Function):
@@ -197,10 +223,11 @@ class _PolicyLossInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
         rows = logits.detach().view(-1, logits.shape[-1])
-        if is_plain(logits):
-            outputs = _run_policy_loss(rows, inputs, rows)
+        if ops.is_plain(logits):
+            token_loss, *parts = _token_losses(rows, inputs, rows)
+            outputs = (token_loss.sum(), *parts)
         else:
-            outputs = policy_loss_(rows, *inputs)
+            outputs = policy_loss_(rows, *flattened(inputs))
         ctx.mark_dirty(logits)
         ctx.save_for_backward(logits)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -227,7 +254,7 @@ class _PolicyLossInPlace(torch.autograd.Function):
         (dlogits,) = ctx.saved_tensors
         ctx.spent = True
         dlogits = dlogits.detach()
-        run_scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
+        ops.run_scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
         return dlogits, None
 
 

@@ -21,23 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_row_options, loss_inputs
+from .checks import check_row_options, flat, shaped
 from .keep import KeepSet
-from .linear import SOURCE, HeadArguments, LoRAHead, prepare, wanted_gradients
+from .linear_checks import ChunkArguments, HeadArguments, RowArguments, prepare, prepare_loss
 from .linear_chunks import Needs, default_workspace
-from .linear_ops import scaled
 from .linear_passes import HeadInputs, HeadOptions, HeadPass, Shard
+from .loss_ops import FormedLoss
 from .ops import refuse_double_backward, refuse_lse
 from .reference import merge_states
 from .types import (
-    LossInputs,
+    LoRAHead,
     PolarityWeighting,
     PolicyLossOutput,
     PolicyLossParams,
-    RowParams,
     TokenInputs,
     TokenStats,
-    acc_dtype,
 )
 
 
@@ -82,23 +80,17 @@ def parallel_linear_token_stats(
         TypeError, ValueError: as `linear_token_stats`, on every rank where one of them does; and
             for arguments that should be the same on every rank and are not.
     """
-    arguments = HeadArguments(
-        bias,
-        temperature,
-        softcap,
-        logit_scale,
-        vocab_size,
-        chunk_bytes,
-        backend,
-        keep,
-        lora,
-        logits_dtype,
+    split, inputs, options = _agree(
+        group,
+        shards,
+        hidden,
+        targets,
+        HeadArguments(weight, bias, lora, logit_scale, keep),
+        RowArguments(temperature, softcap, vocab_size),
+        ChunkArguments(chunk_bytes, logits_dtype, backend),
     )
-    call = _agree(group, shards, hidden, weight, targets, arguments)
-    *outputs, _ = _TokenStats.apply(
-        call.split, call.options, targets.reshape(-1).contiguous(), *call.inputs
-    )
-    return TokenStats(*(x.view(targets.shape) for x in outputs))
+    stats = _TokenStats.apply(split, options, flat(targets, torch.int64), *inputs)
+    return TokenStats(*shaped(stats, targets))
 
 
 def parallel_linear_policy_loss(
@@ -142,33 +134,24 @@ def parallel_linear_policy_loss(
     Raises:
         TypeError, ValueError: as `parallel_linear_token_stats`.
     """
-    arguments = HeadArguments(
-        bias,
-        temperature,
-        softcap,
-        logit_scale,
-        vocab_size,
-        chunk_bytes,
-        backend,
-        keep,
-        lora,
-        logits_dtype,
-    )
-    call = _agree(group, shards, hidden, weight, targets, arguments)
-    loss_call = loss_inputs(
+    split, inputs, options = _agree(
+        group,
+        shards,
+        hidden,
         targets,
-        TokenInputs(advantages, token_weight, old_logp, ref_logp),
-        params,
-        weighting,
-        RowParams(call.options.temperature, call.options.softcap, call.options.vocab_size),
-        acc_dtype(call.options.logits_dtype),
-        backend,
-        source=SOURCE,
+        HeadArguments(weight, bias, lora, logit_scale, keep),
+        RowArguments(temperature, softcap, vocab_size),
+        ChunkArguments(chunk_bytes, logits_dtype, backend),
     )
-    loss, *parts = _PolicyLoss.apply(
-        call.split, call.options, loss_call, wanted_gradients(call.inputs), *call.inputs
-    )
-    return PolicyLossOutput(loss, *(x.view(targets.shape) for x in parts))
+    tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
+    call = prepare_loss(targets, tokens, params, weighting, options)
+    needs = inputs.needs()
+    with torch.no_grad():
+        head_pass = HeadPass(inputs, options, call.targets, split.shard(options.row.vocab_size))
+        (token_loss, *parts), partial = head_pass.policy_loss(call, needs)
+        grads = split.reduce(partial, hidden.dtype)
+    loss = FormedLoss.apply(token_loss, grads, call.backend, *inputs[:5])
+    return PolicyLossOutput(loss, *shaped(parts, targets))
 
 
 # ---- the split ----------------------------------------------------------------------------------
@@ -210,20 +193,15 @@ class _Split(NamedTuple):
         return [hidden, weight, bias, lora_a, lora_b]
 
 
-class _Call(NamedTuple):
-    split: _Split
-    inputs: HeadInputs
-    options: HeadOptions
-
-
 def _agree(
     group: dist.ProcessGroup | None,
     shards: Sequence[int] | None,
     hidden: Tensor,
-    weight: Tensor,
     targets: Tensor,
-    arguments: HeadArguments,
-) -> _Call:
+    head: HeadArguments,
+    row: RowArguments,
+    chunks: ChunkArguments,
+) -> tuple[_Split, HeadInputs, HeadOptions]:
     """The checked call; raises on every rank what it raises on one."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
@@ -234,36 +212,35 @@ def _agree(
         raise ValueError("group: expected one that this rank belongs to")
     if shards is not None:
         rows = tuple(int(x) for x in shards)
-        if len(rows) != world or rows[rank] != weight.shape[0]:
+        if len(rows) != world or rows[rank] != head.weight.shape[0]:
             raise ValueError(
                 f"shards: expected {world} numbers of rows, of which this rank's ({rank}) is "
-                f"{weight.shape[0]}, got {rows}"
+                f"{head.weight.shape[0]}, got {rows}"
             )
-        inputs, options = prepare(hidden, weight, targets, arguments, sum(rows))
-        return _Call(_Split(group, rows, rank), inputs, options)
+        inputs, options = prepare(hidden, targets, head, row, chunks, sum(rows))
+        return _Split(group, rows, rank), inputs, options
 
     error: Exception | None = None
     facts = dict.fromkeys(_FACTS, 0)
     try:
         # No rank knows the number of rows yet: vocab_size is compared with it below.
-        inputs, options = prepare(hidden, weight, targets, arguments, arguments.vocab_size or 1)
-        facts = _facts(inputs, options, targets, arguments)
+        inputs, options = prepare(hidden, targets, head, row, chunks, row.vocab_size or 1)
+        facts = _facts(inputs, options, targets, row.vocab_size)
     except (TypeError, ValueError) as caught:
         error = caught
     everyone = _exchange([int(error is None), *facts.values()], group, _device(hidden))
-    if not all(row[0] for row in everyone):
+    if not all(fine for fine, *_ in everyone):
         _raise_together(error, group)
-    for name, values in zip(facts, zip(*(row[1:] for row in everyone), strict=True), strict=True):
+    of_ranks = dict(zip(facts, zip(*(values for _, *values in everyone), strict=True), strict=True))
+    for name, values in of_ranks.items():
         if name not in _LOCAL and len(set(values)) > 1:
             raise ValueError(f"{name}: expected the same on every rank, got {list(values)}")
-    column = {name: [row[1 + i] for row in everyone] for i, name in enumerate(facts)}
-    rows = tuple(column["rows of weight"])
-    check_row_options(sum(rows), 1.0, None, arguments.vocab_size, "rows of weight on all ranks")
+    rows = of_ranks["rows of weight"]
+    columns = check_row_options(sum(rows), *row, counted="rows of weight on all ranks")
     options = options._replace(
-        vocab_size=sum(rows) if arguments.vocab_size is None else arguments.vocab_size,
-        chunk_bytes=min(column["workspace bytes"]),
+        row=options.row._replace(vocab_size=columns), chunk_bytes=min(of_ranks["workspace bytes"])
     )
-    return _Call(_Split(group, rows, rank), inputs, options)
+    return _Split(group, rows, rank), inputs, options
 
 
 _LOCAL = ("rows of weight", "workspace bytes")
@@ -283,9 +260,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _facts(
-    inputs: HeadInputs, options: HeadOptions, targets: Tensor, arguments: HeadArguments
+    inputs: HeadInputs, options: HeadOptions, targets: Tensor, vocab_size: int | None
 ) -> dict[str, int]:
-    needs = wanted_gradients(inputs)
     values = (
         inputs.weight.shape[0],
         options.chunk_bytes or default_workspace(inputs.hidden.device),
@@ -293,8 +269,8 @@ def _facts(
         inputs.hidden.shape[0],
         _DTYPES.index(inputs.hidden.dtype),
         _DTYPES.index(options.logits_dtype),
-        -1 if arguments.vocab_size is None else arguments.vocab_size,
-        sum(needed << i for i, needed in enumerate(needs)),
+        -1 if vocab_size is None else vocab_size,
+        sum(needed << i for i, needed in enumerate(inputs.needs())),
         0 if inputs.lora_a is None else inputs.lora_a.shape[0],
         -1 if inputs.keep_ids is None else inputs.keep_ids.numel(),
         int(targets.sum()),
@@ -332,60 +308,27 @@ def _raise_together(error: Exception | None, group: dist.ProcessGroup | None) ->
 
 
 class _TokenStats(torch.autograd.Function):
+    """logp, entropy, unit_polarity and lse of all tokens; backward reduces over the ranks."""
+
     @staticmethod
     def forward(
         ctx: Any, split: _Split, options: HeadOptions, targets: Tensor, *inputs: Any
     ) -> tuple[Tensor, ...]:
-        shard = split.shard(options.vocab_size)
-        outputs = HeadPass(HeadInputs(*inputs), options, targets, shard).token_stats_fwd()
-        state = outputs[-1]
+        shard = split.shard(options.row.vocab_size)
+        *stats, state = HeadPass(HeadInputs(*inputs), options, targets, shard).token_stats_fwd()
         ctx.split, ctx.options = split, options
         ctx.save_for_backward(*inputs, targets, state)
-        ctx.mark_non_differentiable(state)
         ctx.set_materialize_grads(False)
-        return outputs
+        return tuple(stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         refuse_lse(grads[3])
-        needs = Needs(*ctx.needs_input_grad[3:8])
         if all(g is None for g in grads[:3]):
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, targets, state = ctx.saved_tensors
-        inputs = HeadInputs(*tensors)
-        shard = ctx.split.shard(ctx.options.vocab_size)
+        inputs, shard = HeadInputs(*tensors), ctx.split.shard(ctx.options.row.vocab_size)
         head_pass = HeadPass(inputs, ctx.options, targets, shard)
-        results = head_pass.token_stats_bwd(state, grads[:3], needs)
-        reduced = ctx.split.reduce(results, inputs.hidden.dtype)
-        return None, None, None, *reduced, None, None
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        split: _Split,
-        options: HeadOptions,
-        call: LossInputs,
-        needs: Needs,
-        *inputs: Any,
-    ) -> tuple[Tensor, ...]:
-        call = call._replace(vocab_size=options.vocab_size)
-        shard = split.shard(options.vocab_size)
-        head_pass = HeadPass(HeadInputs(*inputs), options, call.targets, shard)
-        outputs, grads = head_pass.policy_loss(call, needs)
-        reduced = split.reduce(grads, inputs[0].dtype)
-        ctx.needs, ctx.backend = needs, options.backend
-        ctx.save_for_backward(*reduced)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        if g_loss is None:
-            return (None,) * 11
-        results = scaled(ctx.saved_tensors, ctx.needs, g_loss, ctx.backend)
-        return None, None, None, None, *results, None, None
+        partial = head_pass.token_stats_bwd(state, grads[:3], Needs(*ctx.needs_input_grad[3:8]))
+        return None, None, None, *ctx.split.reduce(partial, inputs.hidden.dtype), None, None

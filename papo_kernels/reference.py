@@ -27,9 +27,9 @@ class _Rows(NamedTuple):
     """Rows of logits without what must not be read, and what became of those left out."""
 
     logits: Tensor  # [N, vocab_size] float64, ignored rows 0
-    targets: Tensor  # [N], ignored rows 0
+    targets: Tensor  # [N], 0 where ignored or out of range, ELSEWHERE
     ignored: Tensor  # [N] bool
-    spoiled: Tensor  # [N] bool: NaN or +inf somewhere
+    spoiled: Tensor  # [N] bool: NaN or +inf somewhere, or a target out of range
     bad: Tensor  # [N] bool: spoiled, or nothing but -inf
 
 
@@ -37,13 +37,16 @@ def _rows(
     logits: Tensor, targets: Tensor, ignored: Tensor, row: RowParams, state: Tensor | None
 ) -> _Rows:
     z = torch.where(ignored[:, None], 0.0, logits[:, : row.vocab_size].double())
+    known = ignored | ((targets >= 0) & (targets < row.vocab_size))
+    if row.sharded:
+        known |= targets == ELSEWHERE
     if state is None:
-        spoiled = (z.isnan() | z.isposinf()).any(dim=1)
+        spoiled = (z.isnan() | z.isposinf()).any(dim=1) | ~known
         bad = spoiled | z.isneginf().all(dim=1)
     else:
-        spoiled = state[:, 1].isnan()
+        spoiled = state[:, 1].isnan() | ~known
         bad = spoiled | (state[:, 1] == 0)
-    return _Rows(z, torch.where(ignored, 0, targets), ignored, spoiled, bad)
+    return _Rows(z, torch.where(ignored | ~known, 0, targets), ignored, spoiled, bad)
 
 
 def _scaled(logits: Tensor, row: RowParams) -> Tensor:
@@ -72,28 +75,31 @@ class _Statistics(NamedTuple):
 def _statistics(rows: _Rows, row: RowParams) -> _Statistics:
     """The statistics of good rows by their definitions."""
     u = _scaled(rows.logits, row)
-    masked = u.isneginf()
-    lse = torch.logsumexp(u, dim=1)
-    log_p = torch.where(masked, 0.0, u - lse[:, None])
+    row_max = u.amax(dim=1)
+    # About the maximum: beside a large common offset log V would be lost.
+    d = u - row_max[:, None]
+    log_Z = torch.logsumexp(d, dim=1)
+    masked = d.isneginf()
+    log_p = torch.where(masked, 0.0, d - log_Z[:, None])
     p = torch.where(masked, 0.0, log_p.exp())
     entropy = -(p * log_p).sum(dim=1)
-    logp = _target_logit(u, rows.targets) - lse
+    logp = _target_logit(d, rows.targets) - log_Z
     Q, R = (p * p).sum(dim=1), (p * p * log_p).sum(dim=1)
     state_term = (p * p * (log_p + entropy[:, None])).sum(dim=1)
     c = state_term + _sampled_term(logp, entropy)
-    return _Statistics(logp, entropy, c, lse, Q, R, p, log_p)
+    return _Statistics(logp, entropy, c, row_max + log_Z, Q, R, p, log_p)
 
 
 def _statistics_from(state: Tensor, rows: _Rows, row: RowParams) -> _Statistics:
     """The same from the sums of whole rows, of which `rows` may hold a shard."""
     row_max, Z, T, Z2, T2, target_u = state.double().unbind(dim=1)
     log_Z, mu, Q = Z.log(), T / Z, Z2 / Z**2
-    lse, entropy, logp = row_max + log_Z, log_Z - mu, target_u - row_max - log_Z
+    entropy, logp = log_Z - mu, target_u - row_max - log_Z
     c = T2 / Z**2 - mu * Q + _sampled_term(logp, entropy)
-    u = _scaled(rows.logits, row)
-    log_p = torch.where(u.isneginf(), 0.0, u - lse[:, None])
-    p = torch.where(u.isneginf(), 0.0, log_p.exp())
-    return _Statistics(logp, entropy, c, lse, Q, T2 / Z**2 - log_Z * Q, p, log_p)
+    d = _scaled(rows.logits, row) - row_max[:, None]
+    log_p = torch.where(d.isneginf(), 0.0, d - log_Z[:, None])
+    p = torch.where(d.isneginf(), 0.0, log_p.exp())
+    return _Statistics(logp, entropy, c, row_max + log_Z, Q, T2 / Z**2 - log_Z * Q, p, log_p)
 
 
 def _state(rows: _Rows, row: RowParams) -> Tensor:
@@ -103,6 +109,7 @@ def _state(rows: _Rows, row: RowParams) -> Tensor:
     masked = u.isneginf()
     d = torch.where(masked, 0.0, u - row_max[:, None])
     e = torch.where(masked, 0.0, d.exp())
+    d = torch.where(e == 0, 0.0, d)  # -inf where float64 overflows
     sums = [row_max, e.sum(1), (e * d).sum(1), (e * e).sum(1), (e * e * d).sum(1)]
     sums = [torch.where(rows.spoiled, torch.nan, s) for s in sums]
     state = torch.stack([*sums, _target_logit(u, rows.targets)], dim=1)
@@ -225,8 +232,9 @@ def token_stats_fwd(
     Args:
         logits: ``[N, V]``, unit column stride, any row stride: whole rows, or a shard of their
             columns.
-        targets: ``[N]`` int64; -100: the row is not read and its outputs are 0; -1: the sampled
-            token lies in another shard.
+        targets: ``[N]`` int64; -100: the row is not read and its outputs are 0; -1, where
+            ``row.sharded``: the sampled token lies in another shard. Another value out of range
+            makes the row NaN (cpu: callers check).
         row: how logits become the distribution.
         state: the state of the whole rows (``merge_states``): the logits are then not read.
 

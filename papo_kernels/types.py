@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -60,6 +59,20 @@ class PolicyLossOutput(NamedTuple):
     clipped: Tensor
 
 
+class LoRAHead(NamedTuple):
+    """A low-rank addition to the head: logits += scaling (h A^T) B^T. B A is never formed.
+
+    Attributes:
+        a: ``[r, D]``, of the weight's dtype.
+        b: ``[V, r]``, of the weight's dtype.
+        scaling: alpha / r.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
@@ -69,7 +82,8 @@ def _number(name: str, value: object) -> float:
 def _check_range(name: str, value: object, low: float, *, open_low: bool = False) -> None:
     number = _number(name, value)
     above = number > low if open_low else number >= low
-    if not (math.isfinite(number) and above):
+    # Compared, not math.isfinite: what torch.compile keeps symbolic stays so.
+    if not (above and number < math.inf):
         raise ValueError(
             f"{name}: expected a finite number {'>' if open_low else '>='} {low:g}, got {value!r}"
         )
@@ -125,7 +139,8 @@ class PolarityWeighting:
         scale: a factor on every weight, > 0. A float or a 0-dim tensor.
         dead_zone: for "sign", >= 0.
 
-    A tensor's value is not checked: reading it would synchronise the device.
+    A tensor's value is not checked: reading it would synchronise the device. A compiled graph is
+    good for every phase, sigma and scale, floats and tensors; the rest are its constants.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of its range.
@@ -166,11 +181,14 @@ class RowParams(NamedTuple):
     columns.
 
     `softcap` 0.0 means none. Columns from vocab_size on are padding: never read, p = 0, gradient 0.
+    `sharded`: they are a shard of the vocabulary, and a target may be ELSEWHERE, which is else out
+    of range.
     """
 
     temperature: float
     softcap: float
     vocab_size: int
+    sharded: bool = False
 
 
 class TokenInputs(NamedTuple):
@@ -195,62 +213,15 @@ class WeightingInputs(NamedTuple):
     dead_zone: float
 
 
-class LossOptions(NamedTuple):
-    """The numbers of a policy-loss call, as the schema's `options`. `dual_clip` 0.0 means none."""
-
-    temperature: float
-    softcap: float
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    kl_coef: float
-    entropy_coef: float
-    strength: float
-    dead_zone: float
-
-
 class LossInputs(NamedTuple):
-    """What both policy-loss operations take after the logits, in the order of their schemas.
-
-    The weighting applies where phase, sigma and scale are given; `options` is a `LossOptions`.
-    """
+    """A policy loss's arguments beside the logits, as a backend takes them; `targets` is flat."""
 
     targets: Tensor
-    advantages: Tensor
-    token_weight: Tensor
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    phase: Tensor | None
-    sigma: Tensor | None
-    scale: Tensor | None
-    shape: str
-    options: list[float]
-    vocab_size: int
+    tokens: TokenInputs
+    params: PolicyLossParams
+    weighting: WeightingInputs | None
+    row: RowParams
     backend: str
-
-    def unpack(
-        self,
-    ) -> tuple[TokenInputs, PolicyLossParams, WeightingInputs | None, RowParams]:
-        """As a backend takes them."""
-        numbers = LossOptions(*self.options)
-        weighting = None
-        if self.phase is not None and self.sigma is not None and self.scale is not None:
-            scalars = (self.phase, self.shape, self.sigma, self.scale)
-            weighting = WeightingInputs(numbers.strength, *scalars, numbers.dead_zone)
-        tokens = TokenInputs(self.advantages, self.token_weight, self.old_logp, self.ref_logp)
-        row = RowParams(numbers.temperature, numbers.softcap, self.vocab_size)
-        return tokens, _loss_params(numbers), weighting, row
-
-
-@lru_cache(maxsize=256)
-def _loss_params(numbers: LossOptions) -> PolicyLossParams:
-    return PolicyLossParams(
-        numbers.clip_low,
-        numbers.clip_high,
-        numbers.dual_clip or None,
-        numbers.kl_coef,
-        numbers.entropy_coef,
-    )
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

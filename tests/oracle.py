@@ -57,7 +57,9 @@ def _dense(logits: Tensor, targets: Tensor, row: dict[str, Any]) -> _Dense:
     ignored = targets == -100
     z = torch.where(ignored[:, None], 0.0, z)
     at = torch.where(ignored, 0, targets)[:, None]
+    bad = (z.isnan() | z.isposinf()).any(1) | z.isneginf().all(1)
     masked = z.isneginf()
+    z = z * torch.where(bad, torch.nan, 1.0).to(z)[:, None]  # all of a bad row's gradient is NaN
     u = torch.where(masked, 0.0, z)
     u = softcap * torch.tanh(u / softcap) if softcap else u
     u = torch.where(masked, -torch.inf, u / temperature)
@@ -70,7 +72,6 @@ def _dense(logits: Tensor, targets: Tensor, row: dict[str, Any]) -> _Dense:
     entropy = -(p * log_p).sum(1)
     p_a, log_p_a = p.gather(1, at)[:, 0], log_p.gather(1, at)[:, 0]
     c = (p * p * (log_p + entropy[:, None])).sum(1) - p_a * (log_p_a + entropy)
-    bad = (z.isnan() | z.isposinf()).any(1) | masked.all(1)
     values = (logp, entropy, c, torch.logsumexp(u, 1).detach())
     shown = (torch.where(ignored, 0.0, torch.where(bad, torch.nan, x)) for x in values)
     return _Dense(p, log_p, TokenStats(*shown))
@@ -103,7 +104,7 @@ def plain_policy_loss(
         if w.shape == "sign":
             h = torch.where(c.abs() <= w.dead_zone, 0.0, polarity.sign())
         weight = w.scale * (1.0 + w.strength * w.phase * h)
-        weight = torch.where(polarity.isnan(), torch.nan, weight)
+    weight = torch.where(entropy.isnan(), torch.nan, weight)
     adv, p = weight.detach() * A, case.params
     plain, bounded = ratio * adv, ratio.clamp(1.0 - p.clip_low, 1.0 + p.clip_high) * adv
     loss, clipped = -torch.minimum(plain, bounded), bounded < plain

@@ -293,7 +293,7 @@ class ResidentRows {
       // Without a gradient only the block that writes needs to know the row.
       if (rank_ == 0 || call_.wants_gradient()) {
         if (tile_.cluster > 1) scan = merge_cluster(k);
-        const ElementGrad g = finish_row(call_, job, scan, numbers, weighting, writes);
+        const ElementGrad g = finish_row(call_, job, scan, numbers, &weighting, writes);
         if (lane_ == 0) store_plan(plan_address(k), g);
       }
       if (lane_ == 0) machine::barrier_arrive(plan(k));

@@ -50,7 +50,7 @@ PAPO_DEVICE int sampled_column(const RowsCall& call, int64_t i) {
   if (call.task == RowTask::kPolicyLoss && acc_at(call.tokens.token_weight, i) == 0.0f) {
     return kColumnInactive;
   }
-  if (target == kElsewhere) return kColumnElsewhere;
+  if (target == kElsewhere && call.row.sharded) return kColumnElsewhere;
   return target >= 0 && target < call.row.vocab_size ? static_cast<int>(target) : kColumnInvalid;
 }
 
@@ -98,10 +98,12 @@ enum class GradMode : int {
   kCareful,  // soft caps, and maxima for which the fma of kGeneral is not exact enough
 };
 
-// A row's gradient in the units of the inner loops: du = e (a0 + a1 y + e (b0 + b1 y)), e = 2^y,
-// with y = x unit - m, or (x - m) unit if careful; 1/temperature is folded in.
+// A row's gradient in the units of the inner loops: du = e (a0 + a1 s + e (b0 + b1 s)), e = 2^y,
+// with y = x unit - m and s = x unit - centre, or (x - m) unit and (x - centre) unit if careful. At
+// the centre, d = mu, an element's gradient changes its sign: measured from there it keeps its
+// digits. 1/temperature is folded in.
 struct ElementGrad {
-  float m, a0, a1, b0, b1;
+  float m, centre, a0, a1, b0, b1;
   float target;  // of the sampled token
   GradMode mode;
 };
@@ -177,7 +179,7 @@ PAPO_DEVICE void write_nothing(const RowsCall& call, int64_t i) {
   }
 }
 
-PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowScan& scan,
+PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowScan& scan, double mu,
                                           const RowsCall& call) {
   const double temperature = call.row.temperature;
   const double m = scan.state.max * temperature;  // in the units of the (softcapped) logits
@@ -185,27 +187,33 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
   const float m_float = static_cast<float>(m);
   const bool fast = call.row.softcap == 0.0 && m_float >= call.scaling.fast_min &&
                     m_float <= call.scaling.fast_max;
+  // The maximum was a float; its way through 1/temperature may have cost it a rounding.
+  const double exact = abs_of(m - m_float) <= 1e-15 * abs_of(m) ? m_float : m;
+  const double centre = exact + mu * temperature;
   ElementGrad e;
-  e.m = fast ? static_cast<float>(m * unit) : m_float;
-  // What rounding m adds to every y; the coefficients take it out again.
-  const double o = fast ? m * unit - e.m : (m - m_float) * unit;
-  const double k = abs_of(o) < 1e-9 ? 1.0 : exp_of(-o * kLn2);
-  const double by = k * call.scaling.inv_temperature;
-  e.a0 = static_cast<float>(by * (g.a0 - g.a1 * kLn2 * o));
-  e.a1 = static_cast<float>(by * g.a1 * kLn2);
-  e.b0 = static_cast<float>(k * by * (g.b0 - g.b1 * kLn2 * o));
-  e.b1 = static_cast<float>(k * by * g.b1 * kLn2);
   e.target = static_cast<float>(chain_rule(g.target, scan.target_u * temperature, call.row));
+  e.m = static_cast<float>(fast ? exact * unit : exact);
+  e.centre = static_cast<float>(fast ? centre * unit : centre);
+  // What rounding m adds to every y, and from the maximum to the centre as it was rounded: the
+  // coefficients take both out again.
+  const double o = fast ? exact * unit - e.m : (exact - e.m) * unit;
+  const double r = fast ? e.centre - exact * unit : (e.centre - exact) * unit;
+  const double k = exp2_near_zero(-o);
+  const double by = k * call.scaling.inv_temperature;
+  e.a0 = static_cast<float>(by * (g.a0 + g.a1 * kLn2 * r));
+  e.a1 = static_cast<float>(by * g.a1 * kLn2);
+  e.b0 = static_cast<float>(k * by * (g.b0 + g.b1 * kLn2 * r));
+  e.b1 = static_cast<float>(k * by * g.b1 * kLn2);
   const bool scaled_exp = e.a1 == 0.0f && e.b0 == 0.0f && e.b1 == 0.0f;
   e.mode = !fast ? GradMode::kCareful : scaled_exp ? GradMode::kScaledExp : GradMode::kGeneral;
   return e;
 }
 
 // The gradient of the row's statistics with respect to its logits, given the token's loss or the
-// upstream gradients. Lane 0 writes the row's outputs where `writes`.
+// upstream gradients. `weighting` null: loaded here. Lane 0 writes the row's outputs if `writes`.
 PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan scan,
                                    const TokenNumbers& numbers,
-                                   const WeightingValues<float>& weighting, bool writes) {
+                                   const WeightingValues<float>* weighting, bool writes) {
   if (job.column == kColumnInvalid) scan.state = RowState<double>::bad();
   const RowStats<double> stats = finish(scan.state, scan.target_u);
   Upstream<double> up = {numbers.x[0], numbers.x[1], numbers.x[2]};
@@ -220,22 +228,23 @@ PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan
     // The statistics are rounded first, so that a ratio to an earlier logp is exactly 1.
     const TokenOut<float> token = policy_token(
         static_cast<float>(stats.logp), static_cast<float>(stats.entropy),
-        static_cast<float>(stats.unit_polarity), in, call.params, weighting);
+        static_cast<float>(stats.unit_polarity), in, call.params,
+        weighting != nullptr ? *weighting : load_weighting(call.weighting));
     if (writes) write_loss(call.loss, job.row, stats, token);
     up = {token.dlogp, token.dentropy, 0.0};
   } else if (call.task == RowTask::kStats && writes) {
     write_stats(call.stats, job.row, scan, stats);
   }
   if (!call.wants_gradient()) return ElementGrad{};
-  return make_element_grad(make_row_grad(scan.state, stats, up), scan, call);
+  return make_element_grad(make_row_grad(scan.state, stats, up), scan, stats.mu, call);
 }
 
 // A plan in shared memory: how the warp that finishes rows tells the others.
 PAPO_DEVICE void store_plan(uint32_t address, const ElementGrad& g) {
-  const Word first = {{machine::as_bits(g.m), machine::as_bits(g.a0), machine::as_bits(g.a1),
-                       machine::as_bits(g.b0)}};
-  const Word second = {{machine::as_bits(g.b1), machine::as_bits(g.target),
-                        static_cast<uint32_t>(g.mode), 0u}};
+  const Word first = {{machine::as_bits(g.m), machine::as_bits(g.centre), machine::as_bits(g.a0),
+                       machine::as_bits(g.a1)}};
+  const Word second = {{machine::as_bits(g.b0), machine::as_bits(g.b1),
+                        machine::as_bits(g.target), static_cast<uint32_t>(g.mode)}};
   machine::store_shared(address, first);
   machine::store_shared(address + kWordBytes, second);
 }
@@ -245,7 +254,7 @@ PAPO_DEVICE ElementGrad load_plan(uint32_t address) {
   return {machine::as_float(first.r[0]),  machine::as_float(first.r[1]),
           machine::as_float(first.r[2]),  machine::as_float(first.r[3]),
           machine::as_float(second.r[0]), machine::as_float(second.r[1]),
-          static_cast<GradMode>(second.r[2])};
+          machine::as_float(second.r[2]), static_cast<GradMode>(second.r[3])};
 }
 
 // A row's state as the call brings it.

@@ -13,21 +13,22 @@ struct Share {
 
 // ---- elements -----------------------------------------------------------------------------------
 
+// kGeneral: x is at least Scaling::low.
 template <GradMode kMode>
 PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) {
   if constexpr (kMode == GradMode::kCareful) {
     const float capped = s.capped(x);
-    const float y = machine::max_nan((capped - g.m) * s.unit, kFloor);
-    const float e = machine::exp2_fast(y);
-    const float du = e * fmaf(e, fmaf(g.b1, y, g.b0), fmaf(g.a1, y, g.a0));
+    const float e = machine::exp2_fast((capped - g.m) * s.unit);
+    const float from = machine::max_nan((capped - g.centre) * s.unit, kFloor);
+    const float du = e * fmaf(e, fmaf(g.b1, from, g.b0), fmaf(g.a1, from, g.a0));
     if (s.softcap == 0.0f || x == -infinity<float>()) return du;
     const float t = capped * s.inv_softcap;
     // (1 - t)(1 + t) keeps its digits where the cap saturates.
     return du * ((1.0f - t) * (1.0f + t));
   } else if constexpr (kMode == GradMode::kGeneral) {
-    const float y = machine::max_nan(fmaf(x, s.unit, -g.m), kFloor);
-    const float e = machine::exp2_fast(y);
-    return e * fmaf(e, fmaf(g.b1, y, g.b0), fmaf(g.a1, y, g.a0));
+    const float e = machine::exp2_fast(fmaf(x, s.unit, -g.m));
+    const float from = fmaf(x, s.unit, -g.centre);
+    return e * fmaf(e, fmaf(g.b1, from, g.b0), fmaf(g.a1, from, g.a0));
   } else {
     return g.a0 * machine::exp2_fast(fmaf(x, s.unit, -g.m));
   }
@@ -38,7 +39,7 @@ PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) 
     case GradMode::kScaledExp:
       return element_grad<GradMode::kScaledExp>(x, g, s);
     case GradMode::kGeneral:
-      return element_grad<GradMode::kGeneral>(x, g, s);
+      return element_grad<GradMode::kGeneral>(machine::max_nan(x, s.low), g, s);
     default:
       return element_grad<GradMode::kCareful>(x, g, s);
   }
@@ -60,7 +61,9 @@ PAPO_DEVICE Word word_grad(const WordIn<In, Out>& in, const ElementGrad& g, cons
   Word out;
 #pragma unroll
   for (int i = 0; i < Out::kPairs; ++i) {
-    const Pair x = pair<In>(in.w[i / In::kPairs], i % In::kPairs);
+    const Word& word = in.w[i / In::kPairs];
+    const Pair x = kMode == GradMode::kGeneral ? raised_pair<In>(word, i % In::kPairs, s.low_bits)
+                                               : pair<In>(word, i % In::kPairs);
     set_pair<Out>(out, i, {element_grad<kMode>(x.lo, g, s), element_grad<kMode>(x.hi, g, s)});
   }
   return out;

@@ -4,7 +4,9 @@
 //   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y
 // In the usual case y comes from one fma, x unit - M with M = m unit rounded; the rounding error
 // o = m unit - M, known exactly, is the same for every element: the sums are about m - o / unit.
-// From the warp on the sums are a RowState<double> in nats, merged as everywhere else.
+// A warp leaves the sums of all but its maximum, which adds exactly 1, 0, 1, 0 about itself: what
+// the others are to a nearly certain token keeps its digits. From there on the sums are a
+// RowState<double> in nats, merged as everywhere else.
 #pragma once
 
 #include "papo/row_state.h"
@@ -18,6 +20,12 @@ constexpr double kLn2 = 0.69314718055994530942;
 // 2^y is 0 in float from far above here; a masked logit then adds 0 * -500 and not 0 * -inf.
 constexpr float kFloor = -500.0f;
 
+// 2^x for |x| <= 2^-5, to 1e-8.
+PAPO_DEVICE double exp2_near_zero(double x) {
+  const double t = x * kLn2;
+  return 1.0 + t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6)));
+}
+
 // RowParams as the inner loops need them.
 struct Scaling {
   float unit;
@@ -25,12 +33,13 @@ struct Scaling {
   // Maxima in [fast_min, fast_max] allow the fma: m unit is at most 2^20, and a logit raised to
   // `low` is still too far below the maximum to count.
   float fast_min, fast_max;
-  uint32_t low;  // in the bits of the logits' type, once per element of a register
-  double inv_unit, inv_temperature;
+  float low;
+  uint32_t low_bits;  // in the bits of the logits' type, once per element of a register
+  double inv_temperature;
 
   PAPO_DEVICE float capped(float x) const {
     if (softcap == 0.0f || x == -infinity<float>()) return x;
-    return softcap * tanh_of(x * inv_softcap);
+    return machine::product(softcap, tanh_of(x * inv_softcap));
   }
 };
 
@@ -46,13 +55,20 @@ struct LaneSums {
     return {none, none, none, none};
   }
 
-  PAPO_DEVICE void add(Pair y) {
-    const Pair e = {machine::exp2_fast(y.lo), machine::exp2_fast(y.hi)};
-    const Pair e2 = machine::mul(e, e);
-    Z = machine::add(Z, e);
-    T = machine::fma(e, y, T);
-    Z2 = machine::add(Z2, e2);
-    T2 = machine::fma(e2, y, T2);
+  // One word. Its exponentials meet each other before they meet Z: a nearly certain token is most
+  // of Z, and what the others add is rounded to its last place each time.
+  template <int kPairs>
+  PAPO_DEVICE void add(const Pair (&y)[kPairs]) {
+    Pair e[kPairs], e2[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      e[j] = {machine::exp2_fast(y[j].lo), machine::exp2_fast(y[j].hi)};
+      e2[j] = machine::mul(e[j], e[j]);
+      T = machine::fma(e[j], y[j], T);
+      T2 = machine::fma(e2[j], y[j], T2);
+    }
+    Z = machine::add(Z, total(e));
+    Z2 = machine::add(Z2, total(e2));
   }
 
   // Moves the sums to a maximum larger by -shift, in units of y. NaN stays.
@@ -66,6 +82,28 @@ struct LaneSums {
     Z = machine::mul(a, Z);
     T2 = machine::mul(a2, machine::fma(by, Z2, T2));
     Z2 = machine::mul(a2, Z2);
+  }
+
+  // Takes out one element at y = o, which one of two halves holds: what it added is known exactly.
+  PAPO_DEVICE void take_out(float o) {
+    const float e = machine::exp2_fast(o);
+    const Pair by = Z.lo >= e ? Pair{-e, 0.0f} : Pair{0.0f, -e};
+    const Pair e2 = machine::mul(by, by);
+    Z = machine::add(Z, by);
+    T = machine::add(T, machine::mul(by, both(o)));
+    Z2 = machine::add(Z2, {-e2.lo, -e2.hi});
+    T2 = machine::add(T2, machine::mul(e2, both(-o)));
+  }
+
+ private:
+  template <int kPairs>
+  static PAPO_DEVICE Pair total(Pair (&x)[kPairs]) {
+#pragma unroll
+    for (int step = 1; step < kPairs; step *= 2) {
+#pragma unroll
+      for (int j = 0; j + step < kPairs; j += 2 * step) x[j] = machine::add(x[j], x[j + step]);
+    }
+    return x[0];
   }
 };
 
@@ -127,7 +165,8 @@ class WarpScan {
 
   // Leaves the warp's message at `address`; `sampled` is the softcapped logit of the sampled token
   // where this warp has it, else -inf.
-  PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) const {
+  PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) {
+    const float top = take_out_maximum(lane);
     int which;
     const float total = warp_total(lane, which);
     if ((lane & 7) == 0) {
@@ -137,6 +176,7 @@ class WarpScan {
       machine::store_shared_32(address, machine::as_bits(m_));
       machine::store_shared_32(address + 4, machine::as_bits(o_));
       machine::store_shared_32(address + 24, machine::as_bits(sampled));
+      machine::store_shared_32(address + 28, machine::as_bits(top));
     }
   }
 
@@ -170,11 +210,12 @@ class WarpScan {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       if (!kAll && i >= n) break;
-      Word x;
+      Pair y[T::kPairs];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) x.r[j] = T::max_nan(w[i].r[j], s_.low);
-#pragma unroll
-      for (int j = 0; j < T::kPairs; ++j) sums_.add(machine::fma(pair<T>(x, j), unit, minus_m));
+      for (int j = 0; j < T::kPairs; ++j) {
+        y[j] = machine::fma(raised_pair<T>(w[i], j, s_.low_bits), unit, minus_m);
+      }
+      sums_.add(y);
     }
   }
 
@@ -183,11 +224,13 @@ class WarpScan {
   PAPO_DEVICE void add_careful(Word (&w)[kWords], int n) {
 #pragma unroll 1
     for (int i = 0; i < n; ++i) {
+      Pair y[T::kPairs];
 #pragma unroll
       for (int j = 0; j < T::kPairs; ++j) {
         const Pair x = pair<T>(w[0], j);
-        sums_.add({distance(x.lo), distance(x.hi)});
+        y[j] = {distance(x.lo), distance(x.hi)};
       }
+      sums_.add(y);
 #pragma unroll
       for (int k = 0; k + 1 < kWords; ++k) w[k] = w[k + 1];
     }
@@ -195,6 +238,16 @@ class WarpScan {
 
   PAPO_DEVICE float distance(float x) const {
     return machine::max_nan(fmaf(s_.capped(x) - m_, s_.unit, o_), kFloor);
+  }
+
+  // What it took out: one element at the maximum, or (a bad or masked part) none. Lanes whose sums
+  // are as large as the maximum's own are all as good: where there are several it is lost in them.
+  PAPO_DEVICE float take_out_maximum(int lane) {
+    const float e = machine::exp2_fast(o_);
+    const bool has = sums_.Z.lo >= e || sums_.Z.hi >= e;
+    const int from = machine::warp_max(has ? lane : -1);
+    if (lane == from) sums_.take_out(o_);
+    return from >= 0 ? 1.0f : 0.0f;
   }
 
   // Each lane ends with one of the warp's four totals, `which` of Z, T, Z2, T2: halving what a lane
@@ -247,8 +300,10 @@ PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
     scan.state = RowState<double>::empty();
   } else {
     // y was (x - m) unit + o.
-    const double about = m - o * s.inv_unit;
-    scan.state = {about * s.inv_temperature, Z, T * kLn2, Z2, T2 * kLn2};
+    const double top = machine::as_float(second.r[3]);
+    const double k = exp2_near_zero(-o);
+    scan.state = {m * s.inv_temperature, top + k * Z, k * (T - o * Z) * kLn2, top + k * k * Z2,
+                  k * k * (T2 - o * Z2) * kLn2};
   }
   return scan;
 }

@@ -81,7 +81,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
           messages + static_cast<uint32_t>((lane & (warps - 1)) * kWarpMessageBytes);
       const RowScan scan = merge_lanes(load_warp_message(from, call.scaling), warps);
       const ElementGrad g =
-          finish_row(call, job, scan, load_numbers(call, job.row), weighting, lane == 0);
+          finish_row(call, job, scan, load_numbers(call, job.row), &weighting, lane == 0);
       if (lane == 0) store_plan(plan, g);
     }
     machine::block_sync();

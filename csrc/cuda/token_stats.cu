@@ -21,7 +21,6 @@ PAPO_KERNEL(kThreads, 3) gradient_kernel(const PAPO_PARAM RowsCall call, int par
   const int thread = machine::thread_index();
   const Share share = {thread, machine::block_threads()};
   const uint32_t plan = machine::shared_base();
-  const WeightingValues<float> weighting = load_weighting(call.weighting);
   const int64_t items = call.logits.rows * parts;
   for (int64_t item = machine::block_index(); item < items; item += machine::grid_blocks()) {
     const Job job = {item / parts, sampled_column(call, item / parts)};
@@ -35,7 +34,7 @@ PAPO_KERNEL(kThreads, 3) gradient_kernel(const PAPO_PARAM RowsCall call, int par
     if (thread < 32) {
       const bool writes = part == 0 && thread == 0;
       const ElementGrad g = finish_row(call, job, given_scan(call, job.row),
-                                       load_numbers(call, job.row), weighting, writes);
+                                       load_numbers(call, job.row), nullptr, writes);
       if (thread == 0) store_plan(plan, g);
     }
     machine::block_sync();
@@ -60,7 +59,7 @@ PAPO_KERNEL(128, 1) outputs_kernel(const PAPO_PARAM RowsCall call) {
     if (job.column == kColumnInactive) {
       write_nothing(call, i);
     } else {
-      finish_row(call, job, given_scan(call, i), load_numbers(call, i), weighting, true);
+      finish_row(call, job, given_scan(call, i), load_numbers(call, i), &weighting, true);
     }
   }
 }
@@ -148,12 +147,12 @@ Scaling make_scaling(const RowParams& row, DType dtype) {
   s.unit = static_cast<float>(kLog2e / row.temperature);
   s.softcap = static_cast<float>(row.softcap);
   s.inv_softcap = row.softcap > 0 ? static_cast<float>(1.0 / row.softcap) : 0.0f;
-  s.inv_unit = 1.0 / s.unit;
   s.inv_temperature = 1.0 / row.temperature;
   const float bound = 1048576.0f / s.unit;  // 2^20 in units of y
   const float lowest = -3.0e38f;
   const Low low = low_of(dtype, 4.0f * bound < -lowest ? -4.0f * bound : lowest);
-  s.low = low.bits;
+  s.low = low.value;
+  s.low_bits = low.bits;
   s.fast_max = bound;
   s.fast_min = fmaxf(-bound, low.value + 300.0f / s.unit);
   return s;

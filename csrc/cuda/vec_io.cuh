@@ -57,6 +57,17 @@ PAPO_DEVICE Pair pair(const Word& w, int i) {
   }
 }
 
+// The same of elements raised to at least `low`, which is in the bits of their type.
+template <typename T>
+PAPO_DEVICE Pair raised_pair(const Word& w, int i, uint32_t low) {
+  if constexpr (T::kBytes == 2) {
+    return T::wide(T::max_nan(w.r[i], low));
+  } else {
+    return {machine::as_float(T::max_nan(w.r[2 * i], low)),
+            machine::as_float(T::max_nan(w.r[2 * i + 1], low))};
+  }
+}
+
 template <typename T>
 PAPO_DEVICE void set_pair(Word& w, int i, Pair x) {
   if constexpr (T::kBytes == 2) {

@@ -20,7 +20,7 @@ from . import launch
 from .gradient import Part, fill_zeros, row_beside, scale_part, write_gradient
 from .policy_loss import policy_token
 from .row_state import Upstream, finished, row_grad
-from .source import IGNORED, STATE, Numbers, program_row, scaling, whole_row
+from .source import IGNORED, STATE, Numbers, program_row, scaling, whole, whole_row
 from .tile import SEGMENT_TILES, row_at
 
 
@@ -113,12 +113,12 @@ def policy_loss_kernel(
 ):
     WORD: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     numbers = objective.numbers
-    n_parts = tl.cast(numbers.n_parts, tl.int32)
+    n_parts = whole(numbers.n_parts)
     i, index = program_row(n_parts)
     s = scaling(numbers)
     target = tl.load(inputs.targets + i)
     active = (target != IGNORED) & (tl.load(inputs.token_weight + i) != 0.0)
-    vocab_size = tl.where(active, tl.cast(numbers.vocab_size, tl.int32), 0)
+    vocab_size = tl.where(active, whole(numbers.vocab_size), 0)
     row = row_at(logits, i, stride)
     state, target_u = whole_row(row, source, i, target, vocab_size, s, how, "")
     r = finished(state, target_u)
@@ -133,7 +133,7 @@ def policy_loss_kernel(
             beside = row_beside(dlogits, i, dlogits_stride, row.head, WORD, how)
             column = tl.where(target < vocab_size, target, -1).to(tl.int32)
             write_gradient(row, beside, vocab_size, column, part, grad, s, how)
-        n_columns = tl.cast(numbers.n_columns, tl.int32)
+        n_columns = whole(numbers.n_columns)
         fill_zeros(row_at(dlogits, i, dlogits_stride), vocab_size, n_columns, part, how)
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from papo_kernels.types import RowParams
 
-from .source import LOGITS, PARTS, Numbers, segments_kernel
+from .source import HIGH, LOGITS, PARTS, Count, Numbers, segments_kernel
 from .tile import N_SUMS, SEGMENT_TILES, WORD_BYTES, Variant
 
 PROGRAMS_PER_SM = 4  # resident programs that keep an SM's share of the memory system busy
-_EXACT_FLOATS = 2**24
+MOST_COLUMNS = 2**30
 
 
 class Geometry(NamedTuple):
@@ -50,6 +50,11 @@ def variant(geometry: Geometry, softcap: bool = False, **fields: Any) -> Variant
     return Variant(*map(tl.constexpr, values))
 
 
+@cache
+def count(n: int) -> Count:
+    return Count(*map(float, divmod(n, HIGH.value)))
+
+
 class Call(NamedTuple):
     """What the launches of one call share."""
 
@@ -61,9 +66,9 @@ class Call(NamedTuple):
         return variant(geometry(self.row.vocab_size), self.row.softcap > 0.0, **fields)
 
     def numbers(self, n_parts: int) -> Numbers:
-        t, columns = self.row.temperature, self.logits.shape[1]
+        t, counts = self.row.temperature, (self.row.vocab_size, self.logits.shape[1], n_parts)
         scales = (1.0 / t, math.log2(math.e) / t, self.row.softcap)
-        return Numbers(*scales, float(self.row.vocab_size), float(columns), float(n_parts))
+        return Numbers(*scales, -math.inf if self.row.sharded else math.nan, *map(count, counts))
 
     def run(self, kernel: Any, n_parts: int, *args: Any) -> None:
         """`n_parts` programs a row; the last argument is the variant."""
@@ -73,10 +78,10 @@ class Call(NamedTuple):
 def prepare(logits: Tensor, row: RowParams) -> Call:
     """
     Raises:
-        ValueError: rows of more than 2^24 columns.
+        ValueError: rows of more than 2^30 columns.
     """
-    if logits.shape[1] > _EXACT_FLOATS:
-        raise ValueError(f"logits: expected at most 2^24 columns, got {logits.shape[1]}")
+    if logits.shape[1] > MOST_COLUMNS:
+        raise ValueError(f"logits: expected at most 2^30 columns, got {logits.shape[1]}")
     return Call(logits, row, is_aligned(logits))
 
 

@@ -31,11 +31,13 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 class Scaling(NamedTuple):
-    """u = softcap(z) inv_temperature; ``log2_scale`` is log2(e) / temperature."""
+    """u = softcap(z) inv_temperature; ``log2_scale`` is log2(e) / temperature; ``elsewhere`` stands
+    in for the logit of a token in another shard."""
 
     inv_temperature: tl.tensor
     log2_scale: tl.tensor
     softcap: tl.tensor
+    elsewhere: tl.tensor
 
 
 class Upstream(NamedTuple):
@@ -57,7 +59,7 @@ class LaneStates(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """The state of a whole row, in nats and float64 (the sums were added up in float32)."""
+    """The state of a whole row, in nats and float64 (its lanes added up in float32)."""
 
     row_max: tl.tensor
     Z: tl.tensor
@@ -83,11 +85,12 @@ class RowStats(NamedTuple):
 
 
 class RowGrad(NamedTuple):
-    """``dz_j = e_j (a0 + a1 y_j + e_j (b0 + b1 y_j))`` before the soft cap's slope, with ``e_j =
-    2^y_j`` and ``y_j = (z_j - z_ref) log2(e) / temperature``; ``target`` is all of the sampled
-    token's."""
+    """``dz_j = e_j (a0 + a1 s_j + e_j (b0 + b1 s_j))`` before the soft cap's slope, with ``e_j =
+    2^y_j``, ``y_j = (z_j - z_ref) log2(e) / temperature`` and ``s_j = y_j - centre``, near whose
+    zero an element's gradient changes its sign; ``target`` is all of the sampled token's."""
 
     z_ref: tl.tensor
+    centre: tl.tensor
     a0: tl.tensor
     a1: tl.tensor
     b0: tl.tensor
@@ -194,22 +197,22 @@ def combined(a, b, log2_scale):
 
 @triton.jit
 def merged(lanes, inv_temperature, log2_scale):
-    """The lanes of a row as the row's state."""
+    """The lanes of a row as the row's state.
+
+    Z and Z2 are added up in float64: a nearly certain token is 1 in both, and what the others add
+    to it must keep its digits.
+    """
     z_max = tl.max(lanes.z_max, 0)
     zeros = tl.zeros_like(lanes.Z)
     parts = added(lanes, zeros, zeros, zeros, zeros, z_max, log2_scale)
-    # The four sums travel together: one exchange between warps instead of four.
-    sums = tl.join(tl.join(parts.Z, parts.T), tl.join(parts.Z2, parts.T2))
-    first, second = tl.split(tl.sum(sums, 0))
-    _, T = tl.split(first)
-    Z2, T2 = tl.split(second)
-    # 1 - p_a of a nearly certain token is what the other tokens add to a Z of 1.
-    Z = tl.sum(parts.Z.to(tl.float64), 0)
+    # Two sums travel together: one exchange between warps instead of two.
+    Z, Z2 = tl.split(tl.sum(tl.join(parts.Z, parts.Z2).to(tl.float64), 0))
+    T, T2 = tl.split(tl.sum(tl.join(parts.T, parts.T2), 0))
     return RowState(
         z_max.to(tl.float64) * inv_temperature,  # exact: the product of two float32 numbers
         Z,
         T.to(tl.float64) * LN2,
-        Z2.to(tl.float64),
+        Z2,
         T2.to(tl.float64) * LN2,
     )
 
@@ -225,7 +228,9 @@ def reciprocal(x):
 def logit_at(u, s):
     """The float32 logit z with ``u = z inv_temperature``, exactly where there is one."""
     temperature = (1.0 / s.inv_temperature).to(tl.float64)
-    z = (u * temperature).to(tl.float32).to(tl.float64)
+    z = u * temperature
+    z = tl.minimum(tl.maximum(z, LOWEST), -LOWEST)  # a rounding may lift it out of float32
+    z = z.to(tl.float32).to(tl.float64)
     return (z + (u - z * s.inv_temperature) * temperature).to(tl.float32)
 
 
@@ -280,11 +285,13 @@ def row_grad(state, r, g, target_u, s, HAS_SOFTCAP: tl.constexpr):
     dc = r.p_a * (2.0 * r.p_a * q * r.s_a - (q * q + Q_r) * (1.0 + r.s_a) - 2.0 * S_r)
     target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc
 
-    # From d = u - row_max and e^d to y and 2^y about a float32 logit: d = y ln(2) + shift. The
+    # From d = u - row_max and e^d to s and 2^y about a float32 logit: d = y ln(2) + shift. That
     # shift is 0 where row_max comes from these kernels, at most a rounding of it elsewhere.
     z_ref = logit_at(state.row_max, s)
     shift = z_ref.to(tl.float64) * s.inv_temperature - state.row_max
     scale = tl.exp(shift.to(tl.float32)) * r.inv_Z
+    centre = (r.mu * LOG2E).to(tl.float32)
+    shift += centre.to(tl.float64) * LN2
     # A sampled token of probability 0 has no gradient, nor have the others of its row.
     factor = tl.where(r.logp == NEG_INF, 0.0, s.inv_temperature.to(tl.float64))
     first = scale * factor
@@ -293,6 +300,7 @@ def row_grad(state, r, g, target_u, s, HAS_SOFTCAP: tl.constexpr):
         target *= slope(logit_at(target_u, s), s.softcap)
     return RowGrad(
         z_ref=z_ref,
+        centre=centre,
         a0=(first * (a0 + a1 * shift)).to(tl.float32),
         a1=(first * a1 * LN2).to(tl.float32),
         b0=(second * (b0 + b1 * shift)).to(tl.float32),
@@ -309,6 +317,7 @@ def gradient(z, grad, s, HAS_SOFTCAP: tl.constexpr, HAS_SQUARES: tl.constexpr):
         x = capped(z, s.softcap)
     y = floored((x - grad.z_ref) * s.log2_scale)
     e = tl.exp2(y)
+    y -= grad.centre
     factor = tl.fma(grad.a1, y, grad.a0)
     if HAS_SQUARES:
         factor = tl.fma(e, tl.fma(grad.b1, y, grad.b0), factor)

@@ -1,8 +1,8 @@
 """Where a kernel takes a row's state from, and the numbers that the host passes to every kernel.
 
 They travel as floats in a tuple: Triton specialises integers inside tuples on their value, and
-would compile anew for another V, while floats are never specialised and hold integers up to 2^24
-exactly.
+would compile anew for another V, while floats are never specialised. They hold integers up to 2^24
+exactly, so larger ones come in two.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import NEG_INF, RowState, Scaling, capped
+from .row_state import RowState, Scaling, capped
 from .tile import (
     N_SUMS,
     count_segments,
@@ -25,11 +25,19 @@ from .tile import (
 
 IGNORED = tl.constexpr(-100)
 ELSEWHERE = tl.constexpr(-1)
+HIGH = tl.constexpr(2**16)
 
 # Where the state of a row comes from.
 LOGITS = tl.constexpr(0)  # this program reads the row
 PARTS = tl.constexpr(1)  # segments_kernel has read it, a program a segment
 STATE = tl.constexpr(2)  # the caller has it
+
+
+class Count(NamedTuple):
+    """``high 2^16 + low``."""
+
+    high: float
+    low: float
 
 
 class Numbers(NamedTuple):
@@ -38,9 +46,10 @@ class Numbers(NamedTuple):
     inv_temperature: float
     log2_scale: float
     softcap: float
-    vocab_size: float
-    n_columns: float
-    n_parts: float  # programs of a row
+    elsewhere: float  # logit of a token that lies in another shard: -inf, NaN in whole rows
+    vocab_size: Count
+    n_columns: Count
+    n_parts: Count  # programs of a row
 
 
 @triton.jit
@@ -49,7 +58,13 @@ def scaling(numbers):
         tl.cast(numbers.inv_temperature, tl.float32),
         tl.cast(numbers.log2_scale, tl.float32),
         tl.cast(numbers.softcap, tl.float32),
+        tl.cast(numbers.elsewhere, tl.float32),
     )
+
+
+@triton.jit
+def whole(count):
+    return tl.cast(count.high, tl.int32) * HIGH + tl.cast(count.low, tl.int32)
 
 
 @triton.jit
@@ -68,7 +83,7 @@ def target_logit(row, target, vocab_size, s, how):
     z = z.to(tl.float32)
     if how.HAS_SOFTCAP:
         z = capped(z, s.softcap)
-    return tl.where(valid, z, tl.where(target == ELSEWHERE, NEG_INF, float("nan")))
+    return tl.where(valid, z, tl.where(target == ELSEWHERE, s.elsewhere, float("nan")))
 
 
 @triton.jit
@@ -101,9 +116,9 @@ def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr
 @triton.jit(do_not_specialize=["logits", "parts", "targets", "weights", "has_weights", "stride"])
 def segments_kernel(logits, parts, targets, weights, has_weights, numbers, stride, how):
     """The states of the segments of every row, a program each, in ``parts``."""
-    vocab_size = tl.cast(numbers.vocab_size, tl.int32)
+    vocab_size = whole(numbers.vocab_size)
     n_words = count_words(vocab_size, 128 // logits.dtype.element_ty.primitive_bitwidth, how)
-    i, segment = program_row(tl.cast(numbers.n_parts, tl.int32))
+    i, segment = program_row(whole(numbers.n_parts))
     target = tl.load(targets + i)
     weight = tl.load(weights + i, mask=has_weights != 0, other=1.0)
     if (target != IGNORED) & (weight != 0.0):

@@ -14,7 +14,7 @@ from papo_kernels.types import STATE_SIZE, RowParams
 from . import launch
 from .gradient import Part, fill_zeros, row_beside, write_gradient
 from .row_state import Upstream, finished, row_grad
-from .source import IGNORED, STATE, program_row, scaling, whole_row
+from .source import IGNORED, STATE, program_row, scaling, whole, whole_row
 from .tile import row_at
 
 
@@ -68,7 +68,7 @@ def token_stats_kernel(logits, source, targets, out, numbers, stride, how):
     s = scaling(numbers)
     target = tl.load(targets + i)
     active = target != IGNORED
-    vocab_size = tl.where(active, tl.cast(numbers.vocab_size, tl.int32), 0)
+    vocab_size = tl.where(active, whole(numbers.vocab_size), 0)
     row = row_at(logits, i, stride)
     state, target_u = whole_row(row, source, i, target, vocab_size, s, how, "evict_first")
     store_stats(out, i, finished(state, target_u), active)
@@ -84,22 +84,22 @@ def upstream_gradient(ptr, i, given):
 @triton.jit(do_not_specialize=["logits", "dlogits", "state", "stride", "dlogits_stride"])
 def token_stats_bwd_kernel(logits, dlogits, state, grads, numbers, stride, dlogits_stride, how):
     WORD: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    n_parts = tl.cast(numbers.n_parts, tl.int32)
+    n_parts = whole(numbers.n_parts)
     i, index = program_row(n_parts)
     part = Part(index, n_parts)
-    n_columns = tl.cast(numbers.n_columns, tl.int32)
+    n_columns = whole(numbers.n_columns)
     target = tl.load(grads.targets + i)
     row = row_at(logits, i, stride)
     if target != IGNORED:
         s = scaling(numbers)
-        vocab_size = tl.cast(numbers.vocab_size, tl.int32)
-        whole, target_u = whole_row(row, state, i, target, vocab_size, s, how, "")
+        vocab_size = whole(numbers.vocab_size)
+        row_sums, target_u = whole_row(row, state, i, target, vocab_size, s, how, "")
         g = Upstream(
             upstream_gradient(grads.logp, i, grads.has_logp),
             upstream_gradient(grads.entropy, i, grads.has_entropy),
             upstream_gradient(grads.unit_polarity, i, grads.has_unit_polarity),
         )
-        grad = row_grad(whole, finished(whole, target_u), g, target_u, s, how.HAS_SOFTCAP)
+        grad = row_grad(row_sums, finished(row_sums, target_u), g, target_u, s, how.HAS_SOFTCAP)
         out = row_beside(dlogits, i, dlogits_stride, row.head, WORD, how)
         column = tl.where(target < vocab_size, target, -1).to(tl.int32)
         write_gradient(row, out, vocab_size, column, part, grad, s, how)

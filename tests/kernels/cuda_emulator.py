@@ -41,7 +41,13 @@ def _struct(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
 Matrix = _struct(
     "Matrix", ("data", PTR), ("rows", I64), ("cols", I64), ("row_stride", I64), ("dtype", I32)
 )
-RowParams = _struct("RowParams", ("temperature", F64), ("softcap", F64), ("vocab_size", I64))
+RowParams = _struct(
+    "RowParams",
+    ("temperature", F64),
+    ("softcap", F64),
+    ("vocab_size", I64),
+    ("sharded", ctypes.c_bool),
+)
 TokenStatsOut = _struct(
     "TokenStatsOut",
     *((name, PTR) for name in ("logp", "entropy", "unit_polarity", "lse", "state")),
@@ -218,7 +224,7 @@ def emulated(
     backend._choose.cache_clear()
     with (
         mock.patch("papo_kernels._native.module", lambda: native),
-        mock.patch("papo_kernels.cuda_impl._launch", launch),
+        mock.patch("papo_kernels.cuda_impl.BACKEND._launch", launch),
         mock.patch.dict(backend._CANNOT, {"cuda": cannot}),
     ):
         yield native

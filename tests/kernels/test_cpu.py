@@ -56,8 +56,8 @@ for dtype in (torch.bfloat16, torch.float16):
         cpu_impl.scale_(scaled, torch.tensor(factor))
         same = (scaled == expected) | (scaled.isnan() & expected.isnan())
         assert (same | (flushed & (scaled == 0))).all(), (dtype, factor)
-# The gradient is rounded to bfloat16 almost as if it had been exact: within 0.53 of a unit in the last
-# place, 0.5 being the format's own, over everything down to the smallest normal number.
+# The gradient is rounded to bfloat16 almost as if it had been exact: within 0.53 of a unit in the
+# last place, 0.5 being the format's own, down to the smallest normal numbers.
 z = torch.linspace(-74.0, 3.0, 1 << 14).to(torch.bfloat16).view(1, -1).requires_grad_()
 token_stats(z, torch.tensor([9]), backend="cpu").logp.sum().backward()
 exact = -torch.softmax(z.detach().double(), 1)

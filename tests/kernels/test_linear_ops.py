@@ -33,12 +33,12 @@ def samples(name, backend, device):
         head = head_arguments(device, dtype, full)
         needs = [x is not None for x in head[:5]]
         acc = torch.float32
-        tail = (V - 2, torch.float32, 700, backend)
+        tail = (V - 2, backend, 0.5, torch.float32, 700)
         if name == "linear_token_stats":
-            yield *head, targets, 0.9, 20.0, 0.5, *tail
+            yield *head, targets, 0.9, 20.0, *tail
         elif name == "linear_token_stats_bwd":
             detached = [None if x is None else x.detach() for x in head]
-            row = (targets, 0.9, 0.0, 0.5, *tail)
+            row = (targets, 0.9, 0.0, *tail)
             state = torch.ops.papo.linear_token_stats(*detached, *row)[-1]
             g = torch.ones(2 * N, device=device)[::2]
             yield *detached, *row, state, g, None, -g, needs

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import papo_kernels  # noqa: F401  registers the operations
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import PolarityWeighting, PolicyLossParams, ops, policy_loss, token_stats
 from tests.cases import make_loss_case
 
 pytestmark = pytest.mark.plumbing
@@ -154,6 +155,45 @@ def test_complaint_27_no_compilation_per_shape(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         counts.append(counter.frame_count)
     assert counts[-1] == counts[0]
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_no_compilation_per_phase_sigma_and_scale(as_tensor, backend, device):
+    """Five values of the weighting's numbers, floats that change with the training step or 0-dim
+    tensors, with eager's results from one compilation (of the second value, where the first is
+    taken for a constant)."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    logits, (targets, advantages, token_weight, *_) = loss_arguments(device)
+
+    def weights(phase, sigma, scale):
+        weighting = PolarityWeighting(0.5, phase, shape="tanh", sigma=sigma, scale=scale)
+        call = (logits, targets, advantages, token_weight)
+        return policy_loss(*call, weighting=weighting, vocab_size=V - 2, backend=backend).weight
+
+    compiled = torch.compile(weights, fullgraph=True, backend=counter)
+    counts = []
+    for k in range(5):
+        numbers = (0.9 - 0.3 * k, 0.01 + 0.02 * k, 1.1 + 0.1 * k)
+        if as_tensor:
+            numbers = [torch.tensor(x, device=device) for x in numbers]
+        assert torch.equal(compiled(*numbers), weights(*numbers))
+        counts.append(counter.frame_count)
+    assert counts[1:] == [counts[1]] * 4 and counts[1] <= 2
+
+
+def test_numbers_of_eager_calls_are_made_once(device):
+    """Also when the first call that needs them runs in inference mode, whose tensors autograd
+    refuses; a fake tensor is never among them."""
+    like = torch.zeros(3, dtype=torch.int64, device=device)
+    ops._filled.cache_clear()
+    with FakeTensorMode():
+        assert isinstance(ops.filled(0.25, torch.float32, like), FakeTensor)
+    with torch.inference_mode():
+        first = ops.filled(0.25, torch.float32, like)
+    assert not first.is_inference() and type(first) is torch.Tensor and first.item() == 0.25
+    assert ops.filled(0.25, torch.float32, like) is first
+    assert ops.filled(0.25, torch.float64, like).dtype == torch.float64
 
 
 def test_errors_inside_compiled_code(backend, device):

@@ -60,7 +60,7 @@ class Call:
         case.targets[-1] = IGNORED
         self.acc = acc_dtype(case.logits.dtype)
         self.case, self.logits, self.targets = case, case.logits, case.targets
-        self.row = RowParams(0.8, 25.0, 300)
+        self.row = RowParams(0.8, 25.0, 300, sharded=True)
         self.tokens = TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp)
         scalars = [torch.tensor(x, dtype=self.acc, device=device) for x in (0.5, 0.1, 1.1)]
         self.weighting = WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6)
@@ -190,21 +190,21 @@ def test_state_of_a_shard_without_a_distribution(value, backend, device):
     logits = torch.full((2, 40), -torch.inf, device=device)
     logits[:, 11] = value
     targets = torch.tensor([ELSEWHERE, 3], device=device)
-    *_, state = impl.token_stats_fwd(logits, targets, RowParams(1.0, 0.0, 40))
+    *_, state = impl.token_stats_fwd(logits, targets, RowParams(1.0, 0.0, 40, sharded=True))
     good = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).to(device)
     elsewhere = torch.tensor([5, ELSEWHERE], device=device)
-    *stats, other = impl.token_stats_fwd(good, elsewhere, RowParams(1.0, 0.0, 50))
+    *stats, other = impl.token_stats_fwd(good, elsewhere, RowParams(1.0, 0.0, 50, sharded=True))
     whole = merge_states(torch.stack([state, other]))
     if value == -torch.inf:
         assert state[:, 0].isneginf().all()
         assert state[:, 1:5].eq(0).all()
         assert torch.equal(whole, other)
         return
-    *again, _ = impl.token_stats_fwd(good, elsewhere, RowParams(1.0, 0.0, 50), whole)
+    *again, _ = impl.token_stats_fwd(good, elsewhere, RowParams(1.0, 0.0, 50, sharded=True), whole)
     assert all(x.isnan().all() for x in again)
     assert not any(x[:1].isnan().any() for x in stats)
     grads = (torch.ones(2, device=device),) * 3
-    dz = impl.token_stats_bwd(good, elsewhere, whole, grads, RowParams(1.0, 0.0, 50))
+    dz = impl.token_stats_bwd(good, elsewhere, whole, grads, RowParams(1.0, 0.0, 50, sharded=True))
     assert dz.isnan().all()
 
 

@@ -14,6 +14,7 @@ import torch
 from papo_kernels import PolicyLossParams
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
+from tests.kernels.test_extremes import check_nearly_certain_tokens
 from tests.oracle import check_policy_loss, check_token_stats
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -134,6 +135,10 @@ def test_the_ratio_of_an_unchanged_policy_is_exactly_one(n):
     assert out[6].eq(1.0).all()
 
 
+def test_nearly_certain_tokens():
+    check_nearly_certain_tokens("triton", DEVICE, 128)
+
+
 @pytest.mark.parametrize("masked", ["first", "last", "all_but_the_rest"])
 def test_segments_without_mass(masked):
     """Whole segments of -inf, in split rows."""
@@ -166,7 +171,7 @@ def test_a_bad_logit_anywhere_spoils_its_row_alone(n, value):
 
 
 @pytest.mark.parametrize("n", [1, 5])
-@pytest.mark.parametrize("target", [300, -2, -101, 2**40, -(2**40)])
+@pytest.mark.parametrize("target", [300, -1, -2, -101, 2**40, -(2**40)])
 def test_a_target_that_is_no_column_is_neither_read_nor_written(n, target):
     """NaN in its row, nothing elsewhere: the row lies between guards."""
     buffer = torch.full((n, 340), 7.0, device=DEVICE)
@@ -205,7 +210,16 @@ def test_ignored_rows_and_padding_are_not_read(n):
     assert dlogits[0].isfinite().all()
 
 
-def test_more_columns_than_a_float_can_count_are_refused():
-    logits = torch.empty(1, device=DEVICE).expand(1, 2**24 + 1)
-    with pytest.raises(ValueError, match=r"logits: expected at most 2\^24 columns"):
+def test_more_columns_than_can_be_counted_are_refused():
+    logits = torch.empty(1, device=DEVICE).expand(1, 2**30 + 1)
+    with pytest.raises(ValueError, match=r"logits: expected at most 2\^30 columns"):
         stats_of(logits, torch.tensor([0], device=DEVICE))
+
+
+@pytest.mark.parametrize("n", [0, 1, 65_535, 65_536, 2**24 + 1, 2**30 - 1, 2**30])
+def test_counts_travel_as_floats_without_loss(n):
+    """2^24 + 1 is no float32; its two parts are."""
+    from papo_kernels.triton_impl import launch
+
+    high, low = torch.tensor(launch.count(n), dtype=torch.float32).int().tolist()
+    assert high * 2**16 + low == n

@@ -8,7 +8,7 @@ namespace papo {
 
 // Targets that are no column of the logits at hand.
 constexpr int64_t kIgnoreIndex = -100;  // the row is not read and contributes exactly nothing
-constexpr int64_t kElsewhere = -1;      // the sampled token lies in another shard of the vocabulary
+constexpr int64_t kElsewhere = -1;      // of a shard: the sampled token lies in another one
 
 // A row's state in memory, always double: row_max, Z, T, Z2, T2 and target_u, the scaled logit of the
 // sampled token (-inf where it is masked or elsewhere).
@@ -26,10 +26,13 @@ struct Matrix {
 };
 
 // u = softcap(z) / temperature; softcap 0 means none; columns from vocab_size on are padding.
+// `sharded`: the columns are a shard of the vocabulary, and a target may be kElsewhere, which is
+// out of range otherwise.
 struct RowParams {
   double temperature;
   double softcap;
   int64_t vocab_size;
+  bool sharded = false;
 };
 
 // acc* unless said; row arrays are contiguous [rows]. A null pointer: not wanted.

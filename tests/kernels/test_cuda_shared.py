@@ -1,0 +1,73 @@
+"""Tests that all backends share, on the CUDA kernels of the emulated machine: the same functions,
+called once more. (What no single device shows, orders and layouts, is in test_cuda_emulated.py.)"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from tests.kernels import (
+    test_complaints,
+    test_extremes,
+    test_policy_loss,
+    test_protocol,
+    test_regimes,
+)
+from tests.kernels.cuda_emulator import H100, emulated
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEFT_OUT = {
+    "test_complaint_21_more_rows_than_a_grid_dimension_holds": "14 s; the grid is one-dimensional",
+}
+# An H100's limits; a small device whose blocks hold one row at a time; one as sm_80.
+DEVICES = {
+    "h100": {name: getattr(H100, name) for name, _ in H100._fields_[1:]},
+    "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
+    "no_clusters": {"max_cluster": 0},
+}
+
+
+def shared_tests(module):
+    """Every case of the tests in `module` that take a backend, as (function, its parameters)."""
+    for name, function in vars(module).items():
+        wanted = inspect.signature(function).parameters if name.startswith("test_") else ()
+        if name in LEFT_OUT or not {"backend", "call"} & set(wanted):
+            continue
+        axes = []
+        for mark in getattr(function, "pytestmark", []):
+            if mark.name == "parametrize":
+                names = mark.args[0]
+                names = names.split(",") if isinstance(names, str) else names
+                axes.append([(names, v if len(names) > 1 else (v,)) for v in mark.args[1]])
+        for choice in itertools.product(*axes):
+            given = {
+                n.strip(): v for names, values in choice for n, v in zip(names, values, strict=True)
+            }
+            shown = "-".join(str(v) for v in given.values())
+            yield pytest.param(function, given, id=f"{name[5:]}[{shown}]"[:120])
+
+
+MODULES = (test_complaints, test_extremes, test_policy_loss, test_protocol, test_regimes)
+
+
+@pytest.mark.parametrize("device_limits", DEVICES)
+@pytest.mark.parametrize("function,given", [t for m in MODULES for t in shared_tests(m)])
+def test_shared(function, given, device_limits, request):
+    def full(size, interpreted):
+        return size
+
+    fixtures = {"backend": "cuda", "device": "cpu", "sizes": full, "dtypes": DTYPES}
+    wanted = inspect.signature(function).parameters
+    with emulated(**DEVICES[device_limits]):
+        if "call" in wanted:
+            fixtures["call"] = test_protocol.Call("cuda", "cpu", 12)
+        for name in wanted:
+            if name not in given and name not in fixtures:
+                fixtures[name] = request.getfixturevalue(name)
+        function(**{name: {**fixtures, **given}[name] for name in wanted})

@@ -137,8 +137,14 @@ def ratios(ms: dict[str, float]) -> dict[str, float]:
 
 
 def threads_case(shape: Shape, rounds: int) -> dict[str, float]:
-    """Wall time of the statistics and of the loss on one thread and on two."""
+    """Wall time of the statistics, of the loss and of reading the logits on one thread and on two,
+    after an operation on two threads (the cache's overwriting), as in training."""
     work = Workload(shape)
+    words = work.logits.view(torch.int32)
+
+    def prepare() -> None:
+        work.restore()
+        torch.set_num_threads(2)
 
     def on(threads: int, run: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> None:
@@ -148,10 +154,11 @@ def threads_case(shape: Shape, rounds: int) -> dict[str, float]:
         return timed
 
     cases = [
-        Case(f"{name} {n}", on(n, run), work.restore)
+        Case(f"{name} {n}", on(n, run), prepare)
         for name, run in (
             ("stats", torch.no_grad()(work.stats)),
             ("loss+grad", lambda: work.loss_inplace(0.0)),
+            ("read", words.max),
         )
         for n in (1, 2)
     ]
@@ -160,8 +167,10 @@ def threads_case(shape: Shape, rounds: int) -> dict[str, float]:
     ms = {case.name: case.ms for case in cases}
     return {
         **ms,
-        "stats speedup": ms["stats 1"] / ms["stats 2"],
-        "loss+grad speedup": ms["loss+grad 1"] / ms["loss+grad 2"],
+        **{
+            f"{name} speedup": ms[f"{name} 1"] / ms[f"{name} 2"]
+            for name in ("stats", "loss+grad", "read")
+        },
     }
 
 
@@ -178,6 +187,9 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
         print(row.ljust(width) + "".join(f"{c:>26}" for c in cells))
     for row in next(iter(results.values()))["ratios"]:
         print(f"{row}: " + "  ".join(f"{r['ratios'][row]:.2f}" for r in results.values()))
+    for name in ("stats", "loss+grad", "read"):
+        threads = (r["two threads, wall"][f"{name} speedup"] for r in results.values())
+        print(f"{name}, two threads / one: " + "  ".join(f"{x:.2f}" for x in threads))
 
 
 def main() -> None:
@@ -193,17 +205,15 @@ def main() -> None:
         cases = make_cases(shape)
         time_interleaved(cases, args.rounds)
         ms = {case.name: case.ms for case in cases}
-        results[shape.name] = {"ms": ms, "ratios": ratios(ms)}
+        threads = threads_case(shape, args.rounds)
+        results[shape.name] = {"ms": ms, "ratios": ratios(ms), "two threads, wall": threads}
         torch.compiler.reset()
     print_table(results)
-    threads = threads_case(CPU_SHAPES[0], args.rounds)
-    print("threads (wall):", {k: round(v, 2) for k, v in threads.items()})
     record = {
         "environment": {**environment(), "isa": _native.cpu_isa()},
         "clock": "process CPU time, one thread, median of interleaved cold-cache rounds",
         "rounds": args.rounds,
         "results": results,
-        "threads": threads,
     }
     if args.save:
         print("wrote", write_json("cpu", record).name)

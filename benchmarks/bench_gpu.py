@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,38 +183,55 @@ def print_table(shape: str, result: dict[str, Any]) -> None:
     print(f"\n{shape}")
     for name, figure in result["figures"].items():
         row = "  ".join(f"{value:10.3f} {unit}" for unit, value in figure.items())
-        print(f"  {name:<52}{row}")
+        print(f"  {name:<52}{row}", flush=True)
     for name, reason in result["failures"].items():
         print(f"  {name:<52}not measured: {reason}")
 
 
-def run(rounds: int, only: str = "") -> dict[str, Any]:
-    """Every shape whose name contains `only`, printed as it comes."""
+def attempt(shape: Shape | LinearShape, rounds: int) -> dict[str, Any]:
+    """One shape; an error that is no single case's, such as too little memory, is its result."""
+    try:
+        if isinstance(shape, Shape):
+            return measure(shape, rounds)
+        return measure_linear(shape, max(5, rounds // 4))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"figures": {}, "failures": {"the shape": reason}}
+
+
+def run(rounds: int, only: str, path: Path | None) -> Path:
+    """Every shape whose name contains `only`, the main ones first, printed and saved as it comes,
+    so that a run that is stopped leaves what it has measured."""
     record: dict[str, Any] = {"environment": environment(), "rounds": rounds, "results": {}}
-    for shape in GPU_SHAPES:
-        if only in shape.name:
-            record["results"][shape.name] = measure(shape, rounds)
-            print_table(shape.name, record["results"][shape.name])
-            torch.cuda.empty_cache()
-    for linear in GPU_LINEAR_SHAPES:
-        if only in linear.name:
-            record["results"][linear.name] = measure_linear(linear, max(5, rounds // 4))
-            print_table(linear.name, record["results"][linear.name])
-            torch.cuda.empty_cache()
-    if only in GPU_MAIN.name:
-        record["host overhead, us"] = host_overhead()
-        print("\nhost overhead, us:", record["host overhead, us"])
-    return record
+    saved = write_json("gpu", record, path)
+    first, *more = GPU_SHAPES
+    shapes: list[Shape | LinearShape] = [first, GPU_LINEAR_SHAPES[0]]
+    for shape in (*shapes, *more, *GPU_LINEAR_SHAPES[1:]):
+        if only not in shape.name:
+            continue
+        record["results"][shape.name] = attempt(shape, rounds)
+        record["unavailable peers"] = peers.unavailable
+        write_json("gpu", record, path)
+        print_table(shape.name, record["results"][shape.name])
+        torch.cuda.empty_cache()
+        if shape == GPU_MAIN:
+            record["host overhead, us"] = host_overhead()
+            print("\nhost overhead, us:", record["host overhead, us"])
+            write_json("gpu", record, path)
+    for module, reason in peers.unavailable.items():
+        print(f"not measured: {module}: {reason}")
+    return saved
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", default="", help="a substring of the shapes to run")
+    parser.add_argument("--json", type=Path, help="the result file, instead of one in results/")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu needs a CUDA device; benchmarks.bench_cpu runs on the CPU")
-    print("wrote", write_json("gpu", run(args.rounds, args.only)))
+    print("wrote", run(args.rounds, args.only, args.json))
 
 
 if __name__ == "__main__":

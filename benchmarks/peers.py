@@ -1,4 +1,7 @@
-"""What others offer for the same work, as benchmark cases; a package that is absent gives none.
+"""What others offer for the same work, as benchmark cases.
+
+A peer that cannot be imported, because it is absent or for any other reason, gives none; the reason
+is in ``unavailable``.
 
 Their APIs as of TRL 1.16, Liger-Kernel 0.8.5, QuACK 0.6.5 and cut-cross-entropy 25.1. None of them
 computes the polarity; what each does compute is in its case's name.
@@ -6,6 +9,7 @@ computes the polarity; what each does compute is in its case's name.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Case
+
+# The error by module, of the peers that were asked for and could not be imported.
+unavailable: dict[str, str] = {}
+
+
+def _imported(module: str, name: str) -> Any:
+    """A module's attribute, or None. Packages raise all kinds of errors on import: for a missing
+    driver, another package's version, a compiler."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        unavailable[module] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
 
 
 def _forward_backward(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Callable[[], Any]:
@@ -50,9 +67,8 @@ def torch_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
 
 def trl_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     """TRL's one-pass kernel."""
-    try:
-        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy as fused
-    except ImportError:
+    fused = _imported("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
+    if fused is None:
         return
 
     def stats_sum(z: Tensor) -> Tensor:
@@ -66,9 +82,8 @@ def trl_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
 def liger_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     """Liger's Triton GRPO loss, gradient over the logits. It takes [B, L + 1, V] and drops the last
     position, so one row is added."""
-    try:
-        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-    except ImportError:
+    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    if triton_grpo_loss is None:
         return
     rows, vocab = logits.shape
     padded = torch.empty(1, rows + 1, vocab, dtype=logits.dtype, device=logits.device)
@@ -92,9 +107,8 @@ def liger_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
 
 def quack_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     """QuACK's cross-entropy, loss and dx in one kernel (one read, one write)."""
-    try:
-        from quack.cross_entropy import cross_entropy_fwd
-    except ImportError:
+    cross_entropy_fwd = _imported("quack.cross_entropy", "cross_entropy_fwd")
+    if cross_entropy_fwd is None:
         return
     yield Case(
         "QuACK cross_entropy with dx (loss only)",
@@ -133,40 +147,22 @@ def linear_cases(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Case]:
         losses["torch F.linear_cross_entropy (loss only)"] = lambda h, w: F.linear_cross_entropy(
             h, w, targets
         )
-    try:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    if chunked := _imported("trl.kernels.chunked_logprob", "ChunkedLogProbFunction"):
 
         def trl_loss(h: Tensor, w: Tensor) -> Tensor:
-            out = ChunkedLogProbFunction.apply(
-                h, w, None, targets, 1.0, 32768, None, 1.0, ("entropy",)
-            )
+            out = chunked.apply(h, w, None, targets, 1.0, 32768, None, 1.0, ("entropy",))
             return out[0].sum() + out[1].sum()
 
         losses["TRL ChunkedLogProbFunction logp+entropy"] = trl_loss
-    except ImportError:
-        pass
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-        losses["Liger fused_linear_cross_entropy (loss only)"] = lambda h, w: (
-            LigerFusedLinearCrossEntropyFunction.apply(h, w, targets)[0]
+    module = "liger_kernel.ops.fused_linear_cross_entropy"
+    if liger := _imported(module, "LigerFusedLinearCrossEntropyFunction"):
+        losses["Liger fused_linear_cross_entropy (loss only)"] = lambda h, w: liger.apply(
+            h, w, targets
+        )[0]
+    if quack := _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"):
+        losses["QuACK chunked_linear_cross_entropy (loss only)"] = lambda h, w: quack(h, w, targets)
+    if cce := _imported("cut_cross_entropy", "linear_cross_entropy"):
+        losses["CCE linear_cross_entropy (loss only, gradients filtered)"] = lambda h, w: cce(
+            h, w, targets
         )
-    except ImportError:
-        pass
-    try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        losses["QuACK chunked_linear_cross_entropy (loss only)"] = lambda h, w: (
-            chunked_linear_cross_entropy(h, w, targets)
-        )
-    except ImportError:
-        pass
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        losses["CCE linear_cross_entropy (loss only, gradients filtered)"] = lambda h, w: (
-            linear_cross_entropy(h, w, targets)
-        )
-    except ImportError:
-        pass
     return [Case(name, _linear_run(loss, hidden, weight)) for name, loss in losses.items()]

@@ -61,7 +61,6 @@ class MicroBatch:
             int64 [B, T], right-padded.
         logit_index: int64 [N], flat position whose hidden state predicts the token.
         targets: int64 [N].
-        sequence: int64 [N], index into the micro-batch's sequences.
         advantages, token_weight, sampler_logp: float32 [N].
         old_logp, ref_logp: float32 [N] or None.
         factor: float32 [N] or None, polarity weights that `advantages` already contain
@@ -73,7 +72,6 @@ class MicroBatch:
     attention_mask: Tensor
     logit_index: Tensor
     targets: Tensor
-    sequence: Tensor
     advantages: Tensor
     token_weight: Tensor
     sampler_logp: Tensor
@@ -188,7 +186,6 @@ def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
     factor = per_token([s.factor for s in sequences])
     return {
         "targets": torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.int64),
-        "sequence": torch.arange(len(sequences)).repeat_interleave(lengths),
         "advantages": advantages if factor is None else advantages * factor,
         "token_weight": per_sequence([s.weight for s in sequences]),
         "sampler_logp": torch.tensor(

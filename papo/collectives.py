@@ -55,11 +55,6 @@ def all_max(value: float) -> float:
     return float(tensor.item())
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every rank when it is True on at least one."""
-    return all_max(float(flag)) > 0
-
-
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank: small Python objects of our own."""
     if world_size() == 1:

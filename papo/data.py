@@ -127,9 +127,14 @@ class ProblemSource:
                     len(train) - len(disjoint),
                     c.eval_path,
                 )
-            self._require(disjoint, len(disjoint), c.train_path)
             if not held_out:
                 raise PapoError(f"data.eval_path={c.eval_path!r}: no usable problem")
+            if not disjoint:
+                raise PapoError(
+                    f"data.train_path={c.train_path!r}: {len(train)} distinct problems of at most "
+                    f"data.max_prompt_tokens={c.max_prompt_tokens} tokens, none of which "
+                    f"data.eval_path={c.eval_path!r} leaves to train on; widen the data"
+                )
             return held_out, disjoint
         train.sort(key=lambda item: _digest(c.split_seed, item[0].key))
         held_out, rest = train[: c.held_out_size], train[c.held_out_size :]

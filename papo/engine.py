@@ -1,6 +1,6 @@
 """DeepSpeed around the policy: forward, backward, step, whole weights, optimizer state by name.
 
-With collectives.py the only file that imports deepspeed. ZeRO-0 to 3 look the same from outside.
+The only file that imports deepspeed. ZeRO-0 to 3 look the same from outside.
 """
 
 from __future__ import annotations

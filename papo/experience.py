@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from papo import collectives
-from papo.advantage import group_advantages, overlong_penalty, sequence_token_weights
+from papo.advantage import (
+    group_advantages,
+    masked_counts,
+    overlong_penalty,
+    sequence_token_weights,
+)
 from papo.batch import TrainingSequence
 from papo.errors import PapoError
 from papo.types import Completion, Reward
@@ -150,12 +155,11 @@ def to_sequences(groups: Sequence[ScoredGroup]) -> list[TrainingSequence]:
 def with_token_weights(sequences: Sequence[TrainingSequence], loss: Any) -> list[TrainingSequence]:
     """Set every sequence's token weight from the counts of the global batch; a collective."""
     lengths = torch.tensor([len(s.response_ids) for s in sequences], dtype=torch.float64)
-    tokens, count = collectives.all_sum(
-        torch.tensor([float(lengths.sum()), float(len(sequences))])
-    ).tolist()
+    mask = torch.ones(len(sequences), dtype=torch.bool)
+    tokens, count = collectives.all_sum(masked_counts(lengths, mask)).tolist()
     weights = sequence_token_weights(
         lengths,
-        torch.ones(len(sequences), dtype=torch.bool),
+        mask,
         aggregation=loss.aggregation,
         constant_length=loss.constant_length,
         global_tokens=tokens,

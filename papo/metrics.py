@@ -51,7 +51,8 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy/mean": Metric(
         "nats",
-        "Mean entropy of the policy at the sampling temperature, over the tokens that train.",
+        "Mean entropy of the policy at the sampling temperature, over the tokens that train; null "
+        "where there are none.",
     ),
     "entropy/predicted_delta": Metric(
         "nats per unit step",
@@ -75,10 +76,12 @@ METRICS: dict[str, Metric] = {
         "", "Pressure-conserving scale s used by this step; 1 without `weighting.conserve`."
     ),
     "polarity/expanding_share": Metric(
-        "share", "Tokens whose update expands entropy (polarity above 0)."
+        "share",
+        "Tokens of the step's first update that expand entropy (polarity above 0, outside the dead "
+        "zone, not clipped).",
     ),
     "polarity/contracting_share": Metric(
-        "share", "Tokens whose update contracts entropy (polarity below 0)."
+        "share", "The same for tokens that contract it (polarity below 0)."
     ),
     "polarity/expanding_pressure_before": Metric(
         "share", "The expanding branch's part of the summed absolute advantage, unweighted."
@@ -110,10 +113,15 @@ METRICS: dict[str, Metric] = {
         "KL from the sampler to the policy on sampled tokens (k3): how far sampling and training "
         "disagree.",
     ),
-    "optim/grad_norm": Metric("", "Gradient norm before clipping; null where it is not finite."),
+    "optim/grad_norm": Metric(
+        "",
+        "Gradient norm of the step's last update, before clipping; null where it is not finite.",
+    ),
     "optim/lr": Metric("", "Learning rate of the step's last update."),
     "optim/skipped": Metric(
-        "", "Updates of the step that were skipped because loss or gradient was not finite."
+        "",
+        "Updates of the step that were skipped: loss or gradient was not finite, or no token was "
+        "left to train on.",
     ),
     "time/step": Metric("s", "The whole step, slowest rank (as all times)."),
     "time/gather": Metric("s", "Gathering partitioned weights for sampling, once a step."),

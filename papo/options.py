@@ -96,14 +96,13 @@ class RewardConfig(Section):
         str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
     ] = "auto"
     """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact`, or your own
-    `package.module:function`
-    called as (answer text, reference answer, metadata) and returning a float, or None to mask the
-    completion."""
+    `package.module:function` called as (answer text, reference answer, metadata) and returning a
+    float, or None to mask the completion."""
     extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
     """Which part of a completion the verifier sees; a completion without such a part scores 0."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """The reward is 1 where the verifier's score exceeds this, else 0 (reasoning-gym gives partial
-    credit)."""
+    """Built-in verifiers: the reward is 1 where the score exceeds this, else 0 (reasoning-gym gives
+    partial credit). What your own function returns is the reward."""
     timeout_s: PositiveFloat = 5.0
     """Seconds a completion may take before its worker is killed and it scores 0."""
     workers: Positive = 2

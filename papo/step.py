@@ -162,6 +162,9 @@ def update(
             probe = Probe.of(piece, batch, out, probe_tokens)
     sums = TokenSums(*collectives.all_sum(total).tolist())
     reason = "" if math.isfinite(sums.loss) else f"loss is {sums.loss}"
+    if not sums.tokens:
+        # Momentum and weight decay would move the weights all the same.
+        reason = "no token to train on"
     result = engine.step(lr, blocked=bool(reason))
     if not reason and not result.applied:
         reason = f"gradient norm is {result.grad_norm}"

@@ -99,7 +99,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     )
     last = updates[-1]
     figures = {
-        "entropy/mean": merged.mean(merged.entropy),
+        "entropy/mean": merged.mean(merged.entropy) if merged.tokens else math.nan,
         "loss/policy": merged.loss / len(updates),
         "loss/advantage_abs": merged.mean(merged.absolute_advantage),
         "loss/ratio": merged.mean(merged.ratio),

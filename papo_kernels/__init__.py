@@ -10,8 +10,14 @@ Fine-Tuning", arXiv 2605.11775.
 
 from .functional import policy_loss, token_stats
 from .keep import KeepSet
-from .linear import LoRAHead, linear_policy_loss, linear_token_stats
-from .types import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
+from .linear import linear_policy_loss, linear_token_stats
+from .types import (
+    LoRAHead,
+    PolarityWeighting,
+    PolicyLossOutput,
+    PolicyLossParams,
+    TokenStats,
+)
 
 __all__ = [
     "KeepSet",

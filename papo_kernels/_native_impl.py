@@ -33,7 +33,7 @@ class NativeBackend:
 
     ``logits`` is ``[N, V]`` with unit column stride and any row stride; row tensors are contiguous
     ``[N]`` in the accumulation dtype (float32, or float64 for float64 logits); targets are int64.
-    Arguments have been validated by ``functional.py``.
+    Arguments have been validated by ``checks.py`` and ``linear_checks.py``.
 
     Args:
         launch: where the extension's kernels for these logits run, as its ``Launch``.

@@ -46,7 +46,7 @@ def _cannot_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _native.available():
         return _native.why_unavailable()
     if not _native.has_cuda():
-        return "the extension was built without CUDA (nvcc was not found)"
+        return "the extension was built without CUDA (no nvcc, or PAPO_CUDA=off)"
     implementation = importlib.import_module(_MODULES["cuda"])
     reason: str | None = implementation.why_unavailable(device)
     return reason

@@ -4,6 +4,7 @@ expected, before anything is launched."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,13 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str = "lo
         raise ValueError(f"{name}: expected a tensor on {device} like {like}, got {value.device}")
 
 
+def check_positive(name: str, value: float, expected: str = "a finite number > 0") -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def check_row_options(
     columns: int,
     temperature: float,
@@ -55,10 +63,9 @@ def check_row_options(
     counted: str = "columns of logits",
 ) -> int:
     """Raises for an option out of range; how many of the `columns` to read."""
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap!r}")
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap, "None or a finite number > 0")
     if vocab_size is None:
         return columns
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):

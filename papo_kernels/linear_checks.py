@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import (
     check_device,
     check_float,
+    check_positive,
     check_row_options,
     check_targets,
     check_type,
@@ -79,7 +80,10 @@ def prepare(
     _check_weight(hidden, weight, shard=rows is not None)
     total = weight.shape[0] if rows is None else rows
     columns = check_row_options(total, *row, counted="rows of weight")
-    scale = _positive("logit_scale", logit_scale)
+    scale = 1.0
+    if logit_scale is not None:
+        check_positive("logit_scale", logit_scale, "None or a finite number > 0")
+        scale = float(logit_scale)
     check_targets("hidden", hidden, targets)
     if bias is not None:
         _check_like_weight("bias", bias, weight, (weight.shape[0],))
@@ -193,14 +197,6 @@ def _checked_keep(keep: KeepSet | None, targets: Tensor) -> tuple[Tensor | None,
             f"targets, got {keep.offsets.shape[0]}"
         )
     return keep.offsets.contiguous(), keep.ids.contiguous()
-
-
-def _positive(name: str, value: float | None) -> float:
-    if value is None:
-        return 1.0
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name}: expected None or a finite number > 0, got {value!r}")
-    return float(value)
 
 
 def _logits_dtype(requested: torch.dtype | None, hidden: torch.dtype) -> torch.dtype:

@@ -14,13 +14,14 @@ gradient of hidden, in float32. Without gradients there is no all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backend import choose
 from .checks import check_row_options, flat, shaped
 from .keep import KeepSet
 from .linear_checks import ChunkArguments, HeadArguments, RowArguments, prepare, prepare_loss
@@ -31,6 +32,7 @@ from .ops import refuse_double_backward, refuse_lse
 from .reference import merge_states
 from .types import (
     LoRAHead,
+    LossInputs,
     PolarityWeighting,
     PolicyLossOutput,
     PolicyLossParams,
@@ -68,7 +70,8 @@ def parallel_linear_token_stats(
         targets: ids in the whole vocabulary, and so are those of `keep`.
         group: None for the default group.
         shards: V_r of every rank, where known: saves the exchange of integers, and with it the wait
-            for a GPU; arguments are then checked on each rank alone.
+            for a GPU; arguments are then checked on each rank alone, and `chunk_bytes` is needed
+            where the ranks' GPUs have different memory.
         vocab_size: of the whole vocabulary: rows from there on, on whichever rank, are padding.
         hidden, temperature, softcap, logit_scale, chunk_bytes, backend, keep, lora, logits_dtype:
             as for `linear_token_stats`.
@@ -81,8 +84,7 @@ def parallel_linear_token_stats(
             for arguments that should be the same on every rank and are not.
     """
     split, inputs, options = _agree(
-        group,
-        shards,
+        _Where(group, shards),
         hidden,
         targets,
         HeadArguments(weight, bias, lora, logit_scale, keep),
@@ -134,17 +136,21 @@ def parallel_linear_policy_loss(
     Raises:
         TypeError, ValueError: as `parallel_linear_token_stats`.
     """
+    tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
+
+    def prepared(options: HeadOptions) -> LossInputs:
+        return prepare_loss(targets, tokens, params, weighting, options)
+
     split, inputs, options = _agree(
-        group,
-        shards,
+        _Where(group, shards),
         hidden,
         targets,
         HeadArguments(weight, bias, lora, logit_scale, keep),
         RowArguments(temperature, softcap, vocab_size),
         ChunkArguments(chunk_bytes, logits_dtype, backend),
+        prepared,
     )
-    tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
-    call = prepare_loss(targets, tokens, params, weighting, options)
+    call = prepared(options)
     needs = inputs.needs()
     with torch.no_grad():
         head_pass = HeadPass(inputs, options, call.targets, split.shard(options.row.vocab_size))
@@ -185,24 +191,32 @@ class _Split(NamedTuple):
         if len(partial) == 1:
             dist.all_reduce(partial[0], group=self.group)
         elif partial:
-            flat = torch.cat([g.view(-1) for g in partial])
-            dist.all_reduce(flat, group=self.group)
-            for g, part in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+            joined = torch.cat([g.view(-1) for g in partial])
+            dist.all_reduce(joined, group=self.group)
+            for g, part in zip(partial, joined.split([g.numel() for g in partial]), strict=True):
                 g.copy_(part.view_as(g))
         hidden, lora_a = (None if g is None else g.to(dtype) for g in (hidden, lora_a))
         return [hidden, weight, bias, lora_a, lora_b]
 
 
+class _Where(NamedTuple):
+    """`group` and `shards` as the public functions take them."""
+
+    group: dist.ProcessGroup | None
+    shards: Sequence[int] | None
+
+
 def _agree(
-    group: dist.ProcessGroup | None,
-    shards: Sequence[int] | None,
+    where: _Where,
     hidden: Tensor,
     targets: Tensor,
     head: HeadArguments,
     row: RowArguments,
     chunks: ChunkArguments,
+    check_more: Callable[[HeadOptions], object] = lambda options: None,
 ) -> tuple[_Split, HeadInputs, HeadOptions]:
-    """The checked call; raises on every rank what it raises on one."""
+    """The checked call; raises on every rank what it, or `check_more`, raises on one."""
+    group, shards = where
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "group: expected a process group, but torch.distributed is not initialised"
@@ -224,7 +238,10 @@ def _agree(
     facts = dict.fromkeys(_FACTS, 0)
     try:
         # No rank knows the number of rows yet: vocab_size is compared with it below.
-        inputs, options = prepare(hidden, targets, head, row, chunks, row.vocab_size or 1)
+        unread = row._replace(vocab_size=None) if isinstance(row.vocab_size, int) else row
+        inputs, options = prepare(hidden, targets, head, unread, chunks, 1)
+        choose(options.backend or None, hidden.device, options.logits_dtype)
+        check_more(options)
         facts = _facts(inputs, options, targets, row.vocab_size)
     except (TypeError, ValueError) as caught:
         error = caught

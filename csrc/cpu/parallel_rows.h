@@ -1,9 +1,11 @@
-// Work sharing between a call's threads.
-//
-// Threads live as long as the call: nothing spins between calls, and a process may fork at any time
-// (a pool's threads would be missing in the child). Starting one costs about as much as scanning a
-// few thousand logits, so small calls stay on the caller's thread.
+// Work sharing between a call's threads: the process's OpenMP team where it has one, as any process
+// with torch does, whose threads spin for a while after every operation and would fight ours for the
+// cores. It is looked up by name, so that nothing here links OpenMP. Elsewhere, and in the child of a
+// fork (where the team's threads are missing), threads that live as long as the call.
 #pragma once
+
+#include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -41,6 +43,37 @@ class FlushSubnormals {
 #endif
 };
 
+// GNU's entry point for a parallel region, which other OpenMP libraries offer too: runs fn(data) on
+// `threads` threads, the caller's among them.
+using RunTeam = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+
+inline std::atomic<bool> is_forked{false};
+inline const int kForkHook = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
+// Null where there is no team to be had.
+inline RunTeam openmp_team() {
+  static const auto team = reinterpret_cast<RunTeam>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return is_forked ? nullptr : team;
+}
+
+// fn(), which must not throw, on `threads` threads: at least once, at most so many times.
+template <typename Fn>
+void run_on_threads(int64_t threads, Fn& fn) {
+  if (threads <= 1) return fn();
+  if (const RunTeam team = openmp_team()) {
+    return team([](void* data) { (*static_cast<Fn*>(data))(); }, &fn,
+                static_cast<unsigned>(threads), 0);
+  }
+  std::vector<std::thread> helpers;
+  try {
+    for (int64_t t = 1; t < threads; ++t) helpers.emplace_back([&] { fn(); });
+  } catch (const std::system_error&) {
+    // The system refuses more threads: those that started, and this one, do the work.
+  }
+  fn();
+  for (std::thread& helper : helpers) helper.join();
+}
+
 // Elements worth a thread of their own.
 constexpr int64_t kElementsPerThread = 65536;
 
@@ -63,15 +96,8 @@ void parallel_for(int64_t tasks, int threads, int64_t grain, const Fn& fn) {
       for (int64_t i = begin; i < end; ++i) fn(i);
     }
   };
-  std::vector<std::thread> helpers;
   const int64_t shares = (tasks + grain - 1) / grain;
-  try {
-    for (int64_t t = 1; t < std::min<int64_t>(threads, shares); ++t) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system refuses more threads: those that started, and this one, do the work.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  run_on_threads(std::min<int64_t>(threads, shares), work);
 }
 
 }  // namespace cpu

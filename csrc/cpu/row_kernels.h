@@ -9,7 +9,7 @@ namespace papo {
 namespace cpu {
 
 // Columns handled by one call. Fixed, so that a row's result does not depend on who computed which
-// part of it. float accumulators see at most kChunk / lanes terms each.
+// part of it.
 constexpr int64_t kChunk = 16384;
 
 struct RowKernels {

@@ -57,7 +57,7 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// What is asked of a device once per process.
+// What is asked of a device once per process, unless asking fails.
 struct Device {
   DeviceLimits limits;
   const char* error;
@@ -79,13 +79,17 @@ inline Device query_device(int device) {
   return d;
 }
 
-inline const Device& device_of(int device) {
+inline Device device_of(int device) {
   constexpr int kMost = 64;
-  static std::once_flag once[kMost];
+  static std::mutex mutex;
+  static bool known[kMost];
   static Device devices[kMost];
-  static const Device unknown = {{}, "papo_kernels: no such CUDA device"};
-  if (device < 0 || device >= kMost) return unknown;
-  std::call_once(once[device], [&] { devices[device] = query_device(device); });
+  if (device < 0 || device >= kMost) return {{}, "papo_kernels: no such CUDA device"};
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!known[device]) {
+    devices[device] = query_device(device);
+    known[device] = devices[device].error == nullptr;
+  }
   return devices[device];
 }
 
@@ -108,8 +112,8 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, void* stream,
 }
 
 // How many clusters of a kernel (blocks, where shape.cluster is 1) a device runs at a time; 0: it
-// cannot run them. Asked once per kernel, device and shape, as is leave to use all of the shared
-// memory.
+// cannot run them, or the query failed. Asked once per kernel, device and shape, as is leave to use
+// all of the shared memory; a query that failed, perhaps for lack of memory, is made again.
 template <typename... Args>
 int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int device,
                       int needed_ptx) {
@@ -129,26 +133,27 @@ int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int dev
   }
   int clusters = 0;
   cudaFuncAttributes attributes = {};
+  bool ok = cudaFuncGetAttributes(&attributes, id) == cudaSuccess;
   // Code built for an older architecture lacks what it needs, whatever the device offers.
-  bool ok = cudaFuncGetAttributes(&attributes, id) == cudaSuccess &&
-            attributes.ptxVersion >= needed_ptx && attributes.binaryVersion >= needed_ptx;
-  if (ok && shape.shared_bytes > 48 * 1024) {
+  const bool built =
+      ok && attributes.ptxVersion >= needed_ptx && attributes.binaryVersion >= needed_ptx;
+  if (built && shape.shared_bytes > 48 * 1024) {
     // All of it, as a later shape of the same kernel must not take it away from an earlier one.
     ok = cudaFuncSetAttribute(id, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               device_of(device).limits.shared_per_block) == cudaSuccess &&
          cudaFuncSetAttribute(id, cudaFuncAttributePreferredSharedMemoryCarveout,
                               cudaSharedmemCarveoutMaxShared) == cudaSuccess;
   }
-  if (ok && shape.cluster > 8) {
+  if (built && ok && shape.cluster > 8) {
     ok = cudaFuncSetAttribute(id, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
   }
-  if (ok && shape.cluster > 1) {
+  if (built && ok && shape.cluster > 1) {
     cudaLaunchAttribute attribute = {};
     LaunchShape one = shape;
     one.blocks = shape.cluster;
     const cudaLaunchConfig_t config = launch_config(one, nullptr, &attribute);
     ok = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-  } else if (ok) {
+  } else if (built && ok) {
     int blocks = 0;
     ok = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
              &blocks, kernel, shape.threads, static_cast<size_t>(shape.shared_bytes)) ==
@@ -156,8 +161,8 @@ int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int dev
     clusters = blocks * device_of(device).limits.multiprocessors;
   }
   if (!ok) {
-    cudaGetLastError();
-    clusters = 0;
+    cudaGetLastError();  // or the next launch would report it
+    return 0;
   }
   all.push_back({id, device, shape.threads, shape.cluster, shape.shared_bytes, clusters});
   return clusters;

@@ -1,5 +1,4 @@
 // The statistics forward and backward, rows whose state is known, and scaling.
-#include <limits.h>
 #include <math.h>
 
 #include "launch.cuh"
@@ -161,7 +160,7 @@ Scaling make_scaling(const RowParams& row, DType dtype) {
 Status check_call(const RowsCall& call, const Launch& launch) {
   const Device& device = device_of(launch.device);
   if (device.error != nullptr) return {device.error};
-  constexpr int64_t kMostColumns = INT_MAX / 2;
+  constexpr int64_t kMostColumns = int64_t{1} << 30;
   if (call.logits.cols > kMostColumns) return {"papo_kernels: more than 2^30 columns"};
   return Status::success();
 }

@@ -1,13 +1,14 @@
 """The maths of one row as Triton helpers: its statistics and the coefficients of its gradient.
 
-The formulas of ``csrc/include/papo/{row_state,row_grad}.h`` under the same names, so the two can be
+The formulas of ``csrc/include/papo/{row_state,row_grad}.h`` in the same notation, so the two can be
 read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
 
     Z = sum e^d      T = sum e^d d      Z2 = sum e^2d      T2 = sum e^2d d
 
 from which log-probability, entropy and entropy polarity (arXiv 2605.11775) follow, and so do their
-gradients. Sums are float32. Until a row is complete its maximum is kept in softcapped logits, where
-it is exact, and the sums in base 2: one multiplication then serves the exponent and T.
+gradients. A lane sums in float32; Z and Z2 are float64 from there on. Until a row is complete its
+maximum is kept in softcapped logits, where it is exact, and the sums in base 2: one multiplication
+then serves the exponent and T.
 
 Wherever two kernels must agree to the last bit, every fused multiply-add is spelled out and the
 kernels are compiled with contraction off.
@@ -59,7 +60,7 @@ class LaneStates(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """The state of a whole row, in nats and float64 (its lanes added up in float32)."""
+    """The state of a whole row, in nats and float64."""
 
     row_max: tl.tensor
     Z: tl.tensor

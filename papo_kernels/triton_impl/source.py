@@ -108,8 +108,14 @@ def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr
         state = row_state_of_parts(at, count_segments(n_words, how), s, how)
         return state, tl.load(at + (stride - how.LANES)).to(tl.float64) * s.inv_temperature
     else:
+        # Where a gradient follows, the logit is loaded before the reductions: past their barriers
+        # other warps may write the gradient, in place, over it. Elsewhere after them: it would cost
+        # a register in the loop.
+        if how.HAS_GRADIENT:
+            z = target_logit(row, target, vocab_size, s, how)
         state = row_state(row, vocab_size, s, how, EVICTION)
-        z = target_logit(row, target, vocab_size, s, how)
+        if not how.HAS_GRADIENT:
+            z = target_logit(row, target, vocab_size, s, how)
         return state, z.to(tl.float64) * s.inv_temperature
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels.parallel import parallel_linear_token_stats
+from papo_kernels.parallel import parallel_linear_policy_loss, parallel_linear_token_stats
 from tests.distributed.parallel_cases import (
     LOSS,
     ROWS,
@@ -268,6 +268,16 @@ def run_errors() -> None:
     )
     bias = torch.zeros(3) if rank == 1 else None
     refused(ValueError, r"bias: expected shape .*on rank 1 of the group", lambda: stats(bias=bias))
+    backend = "cuda" if rank == 1 else None
+    refused(ValueError, "backend: 'cuda' cannot serve.*on rank 1", lambda: stats(backend=backend))
+    advantages = case.tokens.advantages[rank:]
+    refused(
+        ValueError,
+        "advantages: expected shape .*on rank 1",
+        lambda: parallel_linear_policy_loss(
+            hidden, weight, targets, advantages, case.tokens.token_weight, vocab_size=VOCAB
+        ),
+    )
 
 
 def run_disagreement() -> None:
@@ -294,6 +304,9 @@ def run_disagreement() -> None:
         ValueError,
         r"vocab_size: .* \(rows of weight on all ranks\), got 101",
         lambda: stats(vocab_size=101),
+    )
+    refused(
+        ValueError, r"vocab_size: expected a value in \[1, .*, got -5", lambda: stats(vocab_size=-5)
     )
     wrong = [1] * dist.get_world_size()
     if all(rows != 1 for rows in case.split):

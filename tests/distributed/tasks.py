@@ -186,8 +186,9 @@ def run_unfused(tied: bool, aggregation: str, frozen: bool) -> dict[str, Any]:
 
 
 def run_nothing(stage: int) -> dict[str, Any]:
-    """An update for which every completion was masked, on every rank."""
+    """An update for which every completion was masked on every rank, after one that was not."""
     e = make_engine(stage)
+    one_update(e, sequences(8), 4, Loss(), True)
     before = whole_weights(e)
     result = one_update(e, [], 4, Loss(), True)
     return {

@@ -140,7 +140,7 @@ def test_requirement_2_head_outside_a_gather_is_a_clear_error(results) -> None:
 def test_requirement_14_nothing_to_train_on_is_a_loss_of_zero(results) -> None:
     for world in (1, 2):
         for got in results[world]["nothing"]:
-            assert got["applied"] and got["unchanged"]
+            assert got["unchanged"] and not got["applied"]
             assert got["grad_norm"] == 0.0 and not any(got["sums"].values())
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -120,20 +123,36 @@ Tile = _struct(
 H100 = DeviceLimits(132, 232448, 233472, 16)
 
 
+def _built() -> Path:
+    """The emulated backend as a shared library: compiled once for all processes and runs, until what
+    it is made of changes."""
+    inputs = sorted(
+        path
+        for pattern in ("csrc/include/papo/*", "csrc/cuda/*", "tests/cpp/emulated_*")
+        for path in ROOT.glob(pattern)
+    )
+    made_of = [repr(FLAGS).encode(), *(path.read_bytes() for path in inputs)]
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+    folder = ROOT / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = folder / f"{name}.so"
+    with open(folder / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as partial:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            sources = [f"csrc/cuda/{stem}.cu" for stem in SOURCES] + ["tests/cpp/emulated_cuda.cpp"]
+            objects = [f"{partial}/{Path(source).stem}.o" for source in sources]
+            for source, target in zip(sources, objects, strict=True):
+                command = ["g++", *FLAGS, "-x", "c++", "-c", source, "-o", target]
+                subprocess.run(command, cwd=ROOT, check=True)
+            subprocess.run(["g++", "-shared", *objects, "-o", f"{partial}/all.so"], check=True)
+            os.replace(f"{partial}/all.so", shared)
+    return shared
+
+
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The emulated backend, compiled once per process."""
-    # Kept for the process: the library stays loaded.
-    folder = Path(tempfile.mkdtemp(prefix="papo-emulated-"))
-    sources = [(ROOT / f"csrc/cuda/{name}.cu", name) for name in SOURCES]
-    sources.append((ROOT / "tests/cpp/emulated_cuda.cpp", "main"))
-    objects = [str(folder / f"{name}.o") for _, name in sources]
-    for (source, _), target in zip(sources, objects, strict=True):
-        command = ["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", target]
-        subprocess.run(command, cwd=ROOT, check=True)
-    shared = folder / "emulated.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(shared)], check=True)
-    lib = ctypes.CDLL(str(shared))
+    """The emulated backend."""
+    lib = ctypes.CDLL(str(_built()))
     for name in ("token_stats_fwd", "token_stats_bwd", "policy_loss", "scale"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
     lib.emulated_tile.restype = Tile

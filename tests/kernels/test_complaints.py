@@ -207,7 +207,11 @@ def test_complaint_13_any_upstream_gradient_per_token(backend, device, sizes):
         value = getattr(case.token_stats(logits, backend), name)
         (ones,) = torch.autograd.grad(value, logits, torch.ones_like(value), retain_graph=True)
         (mixed,) = torch.autograd.grad(value, logits, upstream)
-        torch.testing.assert_close(mixed, ones * upstream[:, None], rtol=2e-6, atol=1e-9)
+        expected = ones * upstream[:, None]
+        # Where an element's terms cancel, what is left is rounded as they were: two units in the
+        # last place of the row's largest.
+        allowed = 2e-6 * expected.abs() + 2.4e-7 * expected.abs().amax(1, keepdim=True)
+        assert ((mixed - expected).abs() <= allowed).all()
         assert mixed[::4].eq(0).all()
         assert mixed[case.targets == -100].eq(0).all()
         assert ones[6].ne(0).all()

@@ -155,6 +155,28 @@ def test_complaint_26_no_host_sync_and_graph_capture(name):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs thread block clusters",
+)
+def test_rows_that_fit_on_chip_run_the_resident_kernel():
+    """Nothing else would show that a call fell back on the kernel that reads the logits twice."""
+    require("cuda")
+    logits = torch.empty(8, 151936, dtype=torch.bfloat16, device="cuda").normal_(0, 2)
+    leaf = logits.requires_grad_()
+    targets = torch.randint(151936, (8,), device="cuda")
+    loss_of(leaf, targets, "cuda")  # not in the profile: loading the extension
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        loss_of(leaf, targets, "cuda")
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    names = [event.name for event in profiler.events() if event.device_type == on_device]
+    if not names:
+        pytest.skip("the profiler sees no kernels here")
+    assert any("resident_kernel" in name for name in names), names
+
+
 @GPU
 @pytest.mark.parametrize("n", [1, 64, 131, 300])
 def test_the_same_bits_every_time(name, n):

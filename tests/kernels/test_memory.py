@@ -20,10 +20,11 @@ def peak(run, device):
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        # Bytes as requested: the allocator's blocks may be larger than what is asked of them.
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         result = run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before, result
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
@@ -37,6 +38,19 @@ def peak(run, device):
         held += nbytes
         most = max(most, held)
     return most, result
+
+
+@pytest.fixture
+def slack(backend, device):
+    """Bytes of a call that are not as wide as the vocabulary.
+
+    On a GPU 16 rows are too few to fill it, and Triton splits them: the states of the parts of a
+    row are 5 sums of 256 lanes for each segment of 4096 words and for the rest of the row, and the
+    target's logit for 256 lanes. In float32 that is (5 * (3 + 1) + 1) * 256 * 4 bytes, 336 KiB in
+    16 rows.
+    """
+    splits_rows = backend == "triton" and device == "cuda"
+    return SLACK + (512 * 1024 if splits_rows else 0)
 
 
 class _Model(torch.autograd.Function):
@@ -64,21 +78,21 @@ def test_the_meter_sees_a_temporary(case, device):
     assert used >= case.logits.nbytes
 
 
-def test_complaints_08_35_statistics_allocate_nothing_wide(backend, device, case):
+def test_complaints_08_35_statistics_allocate_nothing_wide(backend, device, case, slack):
     """Forward: per-token outputs only. Backward: the gradient, and for logp alone no more."""
     if backend == "reference":
         return  # the oracle is dense by design
     leaf = case.logits.requires_grad_()
     used, stats = peak(lambda: case.token_stats(leaf, backend), device)
-    assert used < SLACK
-    assert leaf.nbytes > 1.3 * SLACK
+    assert used < slack
+    assert leaf.nbytes > 1.3 * slack
     for values in (stats[:1], stats[:3]):
         total = sum(x.sum() for x in values)
         used, _ = peak(lambda t=total: torch.autograd.grad(t, leaf, retain_graph=True), device)
-        assert leaf.nbytes <= used < leaf.nbytes + SLACK
+        assert leaf.nbytes <= used < leaf.nbytes + slack
 
 
-def test_complaint_35_the_loss_in_place_allocates_nothing_wide(backend, device, case):
+def test_complaint_35_the_loss_in_place_allocates_nothing_wide(backend, device, case, slack):
     if backend == "reference":
         return
     leaf = case.logits.requires_grad_()
@@ -86,34 +100,34 @@ def test_complaint_35_the_loss_in_place_allocates_nothing_wide(backend, device, 
     used, _ = peak(
         lambda: (1.5 * case.policy_loss(z, backend, inplace=True).loss).backward(), device
     )
-    assert used < SLACK
+    assert used < slack
     used, _ = peak(lambda: torch.autograd.grad(case.policy_loss(leaf, backend).loss, leaf), device)
-    assert leaf.nbytes <= used < leaf.nbytes + SLACK
+    assert leaf.nbytes <= used < leaf.nbytes + slack
     with torch.no_grad():
         used, _ = peak(lambda: case.policy_loss(leaf, backend), device)
-    assert used < SLACK
+    assert used < slack
 
 
-def test_half_precision_is_not_widened(backend, device, case):
+def test_half_precision_is_not_widened(backend, device, case, slack):
     """No float32 copy of bfloat16 logits."""
     if backend == "reference":
         return
     leaf = case.logits.bfloat16().requires_grad_()
     used, stats = peak(lambda: case.token_stats(leaf, backend), device)
-    assert used < SLACK
+    assert used < slack
     total = stats.logp.sum()
     used, _ = peak(lambda: torch.autograd.grad(total, leaf), device)
-    assert used < leaf.nbytes + SLACK
+    assert used < leaf.nbytes + slack
 
 
-def test_rows_of_a_wider_buffer_are_not_copied(backend, device, case):
+def test_rows_of_a_wider_buffer_are_not_copied(backend, device, case, slack):
     """Any row stride is read in place; columns of another stride cost a copy."""
     if backend == "reference":
         return
     n, v = case.logits.shape
     wide = torch.zeros(n, v + 24, device=device)[:, 8 : v + 8].copy_(case.logits)
     used, _ = peak(lambda: case.token_stats(wide, backend), device)
-    assert used < SLACK
+    assert used < slack
     used, _ = peak(lambda: case.token_stats(torch.stack([wide, wide], 2)[..., 0], backend), device)
     assert used > case.logits.nbytes
 

@@ -92,7 +92,6 @@ def test_requirement_29_30_targets_and_masks_are_the_sampled_ids_even_where_pad_
     ]
     batch = collate(sequences, pad_id=eos, max_row_tokens=64)
     assert batch.targets.tolist() == [7, eos, eos, 9, 9, eos]
-    assert batch.sequence.tolist() == [0, 0, 1, 2, 2, 2]
     assert batch.advantages.tolist() == [1, 1, 1, 2, 2, 2]
     assert (
         len(batch.logit_index)

@@ -35,7 +35,7 @@ Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
 // matrix *= *factor (acc); nothing is read or written where *factor == 1.
 Status launch_scale(const Matrix& matrix, const void* factor, const Launch& launch);
 
-// Instruction set in use: "avx512", "avx2" or "portable".
+// Instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 const char* isa_name();
 
 }  // namespace cpu

@@ -36,6 +36,8 @@ train: $(STAMP)
 		--master_port $$($(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])") \
 		train.py --config $(CONFIG) $(ARGS)
 
+# Two test processes on two cores: with two threads each they would spin for one another's.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist loadfile

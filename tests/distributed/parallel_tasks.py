@@ -270,12 +270,13 @@ def run_errors() -> None:
     refused(ValueError, r"bias: expected shape .*on rank 1 of the group", lambda: stats(bias=bias))
     backend = "cuda" if rank == 1 else None
     refused(ValueError, "backend: 'cuda' cannot serve.*on rank 1", lambda: stats(backend=backend))
-    advantages = case.tokens.advantages[rank:]
+    weights = torch.ones(targets.shape)
+    advantages = weights[1:] if rank == 1 else weights
     refused(
         ValueError,
         "advantages: expected shape .*on rank 1",
         lambda: parallel_linear_policy_loss(
-            hidden, weight, targets, advantages, case.tokens.token_weight, vocab_size=VOCAB
+            hidden, weight, targets, advantages, weights, vocab_size=VOCAB
         ),
     )
 

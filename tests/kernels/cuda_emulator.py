@@ -124,7 +124,7 @@ H100 = DeviceLimits(132, 232448, 233472, 16)
 
 
 def _built() -> Path:
-    """The emulated backend as a shared library: compiled once for all processes and runs, until what
+    """The emulated backend as a shared library, compiled once for all processes and runs until what
     it is made of changes."""
     inputs = sorted(
         path

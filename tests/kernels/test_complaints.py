@@ -91,7 +91,7 @@ MASKS = {
 def test_complaints_04_05_masked_logits(mask, backend, device, dtypes, sizes):
     """-inf gives p = 0, finite statistics, and a gradient that is finite and 0 there, not NaN."""
     # Half of it spans whole chunks of the CPU, whole tiles of a GPU.
-    n, v = sizes((5, 40_000), (1, 5000))
+    n, v = sizes((2, 40_000), (1, 5000))
     for dtype in sizes(dtypes[-3:], dtypes[:1]):
         case = make_case("normal", n, v, dtype=dtype, device=device)
         targets = torch.full((n,), v // 2 - 1 if mask == "trailing_block" else v // 2).to(device)

@@ -296,7 +296,7 @@ def test_a_target_out_of_range_makes_its_row_nan(target, device_limits):
         assert x[[0, 1, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("v", [128, 1000, 4096])
+@pytest.mark.parametrize("v", [128, 1000, 2048])
 def test_nearly_certain_tokens(v, device_limits):
     """The machine's exponentials are off by up to two units in the last place, as a GPU's."""
     with emulated(**device_limits):

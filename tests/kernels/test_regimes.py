@@ -59,7 +59,7 @@ def test_layouts(layout, backend, device, dtypes, sizes):
 
 @pytest.mark.parametrize("v", [v for v, _ in WIDTHS])
 def test_widths(v, backend, device, dtypes, sizes):
-    n = sizes(12, 3)
+    n = sizes(6, 3)
     for dtype in sizes(dtypes[-3:], dtypes[-2:-1]):
         check_token_stats(make_case("normal", n, v, dtype=dtype, device=device), backend)
         case = make_loss_case("peaked", n, v, dtype=dtype, device=device, weighting=WEIGHTING)

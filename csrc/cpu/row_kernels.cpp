@@ -187,8 +187,8 @@ struct GradWriter {
   using V = typename Acc<S>::Vec;
   using Scalar = typename Acc<S>::Scalar;
   static constexpr int kStep = 2 * lanes<V>();
-  static constexpr bool kIsCoarse = std::is_same_v<S, BFloat16>;
-  static constexpr double kFactor = kIsCoarse ? kCoarse : 1.0;
+  // Only where nothing is subtracted: what is left of e a - e^2 b would not be rounding any more.
+  static constexpr bool kIsCoarse = kLogpOnly && std::is_same_v<S, BFloat16>;
 
   Prep<V> prep;
   V m, a0, a1, b0, b1;
@@ -196,10 +196,10 @@ struct GradWriter {
   GradWriter(const RowParams& row, double row_max, const RowGrad<double>& g)
       : prep(row),
         m(constant(row_max)),
-        a0(constant(g.a0 * kFactor)),
-        a1(constant(g.a1 * kFactor)),
-        b0(constant(g.b0 * (kFactor * kFactor))),
-        b1(constant(g.b1 * (kFactor * kFactor))) {}
+        a0(constant(kIsCoarse ? g.a0 * kCoarse : g.a0)),
+        a1(constant(g.a1)),
+        b0(constant(g.b0)),
+        b1(constant(g.b1)) {}
 
   static PAPO_HD V constant(double x) { return splat(static_cast<Scalar>(x), V{}); }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, environment, produced, time_interleaved, write_json
+from benchmarks.peers import logp_entropy
 from benchmarks.shapes import CPU_SHAPES, Shape
 from papo_kernels import PolicyLossParams, _native, policy_loss, token_stats
 
@@ -24,13 +25,6 @@ except ImportError:
 
 CLIP = 0.2
 ENTROPY_COEF = 0.01
-
-
-def logp_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What every trainer computes, in float32."""
-    logps = torch.log_softmax(logits.float(), dim=-1)
-    logp = logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return logp, -(logps.exp() * logps).sum(-1)
 
 
 def trl_logp_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,16 +173,15 @@ def environment() -> dict[str, str]:
         "cpu": _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) for name in PACKAGES if _is_installed(name)},
+        **{name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
 
 
-def _is_installed(package: str) -> bool:
+def _version(package: str) -> str | None:
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def write_json(name: str, record: dict[str, Any], path: Path | None = None) -> Path:

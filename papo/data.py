@@ -129,25 +129,27 @@ class ProblemSource:
                 )
             if not held_out:
                 raise PapoError(f"data.eval_path={c.eval_path!r}: no usable problem")
-            if not disjoint:
-                raise PapoError(
-                    f"data.train_path={c.train_path!r}: {len(train)} distinct problems of at most "
-                    f"data.max_prompt_tokens={c.max_prompt_tokens} tokens, none of which "
-                    f"data.eval_path={c.eval_path!r} leaves to train on; widen the data"
-                )
+            left_out = f"data.eval_path={c.eval_path!r} leaves none to train on; widen the data"
+            self._require(disjoint, len(train), f"data.train_path={c.train_path!r}", left_out)
             return held_out, disjoint
         train.sort(key=lambda item: _digest(c.split_seed, item[0].key))
         held_out, rest = train[: c.held_out_size], train[c.held_out_size :]
         self._require(rest, len(train), f"data.train_path={c.train_path!r}")
         return held_out, rest
 
-    def _require(self, train: Sequence[Any], found: int, what: str) -> None:
+    def _require(
+        self, train: Sequence[Any], found: int, what: str, left_out: str | None = None
+    ) -> None:
+        """`left_out`: why nothing is left of the problems found; None: they are held out."""
+        c = self._config
         if not train:
+            held_out = (
+                f"data.held_out_size={c.held_out_size} leaves none to train on; lower it or widen "
+                "the data"
+            )
             raise PapoError(
                 f"{what}: {found} distinct problems of at most "
-                f"data.max_prompt_tokens={self._config.max_prompt_tokens} tokens, "
-                f"data.held_out_size={self._config.held_out_size} leaves none to train on; lower "
-                "it or widen the data"
+                f"data.max_prompt_tokens={c.max_prompt_tokens} tokens, {left_out or held_out}"
             )
 
     def _usable(self, raws: Iterable[_Raw], limit: int | None = None) -> Iterator[_Templated]:

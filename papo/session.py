@@ -31,7 +31,8 @@ from papo.rollout import HFSampler, SamplingParams
 from papo.schedule import seed_of
 from papo.telemetry import completion_rows
 from papo.weighting import WeightController
-from papo_kernels import PolicyLossParams, TokenStats, token_stats
+from papo_kernels import PolicyLossParams, TokenStats
+from papo_kernels import backend as backends
 
 # torch compiles its CPU products for every shape it meets and keeps the code: with rows of any
 # width the main job grew by 24 MiB a step.
@@ -70,8 +71,9 @@ class Session:
                 config.loss.kl_coef,
                 config.loss.entropy_coef,
             )
-            collectives.raise_together(self._prepare_run_dir() if lead else None)
             with collectives.failing_together():
+                if lead:
+                    self._prepare_run_dir()
                 metrics = MetricsWriter(self.run_dir, config.metrics.tensorboard, lead)
                 self.metrics = stack.enter_context(contextlib.closing(metrics))
                 wanted = lead and config.metrics.completions
@@ -85,11 +87,11 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _prepare_run_dir(self) -> str | None:
+    def _prepare_run_dir(self) -> None:
         """A folder with the resolved config; what another run left there moves aside.
 
-        Returns:
-            What went wrong, if anything did.
+        Raises:
+            PapoError: it cannot be made.
         """
         try:
             if self._holds_another_run():
@@ -100,11 +102,10 @@ class Session:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.config.dump_yaml(self.run_dir / "config.yaml")
         except OSError as error:
-            return (
+            raise PapoError(
                 f"output_dir={self.config.output_dir!r}: {error.strerror}; "
                 "free some space or choose another output_dir"
-            )
-        return None
+            ) from error
 
     def _holds_another_run(self) -> bool:
         """Whether the folder has results that this run does not go on from."""
@@ -264,9 +265,8 @@ def check_backend(name: str | None) -> None:
     Raises:
         PapoError: it, or the one that PAPO_BACKEND names, cannot.
     """
-    logits = torch.zeros(1, 2, device=local_device())
     try:
-        token_stats(logits, logits[:, 0].long(), backend=name)
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        backends.module(backends.choose(name, local_device(), torch.float32))
+    except (ValueError, RuntimeError, ImportError) as error:
         option = "" if name is None else f"loss.backend={name!r}: "
         raise PapoError(f"{option}{error}; without it the fastest one that can is taken") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .checks import check_dlogits
 from .types import (
     STATE_SIZE,
     PolicyLossParams,
@@ -81,7 +82,7 @@ class NativeBackend:
         native = _native.module()
         if dlogits is None:
             dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        self._check_dlogits(logits, dlogits)
+        check_dlogits(logits, dlogits, self._narrow)
         # They come from autograd in whatever layout, expanded scalars included. Named until the
         # call returns: the kernels hold bare pointers.
         acc = acc_dtype(logits.dtype)
@@ -111,7 +112,7 @@ class NativeBackend:
         """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum."""
         native = _native.module()
         if dlogits is not None:
-            self._check_dlogits(logits, dlogits)
+            check_dlogits(logits, dlogits, self._narrow)
         like = tokens.advantages
         outputs = [torch.empty_like(like) for _ in range(7)]
         outputs.append(torch.empty_like(like, dtype=torch.bool))
@@ -134,15 +135,6 @@ class NativeBackend:
         native = _native.module()
         factor = factor.to(acc_dtype(dlogits.dtype))
         native.scale(_matrix(native, dlogits), factor.data_ptr(), self._launch(native, dlogits))
-
-    def _check_dlogits(self, logits: Tensor, dlogits: Tensor) -> None:
-        narrower = logits.dtype == torch.float32 and dlogits.dtype in self._narrow
-        if dlogits.dtype != logits.dtype and not narrower:
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._narrow)
-            besides = f", or {names} where those are float32" if names else ""
-            raise TypeError(
-                f"dlogits: expected {logits.dtype} like logits{besides}, got {dlogits.dtype}"
-            )
 
 
 # ---- the extension's plain structs ---------------------------------------------------------------

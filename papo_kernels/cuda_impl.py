@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ._native_impl import NativeBackend
-
-MOST_COLUMNS = 2**30
+from .checks import HALVES, check_columns
 
 
 @cache
@@ -31,18 +30,13 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def _launch(native: ModuleType, logits: Tensor) -> Any:
-    """The current stream of the logits' device.
-
-    Raises:
-        ValueError: rows of more than 2^30 columns.
-    """
-    if logits.shape[1] > MOST_COLUMNS:
-        raise ValueError(f"logits: expected at most 2^30 columns, got {logits.shape[1]}")
+    """The current stream of the logits' device."""
+    check_columns(logits)
     device = logits.get_device()
     return native.Launch(1, device, torch._C._cuda_getCurrentRawStream(device))
 
 
-BACKEND = NativeBackend(_launch, narrow=(torch.float16, torch.bfloat16))
+BACKEND = NativeBackend(_launch, narrow=HALVES)
 token_stats_fwd = BACKEND.token_stats_fwd
 token_stats_bwd = BACKEND.token_stats_bwd
 policy_loss_fwd = BACKEND.policy_loss_fwd

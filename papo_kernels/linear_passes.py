@@ -223,8 +223,10 @@ class HeadPass:
                 write_logits(self._head, rows[part], logits)
                 if self._keep is not None and self._head.columns:
                     self._keep.apply(logits, chunk, self._first)
-                step(chunk, logits, work.kernel_target(part, columns) if grads else None)
-                if grads is not None:
+                if grads is None:
+                    step(chunk, logits, None)
+                else:
+                    step(chunk, logits, work.kernel_target(part, columns))
                     work.keep_gradient(part, columns)
             if grads is not None:
                 dlogits = work.dlogits(slice(0, rows.shape[0]), columns)

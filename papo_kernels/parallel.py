@@ -14,6 +14,7 @@ gradient of hidden, in float32. Without gradients there is no all-reduce.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,6 @@ from .ops import refuse_double_backward, refuse_lse
 from .reference import merge_states
 from .types import (
     LoRAHead,
-    LossInputs,
     PolarityWeighting,
     PolicyLossOutput,
     PolicyLossParams,
@@ -137,10 +137,7 @@ def parallel_linear_policy_loss(
         TypeError, ValueError: as `parallel_linear_token_stats`.
     """
     tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
-
-    def prepared(options: HeadOptions) -> LossInputs:
-        return prepare_loss(targets, tokens, params, weighting, options)
-
+    prepared = functools.partial(prepare_loss, targets, tokens, params, weighting)
     split, inputs, options = _agree(
         _Where(group, shards),
         hidden,

@@ -1,6 +1,8 @@
 // exp and tanh, a vector at a time. Included by the code that is compiled once per instruction set.
 #pragma once
 
+#include <initializer_list>
+
 #include "simd.h"
 
 namespace papo {

@@ -8,8 +8,7 @@ namespace papo {
 namespace cpu {
 namespace {
 
-// A: the accumulation type. The statistics are rounded to it before the loss is formed, so that a
-// ratio to this kernel's own earlier logp is exactly 1.
+// A: the accumulation type.
 template <typename A>
 class PolicyLossRows {
  public:
@@ -49,9 +48,7 @@ class PolicyLossRows {
     in.has_ref = tokens_.ref_logp != nullptr;
     if (in.has_old) in.old_logp = at(tokens_.old_logp, i);
     if (in.has_ref) in.ref_logp = at(tokens_.ref_logp, i);
-    const TokenOut<A> token =
-        policy_token(static_cast<A>(stats.logp), static_cast<A>(stats.entropy),
-                     static_cast<A>(stats.unit_polarity), in, params_, weighting_);
+    const TokenOut<A> token = policy_token(stats, in, params_, weighting_);
     write(i, stats, token);
     return {true, scan.state.max, scan.target_u,
             make_row_grad(scan.state, stats, Upstream<double>{token.dlogp, token.dentropy, 0.0})};

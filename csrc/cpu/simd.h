@@ -11,8 +11,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <initializer_list>
-
 #include "papo/platform.h"
 
 #if defined(PAPO_ISA_AVX512_BF16)

@@ -225,11 +225,9 @@ PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan
     in.has_ref = call.tokens.ref_logp != nullptr;
     in.old_logp = numbers.x[2];
     in.ref_logp = numbers.x[3];
-    // The statistics are rounded first, so that a ratio to an earlier logp is exactly 1.
-    const TokenOut<float> token = policy_token(
-        static_cast<float>(stats.logp), static_cast<float>(stats.entropy),
-        static_cast<float>(stats.unit_polarity), in, call.params,
-        weighting != nullptr ? *weighting : load_weighting(call.weighting));
+    const TokenOut<float> token =
+        policy_token(stats, in, call.params,
+                     weighting != nullptr ? *weighting : load_weighting(call.weighting));
     if (writes) write_loss(call.loss, job.row, stats, token);
     up = {token.dlogp, token.dentropy, 0.0};
   } else if (call.task == RowTask::kStats && writes) {

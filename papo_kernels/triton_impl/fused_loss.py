@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import PolicyLossParams, RowParams, TokenInputs, WeightingInputs
 
 from . import launch
@@ -169,7 +170,7 @@ def policy_loss_fwd(
     """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum: see
     ``reference.py``."""
     if dlogits is not None:
-        launch.check_dlogits(logits, dlogits)
+        check_dlogits(logits, dlogits, HALVES)
     call = launch.prepare(logits, row)
     n = logits.shape[0]
     outputs = [logits.new_empty(n, dtype=torch.float32) for _ in range(7)]

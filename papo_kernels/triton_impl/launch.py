@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from papo_kernels.checks import check_columns
 from papo_kernels.types import RowParams
 
 from .source import HIGH, LOGITS, PARTS, Count, Numbers, segments_kernel
 from .tile import N_SUMS, SEGMENT_TILES, WORD_BYTES, Variant
 
 PROGRAMS_PER_SM = 4  # resident programs that keep an SM's share of the memory system busy
-MOST_COLUMNS = 2**30
 
 
 class Geometry(NamedTuple):
@@ -76,12 +76,7 @@ class Call(NamedTuple):
 
 
 def prepare(logits: Tensor, row: RowParams) -> Call:
-    """
-    Raises:
-        ValueError: rows of more than 2^30 columns.
-    """
-    if logits.shape[1] > MOST_COLUMNS:
-        raise ValueError(f"logits: expected at most 2^30 columns, got {logits.shape[1]}")
+    check_columns(logits)
     return Call(logits, row, is_aligned(logits))
 
 
@@ -158,20 +153,6 @@ def row_tensor(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values [N]` contiguous, in `dtype`, on a 16-byte boundary: Triton specialises on that."""
     values = values.to(dtype).contiguous()
     return values if values.data_ptr() % WORD_BYTES == 0 else values.clone()
-
-
-def check_dlogits(logits: Tensor, dlogits: Tensor) -> None:
-    """
-    Raises:
-        TypeError: `dlogits` has another dtype than float32 or half-precision logits allow.
-    """
-    halves = (torch.bfloat16, torch.float16)
-    narrower = logits.dtype == torch.float32 and dlogits.dtype in halves
-    if dlogits.dtype != logits.dtype and not narrower:
-        raise TypeError(
-            f"dlogits: expected {logits.dtype} like logits, or float16 or bfloat16 where those are "
-            f"float32, got {dlogits.dtype}"
-        )
 
 
 # ---- launches -------------------------------------------------------------------------------

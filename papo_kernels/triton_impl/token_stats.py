@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import STATE_SIZE, RowParams
 
 from . import launch
@@ -150,7 +151,7 @@ def token_stats_bwd(
     """``dlogits`` (allocated where not given, may be the logits) for upstream gradients of logp,
     entropy and unit polarity; ``None`` stands for zero."""
     dlogits = logits.new_empty(logits.shape) if dlogits is None else dlogits
-    launch.check_dlogits(logits, dlogits)
+    check_dlogits(logits, dlogits, HALVES)
     given = [launch.row_tensor(g, torch.float32) for g in grads if g is not None]
     if not given:
         return dlogits.zero_()

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from papo.config import OptimConfig, TrainConfig
 from papo.engine import Engine
@@ -21,7 +20,7 @@ from tests.distributed import tasks
 from tests.distributed.configs import deepspeed_dict
 from tests.distributed.tasks import make_batch, sequences, whole_weights
 from tests.kernels.tracking import memory
-from tests.trainer.tiny import build_model
+from tests.trainer.tiny import build_model, small_llama
 
 MiB = 2**20
 
@@ -79,7 +78,8 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
     """Allocations of statistics, forward, backward, step and probe on `count` x 64 tokens of a wide
     vocabulary. The second step: moments exist by then.
     """
-    config = LlamaConfig(
+    causal_lm = small_llama(
+        0,
         vocab_size=WIDE,
         hidden_size=24,
         intermediate_size=32,
@@ -87,9 +87,7 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=tied,
-    )
-    torch.manual_seed(0)
-    causal_lm = LlamaForCausalLM(config).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    ).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     e = engine_of(causal_lm, dtype=dtype, chunk_bytes=chunk_mib * MiB)
     weighting = PolarityWeighting(strength=0.5, phase=0.5)
     step(e, wide_sequences(1), weighting=weighting)

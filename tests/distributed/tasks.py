@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from papo import checkpoint, collectives, engine
 from papo.batch import TrainingSequence, collate
@@ -25,6 +25,7 @@ from papo.stats import token_stats_of
 from papo.step import Update, update
 from papo.weighting import WeightController
 from papo_kernels import PolarityWeighting, PolicyLossParams
+from tests.trainer.tiny import small_llama
 
 VOCABULARY = 96
 
@@ -45,17 +46,7 @@ class Loss:
 
 
 def model(tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(7, vocab_size=VOCABULARY, intermediate_size=56, tie_word_embeddings=tied)
 
 
 def ds_config(stage: int, dtype: str) -> dict[str, Any]:

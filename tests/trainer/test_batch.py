@@ -4,26 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from papo.batch import TrainingSequence, collate, micro_batches, rows_of
+from tests.trainer.tiny import small_llama
 
 V = 50
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(0, vocab_size=V, attn_implementation="sdpa").eval()
 
 
 def sequence(prompt: list[int], response: list[int], group: int = 0) -> TrainingSequence:

@@ -13,15 +13,9 @@ from papo import cli
 from papo.cli import Progress, clock_text, config_from, main, step_line
 from papo.config import ConfigError
 from papo.errors import PapoError
+from tests.trainer.tiny import MINIMAL
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = """
-name: test
-steps: 3
-model: {path: somewhere}
-data: {source: reasoning_gym, dataset: chain_sum}
-rollout: {prompts_per_step: 4, completions_per_prompt: 8, max_new_tokens: 24}
-"""
 FIGURES = {
     "reward/mean": 0.5,
     "entropy/mean": 2.25,
@@ -33,7 +27,7 @@ FIGURES = {
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     path = tmp_path / "run.yaml"
-    path.write_text(OPTIONS)
+    path.write_text(MINIMAL)
     return str(path)
 
 

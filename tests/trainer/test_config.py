@@ -13,16 +13,9 @@ import yaml
 
 from papo.config import PRESETS, ConfigError, TrainConfig, load_config
 from papo.config_text import known_keys, reference_page, sections_of
+from tests.trainer.tiny import MINIMAL
 
 ROOT = Path(__file__).resolve().parents[2]
-
-MINIMAL = """
-name: test
-steps: 3
-model: {path: somewhere}
-data: {source: reasoning_gym, dataset: chain_sum}
-rollout: {prompts_per_step: 4, completions_per_prompt: 8, max_new_tokens: 24}
-"""
 
 
 @pytest.fixture

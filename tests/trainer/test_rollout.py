@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from papo.rollout import HFSampler, SamplingParams
 from papo.rollout.hf import greedy
 from papo.types import Completion, Problem
+from tests.trainer.tiny import small_llama
 
 V, EOS = 40, 0
 
@@ -18,19 +19,8 @@ class Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=EOS,
-        # As in SmolLM2: what ends a completion must never be inferred from padding.
-        pad_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config).eval()
+    # As in SmolLM2: what ends a completion must never be inferred from padding.
+    model = small_llama(3, vocab_size=V, eos_token_id=EOS, pad_token_id=EOS).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(30)
     return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -18,6 +19,27 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The least that a config holds.
+MINIMAL = """
+name: test
+steps: 3
+model: {path: somewhere}
+data: {source: reasoning_gym, dataset: chain_sum}
+rollout: {prompts_per_step: 4, completions_per_prompt: 8, max_new_tokens: 24}
+"""
+
+
+def small_llama(seed: int, **options: Any) -> LlamaForCausalLM:
+    """Random weights that `seed` determines, two layers of 32 where `options` say nothing else."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
 
 
 def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -39,22 +61,18 @@ def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToke
 def build_model(folder: str | Path, *, tied: bool = True, seed: int = 0) -> Path:
     """Write model and tokenizer into `folder`; the same `seed` gives the same weights."""
     tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = small_llama(
+            seed,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -9,6 +9,7 @@
 
 #include "papo/params.h"
 #include "papo/platform.h"
+#include "papo/row_state.h"
 
 namespace papo {
 
@@ -96,6 +97,14 @@ PAPO_HD TokenOut<A> policy_token(A logp, A entropy, A unit_polarity, const Token
   out.dlogp = in.token_weight * dlogp;
   out.dentropy = -in.token_weight * static_cast<A>(params.entropy_coef);
   return out;
+}
+
+// The statistics are rounded first, so that a ratio to an earlier logp is exactly 1.
+template <typename A>
+PAPO_HD TokenOut<A> policy_token(const RowStats<double>& stats, const TokenIn<A>& in,
+                                 const PolicyLossParams& params, const WeightingValues<A>& w) {
+  return policy_token(static_cast<A>(stats.logp), static_cast<A>(stats.entropy),
+                      static_cast<A>(stats.unit_polarity), in, params, w);
 }
 
 }  // namespace papo

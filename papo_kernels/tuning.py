@@ -1,0 +1,102 @@
+"""How the GPU kernels cut rows: one table, ``tuning.json``, keyed by device, dtype and columns.
+
+For each backend an ordered list; the first row that matches a call serves it. A row is
+
+    device   a device's name, an architecture ("sm_90", "gfx942"), or "*"
+    dtype    of the logits ("bfloat16"), or "*"
+    columns  [first, last], both included
+    config   the backend's own numbers; null stands for what its launcher derives from the device
+    source   {"modelled": document} or {"measured": file, "date": ..., "device": name}
+
+A choice never depends on the number of rows: a row's results have the same bits in every batch.
+The sweep of ``make gpu-check`` puts measured rows before the modelled ones.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PATH = Path(__file__).with_name("tuning.json")
+ANY = "*"
+
+
+class Row(NamedTuple):
+    """One row of the table."""
+
+    device: str
+    dtype: str
+    columns: tuple[int, int]
+    config: dict[str, Any]
+    source: dict[str, str]
+
+    def matches(self, devices: tuple[str, ...], dtype: str, columns: int) -> bool:
+        first, last = self.columns
+        return (
+            self.device in (ANY, *devices)
+            and self.dtype in (ANY, dtype)
+            and first <= columns <= last
+        )
+
+    @property
+    def measured(self) -> bool:
+        return "measured" in self.source
+
+
+def load(path: Path = PATH) -> dict[str, list[Row]]:
+    """The table of every backend."""
+    table = json.loads(path.read_text())
+    return {
+        backend: [
+            Row(r["device"], r["dtype"], tuple(r["columns"]), r["config"], r["source"])
+            for r in rows
+        ]
+        for backend, rows in table.items()
+    }
+
+
+def save(table: dict[str, list[Row]], path: Path = PATH) -> None:
+    """Writes a table, a line a row."""
+    backends = []
+    for backend, rows in table.items():
+        lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in rows)
+        backends.append(f' "{backend}": [\n{lines}\n ]')
+    path.write_text("{\n" + ",\n".join(backends) + "\n}\n")
+
+
+def insert(rows: list[Row], new: Row) -> list[Row]:
+    """`rows` with `new` in front, in place of what was there for the same key."""
+    return [new, *(r for r in rows if r[:3] != new[:3])]
+
+
+@cache
+def _table() -> dict[str, list[Row]]:
+    return load()
+
+
+def device_names(device: torch.device) -> tuple[str, ...]:
+    """What a row's `device` may call `device`: its name and its architecture."""
+    if device.type != "cuda":
+        return (device.type,)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.name, str(properties.gcnArchName).split(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def config(backend: str, device: torch.device, dtype: torch.dtype, columns: int) -> dict[str, Any]:
+    """The configuration of the first row that matches.
+
+    Raises:
+        LookupError: no row does.
+    """
+    names, type_name = device_names(device), str(dtype).removeprefix("torch.")
+    for row in _table()[backend]:
+        if row.matches(names, type_name, columns):
+            return row.config
+    raise LookupError(f"tuning.json: no row of {backend} for {names}, {type_name}, V = {columns}")

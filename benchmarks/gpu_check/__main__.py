@@ -1,0 +1,103 @@
+"""``python -m benchmarks.gpu_check``: everything that needs a GPU; benchmarks/README.md says how
+it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check import facts, rehearsal, stages, table, winners
+from benchmarks.gpu_check.runner import Runner, Stage, clear
+from benchmarks.harness import ROOT, host_environment, save_json
+
+WORK = ROOT / "build" / "gpu-check"
+RESULTS = "benchmarks/results"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--call", type=int, choices=(1, 2), help="one of the two; both in turn")
+    parser.add_argument("--out", type=Path, help=f"for what is written, instead of {RESULTS}")
+    parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
+    parser.add_argument("--rehearse", action="store_true", help="every stage, without a GPU")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    out = args.out or (WORK / "out" if args.rehearse else ROOT / RESULTS)
+    calls = (args.call,) if args.call else (1, 2)
+    if not args.rehearse:
+        return max(run_call(call, WORK, out, args.wheels) for call in calls)
+    with tempfile.TemporaryDirectory() as folder:
+        rehearsal.prepare(Path(folder), rehearsal.DEFAULT_FAULTS)
+        return max(run_call(call, Path(folder), out, args.wheels) for call in calls)
+
+
+def run_call(call: int, work: Path, out: Path, wheels: Path | None) -> int:
+    """One call; 1 where a required stage failed."""
+    if call == 1 or not same_commit(work):
+        clear(work)
+    name = f"gpu-check-{datetime.date.today().isoformat()}"
+    runner = Runner(work, out, name, stages.BUDGETS[call])
+    runner.record["environment"] = facts.environment()
+    if not probed(runner):
+        print("gpu-check needs a CUDA device that torch can use")
+        return 1
+    device = runner.stages["probe"]["result"]["device"]
+    if call == 1:
+        planned = stages.first_call(device["capability"], work)
+    else:
+        planned = stages.second_call(device["capability"], work, wheels, runner.stages)
+    runner.run(stages.rehearsed(planned) if rehearsal.active() else planned, finished)
+    text = table.text(runner.record)
+    (out / "gpu-check.txt").write_text(text)
+    print(text)
+    return int(not all(stage["ok"] or not stage["required"] for stage in runner.stages.values()))
+
+
+def same_commit(work: Path) -> bool:
+    """Whether the record that is there is of the code as it is."""
+    from benchmarks.gpu_check.files import read
+
+    before = read(work / "record.json").get("environment", {})
+    return bool(before.get("commit") == host_environment()["commit"])
+
+
+def probed(runner: Runner) -> bool:
+    """Runs the probe; where a forked child cannot use the device, every stage is a program of its
+    own from then on."""
+    runner.run([stages.probe()])
+    if not runner.stages["probe"].get("result", {}).get("device"):
+        runner.fork = False
+        runner.run([stages.probe()])
+    runner.record["forked"] = runner.fork
+    return bool(runner.stages["probe"].get("result", {}).get("device"))
+
+
+def finished(runner: Runner, name: str) -> None:
+    """Ranks what a sweep has tried, and writes the winners into a table beside the record."""
+    if not name.startswith("sweep-") or "result" not in runner.stages[name]:
+        return
+    winners.rank(runner.stages[name]["result"])
+    sweeps = [
+        stage["result"]
+        for key, stage in runner.stages.items()
+        if key.startswith("sweep-") and "result" in stage
+    ]
+    source = {
+        "measured": f"{RESULTS}/{runner.name}.json",
+        "date": datetime.date.today().isoformat(),
+    }
+    counts = winners.save(sweeps, source, runner.out / "tuning.json")
+    runner.record["tuned rows"] = counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

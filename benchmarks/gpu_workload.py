@@ -1,4 +1,4 @@
-"""The calls that are measured on a GPU: inputs of one shape, and how a backend is called on them."""
+"""The calls that are measured on a GPU: inputs of one shape, and how backends are called."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ class LinearWorkload:
     def loss(self) -> Any:
         """Loss and both gradients."""
         h, w = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
-        linear_policy_loss(
-            h, w, self.targets, self.advantages, self.token_weight
-        ).loss.backward()
+        linear_policy_loss(h, w, self.targets, self.advantages, self.token_weight).loss.backward()
         return h.grad, w.grad
 
 

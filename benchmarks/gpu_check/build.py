@@ -4,6 +4,7 @@ whose waits trap after a number of tries and name the barrier.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from benchmarks.gpu_check.worker import work_folder
 from benchmarks.harness import ROOT
 
 ARCHITECTURES = {"8.0": "80-real", "9.0": "90a-real", "10.0": "100-real"}
-# Tries of a wait. The longest ones take microseconds; each try takes the hardware some cycles or more.
+# Tries of a wait: the longest take microseconds, and a try at least some cycles.
 SPIN_LIMIT = 200_000
 VARIANTS = {"normal": (), "smoke": (f"-DPAPO_SPIN_LIMIT={SPIN_LIMIT}",)}
 
@@ -29,8 +30,8 @@ def target_folder(variant: str, work: Path) -> Path:
 
 def configure_command(variant: str, architecture: str, work: Path) -> list[str]:
     """As setup.py does it, which a setuptools older than pyproject.toml's metadata cannot run."""
-    import pybind11
-
+    found = importlib.util.find_spec("pybind11")
+    pybind11 = [f"-Dpybind11_DIR={Path(found.origin).parent}/share/cmake/pybind11"] if found else []
     return [
         "cmake",
         *("-S", str(ROOT), "-B", str(work / f"build-{variant}"), "-G", "Ninja"),
@@ -39,7 +40,7 @@ def configure_command(variant: str, architecture: str, work: Path) -> list[str]:
         "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPYTHON_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *pybind11,
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target_folder(variant, work)}",
         *VARIANTS[variant],
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),

@@ -32,7 +32,9 @@ CASES = {
 
 def shape() -> Shape:
     """A quarter of the main shape: the same rate, and less for the profiler to save and restore."""
-    return Shape(4, 300, torch.bfloat16) if rehearsal.active() else Shape(2048, 151936, torch.bfloat16)
+    return (
+        Shape(2, 300, torch.bfloat16) if rehearsal.active() else Shape(2048, 151936, torch.bfloat16)
+    )
 
 
 def model_bytes(case: str) -> tuple[int, int]:

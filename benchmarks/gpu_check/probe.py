@@ -19,7 +19,9 @@ THREADS = 192  # of a block, as those of which two share a multiprocessor have
 
 # The driver's enumerators (cuda.h).
 _MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER, _CLUSTER_DIMENSION = 8, 14, 4
-_EMPTY_KERNEL = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry empty()\n{\nret;\n}"
+_EMPTY_KERNEL = (
+    b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry empty()\n{\nret;\n}"
+)
 
 
 class _Attribute(ctypes.Structure):
@@ -78,25 +80,24 @@ def copy_rate() -> dict[str, float]:
     count = 2**12 if rehearsal.active() else 2**30
     source = torch.empty(count, dtype=torch.bfloat16, device=target.device()).normal_()
     into = torch.empty_like(source)
-    (case,) = measure(
-        [Case("copy", lambda: into.copy_(source))], target.rounds(7), target.stopwatch()
-    )
-    mhz = statistics.median(case.mhz)
-    return {**case.spread, "GB/s": 4 * count / case.ms / 1e6, "SM MHz": mhz}
+    figures = _figures(lambda: into.copy_(source))
+    return {**figures, "GB/s": 4 * count / figures["ms"] / 1e6}
 
 
 def product_rate() -> dict[str, float]:
     """TFLOP/s of a bfloat16 product of random matrices."""
     n = 64 if rehearsal.active() else 8192
-    a, b = (
-        torch.empty(n, n, dtype=torch.bfloat16, device=target.device()).normal_() for _ in range(2)
-    )
-    out = torch.empty_like(a)
-    (case,) = measure(
-        [Case("product", lambda: torch.mm(a, b, out=out))], target.rounds(7), target.stopwatch()
-    )
-    mhz = statistics.median(case.mhz)
-    return {**case.spread, "TFLOP/s": 2 * n**3 / case.ms / 1e9, "SM MHz": mhz}
+    a, b, out = torch.empty(3, n, n, dtype=torch.bfloat16, device=target.device()).normal_()
+    figures = _figures(lambda: torch.mm(a, b, out=out))
+    return {**figures, "TFLOP/s": 2 * n**3 / figures["ms"] / 1e9}
+
+
+def _figures(run: Callable[[], Any]) -> dict[str, float]:
+    case = Case("", run)
+    measure([case], target.rounds(7), target.stopwatch(), target.rounds(3))
+    if case.failure:
+        raise RuntimeError(case.failure)
+    return {**case.spread, "SM MHz": statistics.median(case.mhz)}
 
 
 def wide_products() -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from benchmarks.harness import ROOT, save_json
 
 STOPPED = "stopped at its limit"
 LEAST = 2.0  # seconds; with less than this left a stage is not begun
+ELASTICITY = 2.0  # what an elastic stage may take, as a multiple of its limit
 PATIENCE = 5.0  # seconds that a killed process is waited for
 TAIL_LINES, TAIL_BYTES = 25, 3000
 MOST_FAILURES = 40
@@ -39,6 +41,7 @@ class Stage(NamedTuple):
         command: a program to run instead.
         environment: variables that are set for it.
         elastic: it may also use what the stages before it have left over.
+        vital: it may even use the time of the stages behind it, which are little without it.
         restarts: it is begun anew when it dies, as long as its notes tell of progress.
         together: it runs at the same time as the stage before it.
         required: whether the whole check fails with it.
@@ -50,6 +53,7 @@ class Stage(NamedTuple):
     command: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     elastic: bool = False
+    vital: bool = False
     restarts: bool = False
     together: bool = False
     required: bool = True
@@ -72,11 +76,13 @@ def group_limit(group: Sequence[Stage]) -> float:
 
 def allowed(group: Sequence[Stage], later: float, left: float) -> float:
     """Seconds that a group gets, with `left` until the call must end and `later` kept for the
-    groups behind it: its limit, more where it is elastic and time is left over, and never more than
-    is left."""
+    groups behind it: its limit, up to twice that where it is elastic and time is left over or where
+    it is vital, and never more than is left."""
     limit = group_limit(group)
-    if any(stage.elastic for stage in group):
-        limit = max(limit, left - later)
+    if any(stage.vital for stage in group):
+        limit *= ELASTICITY
+    elif any(stage.elastic for stage in group):
+        limit = max(limit, min(ELASTICITY * limit, left - later))
     return max(0.0, min(limit, left))
 
 
@@ -110,12 +116,14 @@ def _become(stage: Stage, log: Path, variables: dict[str, str], fork: bool) -> N
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout = os.fdopen(1, "w", 1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, closefd=False)
+    print("$", shlex.join(stage.command or worker_command(stage.work)), flush=True)
     os.environ.update(variables)
     if stage.command:
         os.execvp(stage.command[0], stage.command)
     if not fork:
         os.execv(sys.executable, worker_command(stage.work))
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.exit(worker.main(stage.work))
 
 

@@ -36,7 +36,7 @@ def probe() -> Stage:
 
 def first_call(capability: str, work: Path) -> list[Stage]:
     """Figures: build, smoke, timings, sweeps, counters, the fused head, the device's own tests."""
-    build = Stage("build", 55, ("build", capability, "normal", "smoke"))
+    build = Stage("build", 55, ("build", capability, "normal", "smoke"), vital=True)
     smoke = [
         Stage(f"smoke-{f}", 22, ("smoke", f), environment=FAMILIES[f].variables, together=i > 0)
         for i, f in enumerate(FAMILIES)
@@ -63,11 +63,11 @@ def second_call(
 ) -> list[Stage]:
     """Correctness at length: sanitizers, all GPU tests; then the peers. `stages`: the outcomes of
     the first call."""
-    build = Stage("build-again", 45, ("build", capability, "normal"))
+    build = Stage("build-again", 40, ("build", capability, "normal"), vital=True)
     kernels = ("tests/kernels", "-m", "gpu", "--ignore", SMOKE_TESTS, "--backends")
     tests = [
         _tests(f"tests-{backend}", seconds, work, (*kernels, backend))
-        for backend, seconds in (("cuda", 72), ("triton", 44))
+        for backend, seconds in (("cuda", 70), ("triton", 42))
     ]
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
     peers = Stage("peers", 60, arguments, elastic=True)
@@ -96,8 +96,8 @@ def _sanitizers() -> list[Stage]:
     only = "--kernel-name" if b"--kernel-name" in options else "--kernel-regex"
     found = []
     for check, seconds, families in (
-        ("memcheck", 45, tuple(FAMILIES)),
-        ("racecheck", 34, RACECHECKED),
+        ("memcheck", 42, tuple(FAMILIES)),
+        ("racecheck", 32, RACECHECKED),
     ):
         for i, family in enumerate(families):
             kernels = () if FAMILIES[family].backend == "triton" else (only, "kns=papo")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,8 +27,10 @@ from papo_kernels import policy_loss, tuning
 
 ROUNDS = 5
 WATCHDOG = 15  # seconds of a candidate
-WARMING = 20  # seconds for all compilations
+WARMING = 12  # seconds for all compilations
+WARMING_ROWS = 1024  # enough for a row to be one program's
 DEFAULT = "default"
+NOISE = 0.99  # two times whose ratio is between this and 1 count as the same
 COLUMNS_STEP = 8192  # a winner is tried at the next multiple, for padded vocabularies
 SAMPLED_ROWS = 8
 _OWN_STATS = {"PAPO_STATS_TILE": "0,0,0"}
@@ -67,8 +70,12 @@ def ranked(tried: dict[str, dict[str, Any]]) -> list[tuple[str, float]]:
 
 
 def winner(tried: dict[str, dict[str, Any]]) -> str:
-    """The best candidate that was forced; DEFAULT where there is none."""
-    return next((name for name, _ in ranked(tried) if name != DEFAULT), DEFAULT)
+    """The best candidate that was forced; DEFAULT where what is derived is clearly better, or
+    nothing else ran."""
+    times = dict(ranked(tried))
+    derived = times.pop(DEFAULT, float("inf"))
+    best = min(times, key=times.__getitem__, default=DEFAULT)
+    return best if best != DEFAULT and times[best] * NOISE <= derived else DEFAULT
 
 
 def swept_shapes() -> list[Shape]:
@@ -95,7 +102,7 @@ class Sweep:
             task, candidate = under_way
             tried = notes.data["tasks"][task]["tried"]
             tried.setdefault(candidate, {"error": "the process died on it"})
-        notes.put(device=tuning.device_names(target.device())[0], now=None)
+        notes.put(devices=list(tuning.device_names(target.device())), now=None)
 
     def run(self, task: Task, candidates: Sequence[str], work: Workload) -> str:
         """Tries what has not been tried yet; the best candidate, DEFAULT where there is none."""
@@ -239,24 +246,24 @@ def sweep_triton(sweep: Sweep) -> None:
         sweep.run(task, candidates, Workload(shape, target.device()))
 
 
-def _compile(shape: Shape, candidate: str) -> None:
-    with target.forced({"PAPO_TRITON_CONFIG": candidate}):
-        work = Workload(shape, target.device())
-        work.stats("triton")
-        work.restore()
-        work.loss("triton")
+def _compile(shape: Shape, candidates: Sequence[str]) -> None:
+    work = Workload(shape, target.device())
+    for candidate in candidates:
+        with target.forced({"PAPO_TRITON_CONFIG": candidate}):
+            work.stats("triton")
+            work.restore()
+            work.loss("triton")
 
 
 def warm() -> None:
-    """Compiles Triton's candidates, all at once: children of a process that has not touched the
-    device yet leave the code in Triton's cache."""
-    rows = 2 if rehearsal.active() else 1024  # as many as keep a row's program whole
+    """Compiles Triton's candidates on all cores, into Triton's cache: in children of a process
+    that has not touched the device yet. The number of columns leads to no other code."""
+    shape = swept_shapes()[0]
+    shape = Shape(min(shape.rows, WARMING_ROWS), shape.vocab, shape.dtype)
+    candidates, cores = tiles.triton_configs(shape.dtype, shape.vocab), os.cpu_count() or 1
     fork = multiprocessing.get_context("fork")
-    children = [
-        fork.Process(target=_compile, args=(Shape(rows, shape.vocab, shape.dtype), candidate))
-        for shape in swept_shapes()
-        for candidate in tiles.triton_configs(shape.dtype, shape.vocab)
-    ]
+    shares = [candidates[i::cores] for i in range(min(cores, len(candidates)))]
+    children = [fork.Process(target=_compile, args=(shape, share)) for share in shares]
     for child in children:
         child.start()
     stop = time.monotonic() + WARMING

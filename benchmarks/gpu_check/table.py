@@ -60,7 +60,7 @@ def _probe(stages: dict[str, Any]) -> Iterator[str]:
                 yield f"{name} {found[name][unit]:.0f} {unit} at {found[name]['SM MHz']:.0f} MHz"
         for name in ("wide products", "active clusters"):
             yield f"{name}: " + ", ".join(f"{k} {v}" for k, v in found.get(name, {}).items())
-    for name, found in _results(stages, "build"):
+    for _, found in _results(stages, "build"):
         for variant in ("normal", "smoke"):
             kernels = found.get(variant, {}).get("kernels", [])
             if kernels:
@@ -82,10 +82,11 @@ def _timing(stages: dict[str, Any]) -> Iterator[str]:
     results = list(_results(stages, "timing"))
     if results:
         yield f"{'ms, GB/s, of copy, cycles/row':<34}" + "".join(f"{f:>34}" for f, _ in results)
-    shapes = {shape for _, found in results for shape in found.get("shapes", {})}
-    for shape in sorted(shapes):
+    for shape in dict.fromkeys(name for _, found in results for name in found.get("shapes", {})):
         for case in ("copy", "stats", "loss"):
-            cells = (_timed(found.get("shapes", {}).get(shape, {}).get(case)) for _, found in results)
+            cells = (
+                _timed(found.get("shapes", {}).get(shape, {}).get(case)) for _, found in results
+            )
             yield f"{shape} {case}".ljust(34) + "".join(f"{cell:>34}" for cell in cells)
 
 

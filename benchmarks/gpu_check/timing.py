@@ -38,14 +38,18 @@ def timed(shape: Shape, backend: str, stopwatch: Stopwatch) -> dict[str, Any]:
         Case("stats", lambda: work.stats(backend)),
         Case("loss", lambda: work.loss(backend), work.restore),
     ]
-    alive = measure(cases, target.rounds(ROUNDS), stopwatch)
+    alive = measure(cases, target.rounds(ROUNDS), stopwatch, target.rounds(3))
     copy = next((case for case in alive if case.name == "copy"), None)
     found: dict[str, Any] = {c.name: {"failed": c.failure} for c in cases if c.failure}
     for case in alive:
         mhz = statistics.median(case.mhz)
         found[case.name] = {
             **case.spread,
-            **(rates(case.ms, PASSES[case.name] * shape.bytes, copy.ms, 2 * shape.bytes) if copy else {}),
+            **(
+                rates(case.ms, PASSES[case.name] * shape.bytes, copy.ms, 2 * shape.bytes)
+                if copy
+                else {}
+            ),
             "SM MHz": mhz,
             "cycles/row": cycles_per_row(case.ms, mhz, shape.rows),
             "peak MiB": case.peak_mib,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu_check.sweep import DEFAULT, ranked, winner
 from papo_kernels import tuning
@@ -19,44 +19,55 @@ def rank(result: dict[str, Any]) -> None:
         entry["ranking"] = ranked(entry["tried"])
 
 
-def configurations(result: dict[str, Any]) -> dict[tuple[str, str, int, int], dict[str, Any]]:
-    """{(backend, dtype, columns, last column): the fields that were won}."""
-    found: dict[tuple[str, str, int, int], dict[str, Any]] = {}
-    lasts: dict[tuple[str, str, int], int] = {}
-    fields: dict[tuple[str, str, int], dict[str, Any]] = {}
+class Won(NamedTuple):
+    """The fields of the table's configuration that were won at a number of columns, and up to
+    which one they hold."""
+
+    columns: int
+    last: int
+    config: dict[str, Any]
+
+
+def won(result: dict[str, Any]) -> dict[tuple[str, str], list[Won]]:
+    """By backend and dtype, fewer columns first."""
+    found: dict[tuple[str, str], dict[int, Won]] = {}
     for entry in result.get("tasks", {}).values():
         best = winner(entry["tried"])
         if best == DEFAULT:
             continue
-        key = (entry["backend"], entry["dtype"], entry["columns"])
-        lasts[key] = min(lasts.get(key, entry["last column"]), entry["last column"])
-        fields.setdefault(key, {}).update(parsed(entry["field"], best))
-    for key, config in fields.items():
-        found[(*key, lasts[key])] = config
-    return found
+        columns, last = entry["columns"], entry["last column"]
+        same = found.setdefault((entry["backend"], entry["dtype"]), {})
+        before = same.get(columns, Won(columns, last, {}))
+        config = {**before.config, **parsed(entry["field"], best)}
+        same[columns] = Won(columns, min(before.last, last), config)
+    return {key: [same[columns] for columns in sorted(same)] for key, same in found.items()}
 
 
 def parsed(field: str, candidate: str) -> dict[str, Any]:
-    """A candidate as the table holds it: the value of its variable, or, for Triton, the
-    configuration that its launcher makes of it."""
+    """What a candidate sets, as the table holds it."""
     if field == "config":
-        from papo_kernels.triton_impl import launch
-
-        return dict(launch.parse(candidate))
+        pairs = (pair.split("=") for pair in candidate.split(","))
+        return {key: int(value) for key, value in pairs}
     return {field: [int(number) for number in candidate.split(",")]}
 
 
 def rows(result: dict[str, Any], source: dict[str, str]) -> dict[str, list[tuning.Row]]:
     """The new rows of each backend. A winner serves the columns down to half of what it was
-    measured at, or to the next smaller number that was measured."""
-    won = configurations(result)
+    measured at, or to those that the one before serves."""
     made: dict[str, list[tuning.Row]] = {}
-    for (backend, dtype, columns, last), config in sorted(won.items(), key=lambda item: item[0]):
-        below = [l for (b, d, _, l) in won if (b, d) == (backend, dtype) and l < columns]
-        first = max([int(columns * REACH), *below]) + 1
-        whole = {**({"tile": None, "stats": None} if backend == "cuda" else {}), **config}
-        row = tuning.Row(result["device"], dtype, (first, last), whole, source)
-        made.setdefault(backend, []).append(row)
+    device, *_ = names = tuple(result["devices"])
+    for (backend, dtype), configs in won(result).items():
+        end = 0
+        for i, (columns, last, config) in enumerate(configs):
+            first = max(int(columns * REACH), end) + 1
+            end = min([last, *(other.columns - 1 for other in configs[i + 1 : i + 2])])
+            current = next(
+                row.config
+                for row in tuning.load()[backend]
+                if row.matches(names, dtype, columns) and not row.measured
+            )
+            row = tuning.Row(device, dtype, (first, end), {**current, **config}, source)
+            made.setdefault(backend, []).append(row)
     return made
 
 
@@ -65,7 +76,7 @@ def save(results: list[dict[str, Any]], source: dict[str, str], path: Path) -> d
     table = tuning.load()
     counts: dict[str, int] = {}
     for result in results:
-        for backend, new in rows(result, {**source, "device": result["device"]}).items():
+        for backend, new in rows(result, {**source, "device": result["devices"][0]}).items():
             counts[backend] = len(new)
             for row in reversed(new):
                 table[backend] = tuning.insert(table[backend], row)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ RESULTS = "benchmarks/results"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--call", type=int, choices=(1, 2), help="one of the two; both in turn")
-    parser.add_argument("--out", type=Path, help=f"for what is written, instead of {RESULTS}")
+    parser.add_argument("--out", type=Path, help="for what is written, at most 8 files")
     parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
     parser.add_argument("--rehearse", action="store_true", help="every stage, without a GPU")
     return parser.parse_args()
@@ -30,20 +31,23 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    out = args.out or (WORK / "out" if args.rehearse else ROOT / RESULTS)
+    name = f"gpu-check-{datetime.date.today().isoformat()}"
+    out = args.out or WORK / "out"
     calls = (args.call,) if args.call else (1, 2)
     if not args.rehearse:
-        return max(run_call(call, WORK, out, args.wheels) for call in calls)
+        status = max([run_call(call, WORK, out, name, args.wheels) for call in calls])
+        if args.out is None:
+            shutil.copy(out / f"{name}.json", ROOT / RESULTS)
+        return status
     with tempfile.TemporaryDirectory() as folder:
         rehearsal.prepare(Path(folder), rehearsal.DEFAULT_FAULTS)
-        return max(run_call(call, Path(folder), out, args.wheels) for call in calls)
+        return max([run_call(call, Path(folder), out, name, args.wheels) for call in calls])
 
 
-def run_call(call: int, work: Path, out: Path, wheels: Path | None) -> int:
+def run_call(call: int, work: Path, out: Path, name: str, wheels: Path | None) -> int:
     """One call; 1 where a required stage failed."""
     if call == 1 or not same_commit(work):
         clear(work)
-    name = f"gpu-check-{datetime.date.today().isoformat()}"
     runner = Runner(work, out, name, stages.BUDGETS[call])
     runner.record["environment"] = facts.environment()
     if not probed(runner):

@@ -29,10 +29,9 @@ SECTIONS = (
 )
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 DURATION = "gpu__time_duration.sum"
-# As CSV: every metric; what ncu says of them; samples and counts by machine instruction.
+# As CSV: every metric; samples and counts by machine instruction.
 PAGES = {
     "raw": ("--page", "raw", "--print-units", "base"),
-    "details": ("--page", "details"),
     "source": ("--page", "source", "--print-source", "sass"),
 }
 

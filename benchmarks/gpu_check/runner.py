@@ -95,6 +95,8 @@ def start(stage: Stage, log: Path, variables: dict[str, str], fork: bool) -> int
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):  # the child does the same; whoever comes first
+            os.setpgid(pid, pid)
         return pid
     code = 1
     try:
@@ -110,7 +112,7 @@ def start(stage: Stage, log: Path, variables: dict[str, str], fork: bool) -> int
 
 def _become(stage: Stage, log: Path, variables: dict[str, str], fork: bool) -> None:
     """What the child does."""
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(ROOT)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -207,23 +209,27 @@ class Runner:
         stop = time.monotonic() + limit
         running = {stage: self._begin(stage) for stage in group}
         outcomes = {}
-        while running:
-            for stage, (pid, begun, tries) in list(running.items()):
-                over = time.monotonic() >= stop
-                if not (exited(pid) or over):
-                    continue
-                died = exited(pid)
-                code = end(pid)
-                if code is None:
-                    code = "could not be ended"
-                elif not died:
-                    code = STOPPED
-                if self._is_begun_anew(stage, code, tries):
-                    running[stage] = (self._start(stage), begun, [*tries, self._progress(stage)])
-                    continue
-                del running[stage]
-                outcomes[stage.name] = self._outcome(stage, code, begun, limit, len(tries))
-            time.sleep(0.02)
+        try:
+            while running:
+                for stage, (pid, begun, tries) in list(running.items()):
+                    died = exited(pid)
+                    if not died and time.monotonic() < stop:
+                        continue
+                    code = end(pid)
+                    if code is None:
+                        code = "could not be ended"
+                    elif not died:
+                        code = STOPPED
+                    if self._is_begun_anew(stage, code, tries):
+                        tries = [*tries, self._progress(stage)]
+                        running[stage] = (self._start(stage), begun, tries)
+                        continue
+                    del running[stage]
+                    outcomes[stage.name] = self._outcome(stage, code, begun, limit, len(tries))
+                time.sleep(0.02)
+        finally:
+            for pid, _, _ in running.values():  # where this process is interrupted
+                end(pid)
         return {stage.name: outcomes[stage.name] for stage in group}
 
     # ---- of one stage ----

@@ -25,7 +25,7 @@ SMOKE_TESTS = "tests/kernels/test_gpu.py"
 # The kernels without bulk copies: racecheck reports hazards for those, in many of its versions,
 # where there are none.
 RACECHECKED = ("streamed", "triton")
-COUNTERS_SECONDS = {"resident-loss": 10, "resident-stats": 10, "triton-stats": 9}
+COUNTERS_SECONDS = {"resident-loss": 14, "resident-stats": 14, "triton-stats": 12}
 # A sanitizer knows allocations: within a block of torch's cache it would see no error.
 UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 
@@ -38,7 +38,7 @@ def first_call(capability: str, work: Path) -> list[Stage]:
     """Figures: build, smoke, timings, sweeps, counters, the fused head, the device's own tests."""
     build = Stage("build", 55, ("build", capability, "normal", "smoke"), vital=True)
     smoke = [
-        Stage(f"smoke-{f}", 22, ("smoke", f), environment=FAMILIES[f].variables, together=i > 0)
+        Stage(f"smoke-{f}", 20, ("smoke", f), environment=FAMILIES[f].variables, together=i > 0)
         for i, f in enumerate(FAMILIES)
     ]
     timing = [
@@ -47,14 +47,14 @@ def first_call(capability: str, work: Path) -> list[Stage]:
     ]
     sweeps = [
         Stage(f"sweep-{name}", seconds, ("sweep", name), elastic=True, restarts=True)
-        for name, seconds in (("cuda", 30), ("triton", 24))
+        for name, seconds in (("cuda", 30), ("triton", 20))
     ]
     counters = [
-        Stage(f"ncu-{case}", COUNTERS_SECONDS.get(case, 8), ("counters", case), elastic=True)
+        Stage(f"ncu-{case}", COUNTERS_SECONDS.get(case, 11), ("counters", case), elastic=True)
         for case in COUNTED
     ]
-    linear = Stage("linear", 24, ("linear",))
-    tests = _tests("pytest-smoke", 34, work, (SMOKE_TESTS,))
+    linear = Stage("linear", 18, ("linear",))
+    tests = _tests("pytest-smoke", 32, work, (SMOKE_TESTS,))
     return [build, *smoke, *timing, *sweeps, *counters, linear, tests]
 
 

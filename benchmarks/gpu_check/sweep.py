@@ -26,7 +26,8 @@ from benchmarks.shapes import Shape
 from papo_kernels import policy_loss, tuning
 
 ROUNDS = 5
-WATCHDOG = 15  # seconds of a candidate
+# Seconds of a candidate, which takes some 30 ms, and where Triton compiles it a few seconds.
+WATCHDOG = {"tile": 5, "stats": 5, "config": 15}
 WARMING = 12  # seconds for all compilations
 WARMING_ROWS = 1024  # enough for a row to be one program's
 DEFAULT = "default"
@@ -138,7 +139,7 @@ class Sweep:
     ) -> None:
         self.notes.put(now=(task.name, candidate))
         rehearsal.maybe_fail(f"{self.name}|{task.name}|{candidate}")
-        faulthandler.dump_traceback_later(WATCHDOG, exit=True)
+        faulthandler.dump_traceback_later(WATCHDOG[task.field], exit=True)
         with target.forced(task.forcing(candidate)):
             try:
                 fault = expected.fault(work, self.backend)

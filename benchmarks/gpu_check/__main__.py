@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    # cmake and ninja may be this interpreter's, without its being activated.
+    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
     name = f"gpu-check-{datetime.date.today().isoformat()}"
     out = args.out or WORK / "out"
     calls = (args.call,) if args.call else (1, 2)

@@ -206,14 +206,16 @@ class Runner:
         if limit < LEAST:
             reason = "no time is left for it"
             return {s.name: {"ok": not s.required, "skipped": reason} for s in group}
-        stop = time.monotonic() + limit
+        whole, now = group_limit(group), time.monotonic()
+        # What the group gets beyond its limit is for the stages that have that limit.
+        limits = {s: limit if s.limit == whole else min(limit, s.limit) for s in group}
         running = {stage: self._begin(stage) for stage in group}
         outcomes = {}
         try:
             while running:
                 for stage, (pid, begun, tries) in list(running.items()):
                     died = exited(pid)
-                    if not died and time.monotonic() < stop:
+                    if not died and time.monotonic() < now + limits[stage]:
                         continue
                     code = end(pid)
                     if code is None:
@@ -225,7 +227,8 @@ class Runner:
                         running[stage] = (self._start(stage), begun, tries)
                         continue
                     del running[stage]
-                    outcomes[stage.name] = self._outcome(stage, code, begun, limit, len(tries))
+                    outcome = self._outcome(stage, code, begun, limits[stage], len(tries))
+                    outcomes[stage.name] = outcome
                 time.sleep(0.02)
         finally:
             for pid, _, _ in running.values():  # where this process is interrupted

@@ -37,6 +37,7 @@ def probe() -> Stage:
 def first_call(capability: str, work: Path) -> list[Stage]:
     """Figures: build, smoke, timings, sweeps, counters, the fused head, the device's own tests."""
     build = Stage("build", 55, ("build", capability, "normal", "smoke"), vital=True)
+    warm = Stage("warm-triton", 50, ("warm",), together=True, required=False)
     smoke = [
         Stage(f"smoke-{f}", 20, ("smoke", f), environment=FAMILIES[f].variables, together=i > 0)
         for i, f in enumerate(FAMILIES)
@@ -55,7 +56,7 @@ def first_call(capability: str, work: Path) -> list[Stage]:
     ]
     linear = Stage("linear", 18, ("linear",))
     tests = _tests("pytest-smoke", 32, work, (SMOKE_TESTS,))
-    return [build, *smoke, *timing, *sweeps, *counters, linear, tests]
+    return [build, warm, *smoke, *timing, *sweeps, *counters, linear, tests]
 
 
 def second_call(

@@ -8,9 +8,6 @@ forced. A candidate whose statistics and loss differ in a bit of logp is disqual
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
-import os
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,13 +23,12 @@ from benchmarks.shapes import Shape
 from papo_kernels import policy_loss, tuning
 
 ROUNDS = 5
-# Seconds of a candidate, which takes some 30 ms, and where Triton compiles it a few seconds.
+# Seconds of a candidate, which takes some 30 ms, and a few seconds where Triton compiles it.
 WATCHDOG = {"tile": 5, "stats": 5, "config": 15}
-WARMING = 12  # seconds for all compilations
-WARMING_ROWS = 1024  # enough for a row to be one program's
 DEFAULT = "default"
 NOISE = 0.99  # two times whose ratio is between this and 1 count as the same
-COLUMNS_STEP = 8192  # a winner is tried at the next multiple, for padded vocabularies
+# A winner is tried at the next multiple, for padded vocabularies; the second for short rows.
+COLUMNS_STEPS = (8192, 64)
 SAMPLED_ROWS = 8
 _OWN_STATS = {"PAPO_STATS_TILE": "0,0,0"}
 
@@ -168,7 +164,8 @@ class Sweep:
     def _last_column(self, task: Task, best: str) -> int:
         """The largest number of columns that the winner may serve: padded ones where it runs."""
         shape = task.shape
-        padded = -(-shape.vocab // COLUMNS_STEP) * COLUMNS_STEP
+        step = COLUMNS_STEPS[shape.vocab < COLUMNS_STEPS[0]]
+        padded = -(-shape.vocab // step) * step
         work = Workload(Shape(2, padded, shape.dtype), target.device())
         with target.forced(task.forcing(best)):
             try:
@@ -247,37 +244,9 @@ def sweep_triton(sweep: Sweep) -> None:
         sweep.run(task, candidates, Workload(shape, target.device()))
 
 
-def _compile(shape: Shape, candidates: Sequence[str]) -> None:
-    work = Workload(shape, target.device())
-    for candidate in candidates:
-        with target.forced({"PAPO_TRITON_CONFIG": candidate}):
-            work.stats("triton")
-            work.restore()
-            work.loss("triton")
-
-
-def warm() -> None:
-    """Compiles Triton's candidates on all cores, into Triton's cache: in children of a process
-    that has not touched the device yet. The number of columns leads to no other code."""
-    shape = swept_shapes()[0]
-    shape = Shape(min(shape.rows, WARMING_ROWS), shape.vocab, shape.dtype)
-    candidates, cores = tiles.triton_configs(shape.dtype, shape.vocab), os.cpu_count() or 1
-    fork = multiprocessing.get_context("fork")
-    shares = [candidates[i::cores] for i in range(min(cores, len(candidates)))]
-    children = [fork.Process(target=_compile, args=(shape, share)) for share in shares]
-    for child in children:
-        child.start()
-    stop = time.monotonic() + WARMING
-    for child in children:
-        child.join(max(0.0, stop - time.monotonic()))
-        child.kill()
-
-
 def run(notes: Notes, family: str) -> int:
     """`family`: "cuda" or "triton"."""
     if family == "triton":
-        if not notes.data:
-            warm()
         sweep_triton(Sweep(notes, "sweep-triton", "triton"))
     else:
         sweep_cuda(Sweep(notes, "sweep-cuda", target.backend_of("resident")))

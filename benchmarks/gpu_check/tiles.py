@@ -55,4 +55,4 @@ def triton_configs(dtype: torch.dtype, columns: int) -> list[str]:
     launch = importlib.import_module("papo_kernels.triton_impl.launch")
     propose = getattr(launch, "candidates", None)
     found = [] if propose is None else list(propose(dtype, columns))
-    return found[:2] if rehearsal.active() else found
+    return found[:1] if rehearsal.active() else found

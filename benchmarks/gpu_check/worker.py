@@ -19,6 +19,7 @@ STAGE, NOTES, WORK = "PAPO_GPU_CHECK_STAGE", "PAPO_GPU_CHECK_NOTES", "PAPO_GPU_C
 KINDS = (
     "probe",
     "build",
+    "warm",
     "smoke",
     "timing",
     "sweep",

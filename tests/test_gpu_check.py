@@ -57,7 +57,7 @@ def rehearsed(tmp_path_factory) -> dict[str, Any]:
         wheel.writestr("cut_cross_entropy/__init__.py", PEER)
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse"]
     command += ["--out", str(out), "--wheels", str(wheels)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
     (path,) = out.glob("gpu-check-*.json")
     return {"done": done, "out": out, "record": json.loads(path.read_text())}
 
@@ -429,6 +429,14 @@ def test_an_output_that_nothing_wrote_is_wrong():
     assert smoke.compare("x", unwritten, exact).share == torch.inf
     assert smoke.compare("x", unwritten.bfloat16(), exact, by_row=True).share == torch.inf
     assert smoke.compare("x", exact.bfloat16(), exact, by_row=True).share <= 1.0
+
+
+def test_outputs_start_as_nan():
+    """In a process of its own: the setting holds for all of it."""
+    code = "import torch; from benchmarks.gpu_check import smoke; smoke.poison();"
+    code += "x = torch.zeros(2, 3); made = [torch.empty(9), x.new_empty(9), torch.empty_like(x)];"
+    code += "assert all(y.isnan().all() for y in made)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_a_tile_with_other_bits_is_disqualified(rehearsing, monkeypatch):

@@ -51,7 +51,8 @@ def run_call(call: int, work: Path, out: Path, name: str, wheels: Path | None) -
     """One call; 1 where a required stage failed."""
     if call == 1 or not same_commit(work):
         clear(work)
-    runner = Runner(work, out, name, stages.BUDGETS[call])
+    patience = stages.PATIENCE if rehearsal.active() else 1
+    runner = Runner(work, out, name, stages.BUDGETS[call] * patience)
     runner.record["environment"] = facts.environment()
     if not probed(runner):
         print("gpu-check needs a CUDA device that torch can use")
@@ -79,10 +80,11 @@ def same_commit(work: Path) -> bool:
 def probed(runner: Runner) -> bool:
     """Runs the probe; where a forked child cannot use the device, every stage is a program of its
     own from then on."""
-    runner.run([stages.probe()])
+    probe = stages.rehearsed([stages.probe()]) if rehearsal.active() else [stages.probe()]
+    runner.run(probe)
     if not runner.stages["probe"].get("result", {}).get("device"):
         runner.fork = False
-        runner.run([stages.probe()])
+        runner.run(probe)
     runner.record["forked"] = runner.fork
     return bool(runner.stages["probe"].get("result", {}).get("device"))
 

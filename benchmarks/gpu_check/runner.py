@@ -33,7 +33,8 @@ MOST_FAILURES = 40
 
 
 class Stage(NamedTuple):
-    """
+    """One process of a call.
+
     Attributes:
         name: of its log, its notes and its entry in the record.
         limit: seconds that are kept for it, whatever the stages before it take.

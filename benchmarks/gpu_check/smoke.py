@@ -65,6 +65,12 @@ def use_smoke_extension() -> str:
     return "smoke"
 
 
+def poison() -> None:
+    """From here on, what torch allocates without a value is NaN."""
+    torch.set_deterministic_debug_mode("warn")
+    deterministic.fill_uninitialized_memory = True
+
+
 def compare(name: str, actual: Tensor, exact: Tensor, by_row: bool = False) -> Difference:
     """An output against float64: 1e-5 of its size, of the row's largest for a gradient, which may
     also be rounded to its dtype."""
@@ -119,9 +125,7 @@ def run(notes: Notes, family: str, mode: str = "spin") -> int:
     """`mode`: "spin" on the build whose waits trap; "sanitized" on the measured build, few cases
     and no watchdog, for a sanitizer that slows everything down."""
     notes.put(variant=use_smoke_extension() if mode == "spin" else "normal", cases={})
-    # What torch allocates without a value is NaN from here on.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    poison()
     cases = REHEARSED if rehearsal.active() else CASES[: SMALL if mode == "sanitized" else None]
     backend, failed = target.backend_of(family), 0
     lines: dict[str, str] = {}

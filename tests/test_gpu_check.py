@@ -84,6 +84,7 @@ def test_every_stage_is_in_the_record(rehearsed, monkeypatch, tmp_path):
     assert rehearsed["done"].returncode == 0, rehearsed["done"].stdout + rehearsed["done"].stderr
     calls = planned(monkeypatch, tmp_path)
     record = rehearsed["record"]["stages"]
+    assert "errors" not in rehearsed["record"]
     assert set(record) == {stage.name for call in calls.values() for stage in call}
     for name, stage in record.items():
         assert {"ok", "exit", "seconds", "tail"} <= set(stage), name
@@ -286,6 +287,18 @@ def test_a_stage_is_begun_anew_while_it_gets_on(one):
     assert outcome["result"] == {"n": 1}
     starts = [line for line in outcome["tail"] if line.startswith("start")]
     assert starts == ["start 0", "start 1", "start 2"]
+
+
+def test_an_error_in_digesting_a_stage_stops_nothing(tmp_path):
+    check = Runner(tmp_path / "work", tmp_path / "out", "record", 60)
+
+    def after(runner: Runner, name: str) -> None:
+        raise KeyError(name)
+
+    check.run([Stage("a", 10, command=("true",)), Stage("b", 10, command=("true",))], after)
+    assert check.stages["a"]["ok"] and check.stages["b"]["ok"]
+    assert check.record["errors"]["after a"][-1] == "KeyError: 'a'"
+    assert "after b: KeyError: 'b'" in table.text(check.record)
 
 
 def test_stages_together_run_at_the_same_time(tmp_path):

@@ -63,7 +63,10 @@ def run_call(call: int, work: Path, out: Path, name: str, wheels: Path | None) -
     else:
         planned = stages.second_call(device["capability"], work, wheels, runner.stages)
     runner.run(stages.rehearsed(planned) if rehearsal.active() else planned, finished)
-    text = table.text(runner.record)
+    text = runner.attempt("table", table.text, runner.record)
+    if text is None:
+        runner.save()
+        text = "\n".join(runner.record["errors"]["table"])
     (out / "gpu-check.txt").write_text(text)
     print(text)
     if rehearsal.active():

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,7 +188,7 @@ class Runner:
         save_json(self.out / f"{self.name}.json", self.record)
         pack(self.logs, self.out / "logs.tar.gz")
 
-    def run(self, stages: Sequence[Stage], after: Any = None) -> None:
+    def run(self, stages: Sequence[Stage], after: Callable[..., Any] | None = None) -> None:
         """Runs the stages; `after(runner, name)` is called when one is in the record."""
         waiting = groups(stages)
         for group in waiting[:]:
@@ -199,8 +199,16 @@ class Runner:
                 self.stages[name] = outcome
                 print(_line(name, outcome), flush=True)
                 if after is not None:
-                    after(self, name)
+                    self.attempt(f"after {name}", after, self, name)
             self.save()
+
+    def attempt(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls what only digests what was found: an error in it is in the record, and no more."""
+        try:
+            return function(*arguments)
+        except Exception:
+            self.record.setdefault("errors", {})[what] = traceback.format_exc().splitlines()
+            return None
 
     def run_group(self, group: Sequence[Stage], limit: float) -> dict[str, dict[str, Any]]:
         """The outcome of each stage of a group, all of them started at once."""
@@ -244,8 +252,10 @@ class Runner:
         return log, notes, self.logs / f"{stage.name}.failures"
 
     def _begin(self, stage: Stage) -> tuple[int, float, list[str]]:
-        for path in self._paths(stage):
+        log, notes, failed = self._paths(stage)
+        for path in (log, notes, failed, failures.running_file(failed)):
             path.unlink(missing_ok=True)
+        log.touch()
         return self._start(stage), time.monotonic(), [self._progress(stage)]
 
     def _start(self, stage: Stage) -> int:

@@ -120,7 +120,9 @@ class Sweep:
             if candidate not in entry["tried"]:
                 self._try(task, candidate, work, expected, entry["tried"])
         best = winner(entry["tried"])
-        if best != DEFAULT:
+        if best != DEFAULT and "padded" not in entry:
+            entry["padded"] = True
+            self.notes.put()  # a process that dies on it is not to try it again
             entry["last column"] = self._last_column(task, best)
         self.notes.put(now=None)
         return best
@@ -167,11 +169,15 @@ class Sweep:
         step = COLUMNS_STEPS[shape.vocab < COLUMNS_STEPS[0]]
         padded = -(-shape.vocab // step) * step
         work = Workload(Shape(2, padded, shape.dtype), target.device())
+        faulthandler.dump_traceback_later(WATCHDOG[task.field], exit=True)
         with target.forced(task.forcing(best)):
             try:
                 fault = Expected(work).fault(work, self.backend)
-            except Exception:
-                return shape.vocab
+            except Exception as error:
+                fault = one_line(error)
+        faulthandler.cancel_dump_traceback_later()
+        if target.context_lost():
+            raise SystemExit(LOST)
         return shape.vocab if fault else padded
 
 

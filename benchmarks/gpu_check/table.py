@@ -51,6 +51,8 @@ def _environment(record: dict[str, Any]) -> Iterator[str]:
     found = record.get("environment", {})
     names = ("gpu", "driver", "nvcc", "torch", "triton", "python", "commit", "date")
     yield ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    for what, lines in record.get("errors", {}).items():
+        yield f"{what}: {lines[-1]}"
 
 
 def _probe(stages: dict[str, Any]) -> Iterator[str]:

@@ -275,6 +275,13 @@ def test_a_stage_for_which_no_time_is_left_is_skipped_by_name(one):
     assert outcome == {"ok": False, "skipped": "no time is left for it"}
 
 
+def test_a_tool_that_is_not_there_is_skipped_by_name(one, monkeypatch):
+    monkeypatch.setattr(stages, "beside_nvcc", lambda tool: None)
+    (stage,) = stages._sanitizers()
+    outcome = one("exit 1", absent=stage.absent, required=False)
+    assert outcome["ok"] and outcome["skipped"].startswith("compute-sanitizer")
+
+
 def test_a_stage_is_begun_anew_while_it_gets_on(one):
     """Three starts: two that write their notes and fail, one that adds nothing."""
     script = (

@@ -46,6 +46,7 @@ class Stage(NamedTuple):
         restarts: it is begun anew when it dies, as long as its notes tell of progress.
         together: it runs at the same time as the stage before it.
         required: whether the whole check fails with it.
+        absent: why it cannot be run on this machine; it is then skipped.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Stage(NamedTuple):
     restarts: bool = False
     together: bool = False
     required: bool = True
+    absent: str = ""
 
 
 def groups(stages: Sequence[Stage]) -> list[list[Stage]]:
@@ -213,8 +215,9 @@ class Runner:
     def run_group(self, group: Sequence[Stage], limit: float) -> dict[str, dict[str, Any]]:
         """The outcome of each stage of a group, all of them started at once."""
         if limit < LEAST:
-            reason = "no time is left for it"
-            return {s.name: {"ok": not s.required, "skipped": reason} for s in group}
+            group = [s._replace(absent="no time is left for it") for s in group]
+        if any(s.absent for s in group):
+            return {s.name: {"ok": not s.required, "skipped": s.absent} for s in group}
         whole, now = group_limit(group), time.monotonic()
         # What the group gets beyond its limit is for the stages that have that limit.
         limits = {s: limit if s.limit == whole else min(limit, s.limit) for s in group}

@@ -92,7 +92,8 @@ def _sanitizers() -> list[Stage]:
     time is taken."""
     tool = beside_nvcc("compute-sanitizer")
     if tool is None:
-        return []
+        reason = "compute-sanitizer is neither on PATH nor beside nvcc"
+        return [Stage("sanitizer", 0, absent=reason, required=False)]
     options = subprocess.run([tool, "--help"], stdout=subprocess.PIPE).stdout
     # Renamed in 2023.3:
     only = "--kernel-name" if b"--kernel-name" in options else "--kernel-regex"

@@ -431,7 +431,7 @@ def test_ptxas_and_ncu_are_read():
     (launch,) = counters.parsed("==PROF== connected\n" + rehearsal._NCU)
     found = counters.summary([launch], "resident-loss")
     assert (found["MB read"], found["MB written"], found["GB/s"]) == (0.0025, 0.0012, 0.925)
-    elements = 2048 * 151936
+    elements = 2304 * 151936
     assert counted.model_bytes("resident-narrowing") == (4 * elements, 2 * elements)
 
 

@@ -40,6 +40,13 @@ CASES = (
     (8, 300000, "rows that only the largest clusters hold in float32"),
 )
 SMALL = 5
+# Of rows that several slices hold, each in one buffer: what the kernel of statistics takes.
+STATISTICS_CASES = (
+    (3, 32000, "two slices: a row for every team"),
+    (5, 37001, "odd rows, no row but the first aligned"),
+    (40, 32001, "more rows than a look-ahead of 32"),
+    (600, 40000, "more rows than blocks"),
+)
 REHEARSED = ((2, 130, "interpreted, a row takes some 50 ms"),)
 
 
@@ -126,7 +133,8 @@ def run(notes: Notes, family: str, mode: str = "spin") -> int:
     and no watchdog, for a sanitizer that slows everything down."""
     notes.put(variant=use_smoke_extension() if mode == "spin" else "normal", cases={})
     poison()
-    cases = REHEARSED if rehearsal.active() else CASES[: SMALL if mode == "sanitized" else None]
+    cases = STATISTICS_CASES if family == "statistics" else CASES
+    cases = REHEARSED if rehearsal.active() else cases[: SMALL if mode == "sanitized" else None]
     backend, failed = target.backend_of(family), 0
     lines: dict[str, str] = {}
     for (n, v, _), dtype in itertools.product(cases, (torch.bfloat16, torch.float32)):

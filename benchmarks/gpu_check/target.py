@@ -27,6 +27,12 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "resident": Family("cuda", (("PAPO_KERNEL", "resident"),), stand_in="reference"),
+    # Chosen for many rows only, unless it is forced.
+    "statistics": Family(
+        "cuda",
+        (("PAPO_KERNEL", "resident"), ("PAPO_STATS_TILE", "2,3,2")),
+        stand_in="reference",
+    ),
     "streamed": Family("cuda", (("PAPO_KERNEL", "streamed"),), stand_in="cpu"),
     "triton": Family("triton", stand_in="triton"),
 }

@@ -72,13 +72,14 @@ def compiled(arch, call):
 
     kernels = []
 
-    def compile_only(kernel, device, programs, *args):
-        at = target(arch)
-        options = launch.options(kernel, args[-1], at.warp_size, at.backend == "cuda")
+    def compile_only(kernel, plan, grid, *args):
+        at, how = target(arch), args[-1]
+        nvidia = at.backend == "cuda"
+        options = launch.options(kernel, how, plan.config.maxnreg, at.warp_size, nvidia)
         kernels.append((kernel.__name__, kernel.warmup(*args, grid=(1,), **options)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", compile_only)
+        patch.setattr(launch, "first_launch", compile_only)
         patch.setattr(driver, "_active", Driver(arch))
         call()
     return kernels

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from papo_kernels import tuning
+
+from .tile import WORD_BYTES
 
 VARIABLE = "PAPO_TRITON_CONFIG"
 REGISTERS = 65_536  # of a multiprocessor, which a program's threads share
@@ -103,15 +106,16 @@ def clear() -> None:
 def candidates(dtype: torch.dtype, columns: int) -> list[str]:
     """Configurations worth timing for rows of `columns` logits of `dtype`, each as a value of the
     variable."""
-    n_words = columns * dtype.itemsize // 16
+    n_words = columns * dtype.itemsize // WORD_BYTES
     found = []
-    for lanes in (64, 128, 256, 512, 1024):
-        for vectors in (1, 2, 4, 8):
-            # A tile that the row does not fill once leaves threads idle; the shortest one may.
-            if lanes * vectors > max(n_words, 64):
-                continue
-            for maxnreg in (64, 80, 96, 128):
-                # Fewer registers spill, and more than a quarter of them leave one program alone.
-                if (maxnreg == 64) == (vectors < 8) or lanes * maxnreg <= REGISTERS // 2:
-                    found.append(f"lanes={lanes},vectors={vectors},maxnreg={maxnreg}")
+    for lanes, vectors in product((64, 128, 256, 512, 1024), (1, 2, 4, 8)):
+        tile = lanes * vectors
+        # Neither threads without a word nor hundreds of tiles; single words in short rows alone.
+        if tile > max(n_words, 128) or 64 * tile < n_words or (vectors == 1 and n_words > 1024):
+            continue
+        # Eight words spill in fewer registers. With 64, ptxas has none to spare, but more programs
+        # share a multiprocessor.
+        for maxnreg in (64, 80) if vectors < 8 else (128,):
+            if lanes * maxnreg <= REGISTERS:
+                found.append(f"lanes={lanes},vectors={vectors},maxnreg={maxnreg}")
     return found

@@ -156,7 +156,7 @@ def read_rows(
     n_parts = call.count_parts(n)
     if n_parts == 1:
         return LOGITS.value, logits
-    floats = ((n_parts + 1) * N_SUMS.value + 1) * call.config.lanes
+    floats = (n_parts * N_SUMS.value + 1) * call.config.lanes
     parts = logits.new_empty((n, floats), dtype=torch.float32)
     call.run(
         segments_kernel,

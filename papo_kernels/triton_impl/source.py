@@ -5,11 +5,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import Scaling, capped, loaded_state, sampled
+from .row_state import Scaling, capped, empty_states, loaded_state, sampled
 from .tile import (
     N_SUMS,
     count_segments,
-    count_words,
     rest_of_row,
     row_at,
     row_sums,
@@ -68,9 +67,9 @@ def target_logit(row, target, vocab_size, s, how):
 
 
 @triton.jit
-def parts_stride(n_words, how):
-    """Floats of a row's parts: the rest of the row, its segments, the target's logit."""
-    return ((count_segments(n_words, how) + 1) * N_SUMS + 1) * how.LANES
+def parts_stride(n_segments, how):
+    """Floats of a row's parts: its segments, the target's logit."""
+    return (n_segments * N_SUMS + 1) * how.LANES
 
 
 @triton.jit
@@ -79,10 +78,10 @@ def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr
     if how.SOURCE == STATE:
         return loaded_state(source + i * 6, s)
     elif how.SOURCE == PARTS:
-        n_words = count_words(vocab_size, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
-        stride = parts_stride(n_words, how)
+        n_segments = count_segments(vocab_size, row.ptr.dtype.element_ty, how)
+        stride = parts_stride(n_segments, how)
         at = source + i * stride
-        sums = row_sums_of_parts(at, count_segments(n_words, how), s, how)
+        sums = row_sums_of_parts(at, n_segments, s, how)
         return sums, sampled(tl.load(at + (stride - how.LANES)), sums.z_ref, s)
     else:
         # Where a gradient follows, the logit is loaded before the reductions: past their barriers
@@ -101,18 +100,18 @@ def segments_kernel(
     logits, parts, targets, weights, has_weights, numbers, stride: tl.int64, vocab_size, how
 ):
     """The states of the segments of every row, a program each, in ``parts``."""
-    n_words = count_words(vocab_size, 128 // logits.dtype.element_ty.primitive_bitwidth, how)
     i, segment = program_row(), tl.program_id(1)
     target = tl.load(targets + i)
     weight = tl.load(weights + i, mask=has_weights > 0.0, other=1.0)
     if (target != IGNORED) & (weight != 0.0):
         s = scaling(numbers)
         row = row_at(logits, i, stride)
-        row_stride = parts_stride(n_words, how)
+        row_stride = parts_stride(tl.num_programs(1), how)
         at = parts + i * row_stride
+        lanes = empty_states(how.LANES)
         if segment == 0:
-            store_states(at, rest_of_row(row, vocab_size, s, how), how)
+            lanes = rest_of_row(row, vocab_size, s, how)
             z = target_logit(row, target, vocab_size, s, how)
             tl.store(at + (row_stride - how.LANES), z)
-        lanes = segment_states(row, n_words, segment, s, how, "evict_first")
-        store_states(at + (segment + 1) * (N_SUMS * how.LANES), lanes, how)
+        lanes = segment_states(row, vocab_size, segment, lanes, s, how, "evict_first")
+        store_states(at + segment * (N_SUMS * how.LANES), lanes, how)

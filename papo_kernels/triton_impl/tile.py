@@ -1,4 +1,5 @@
-# ruff: noqa: RUF005, SIM300 - Triton has no starred tuples; DTYPE is no constant to ruff's eye.
+# ruff: noqa: RUF005, SIM108, SIM300 - Triton has no starred tuples, and takes both sides of a
+# conditional expression; DTYPE is no constant to ruff's eye.
 """How a row of logits is read: words, tiles, segments, and the state they add up to.
 
 A row is read in 16-byte *words* counted from column 0, in tiles of a few words a thread. Where rows
@@ -184,7 +185,8 @@ def count_words(n_columns, WORD: tl.constexpr, how):
 
 
 @triton.jit
-def count_segments(n_words, how):
+def count_segments(n_columns, DTYPE: tl.constexpr, how):
+    n_words = count_words(n_columns, 128 // DTYPE.primitive_bitwidth, how)
     return tl.maximum(tl.cdiv(n_words, how.LANES * how.VECTORS * how.SEGMENT_TILES), 1)
 
 
@@ -201,10 +203,10 @@ def rest_of_row(row, n_columns, s, how):
 
 
 @triton.jit
-def segment_states(row, n_words, segment, s, how, EVICTION: tl.constexpr):
-    """The states of the words of one segment."""
+def segment_states(row, n_columns, segment, lanes, s, how, EVICTION: tl.constexpr):
+    """``lanes`` with the words of one segment added."""
     TILE: tl.constexpr = how.LANES * how.VECTORS
-    lanes = empty_states(how.LANES)
+    n_words = count_words(n_columns, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
     word = segment * (how.SEGMENT_TILES * TILE)
     end = tl.minimum(word + how.SEGMENT_TILES * TILE, n_words)
     if how.VECTORS > 1:
@@ -221,15 +223,23 @@ def segment_states(row, n_words, segment, s, how, EVICTION: tl.constexpr):
 
 @triton.jit
 def row_sums(row, n_columns, s, how, EVICTION: tl.constexpr):
-    """The sums of the first ``n_columns`` of a row, by one program; nothing is read where 0."""
-    n_words = count_words(n_columns, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
+    """The sums of the first ``n_columns`` of a row, by one program; nothing is read where 0.
+
+    The first segment takes up what the rest of the row has left.
+    """
+    n_segments = count_segments(n_columns, row.ptr.dtype.element_ty, how)
     lanes = rest_of_row(row, n_columns, s, how)
+    folded = empty_states(how.LANES)
     segment = 0
-    while segment * (how.LANES * how.VECTORS * how.SEGMENT_TILES) < n_words:
-        part = segment_states(row, n_words, segment, s, how, EVICTION)
-        lanes = combined(lanes, part, s.log2_scale)
+    while segment < n_segments:
+        lanes = segment_states(row, n_columns, segment, lanes, s, how, EVICTION)
+        if segment == 0:
+            folded = lanes
+        else:
+            folded = combined(folded, lanes, s.log2_scale)
+        lanes = empty_states(how.LANES)
         segment += 1
-    return merged(lanes, s)
+    return merged(folded, s)
 
 
 # ---- states of split rows -------------------------------------------------------------------
@@ -256,14 +266,11 @@ def load_states(ptr, how):
 
 @triton.jit
 def row_sums_of_parts(ptr, n_segments, s, how):
-    """The sums of a row from the states its segments' programs stored, folded as ``row_sums`` does.
-
-    The first part is the rest of the row.
-    """
+    """The sums of a row from the states its segments' programs stored, folded as ``row_sums``."""
     lanes = load_states(ptr, how)
-    segment = 0
+    segment = 1
     while segment < n_segments:
-        segment += 1
         part = load_states(ptr + segment * (N_SUMS * how.LANES), how)
         lanes = combined(lanes, part, s.log2_scale)
+        segment += 1
     return merged(lanes, s)

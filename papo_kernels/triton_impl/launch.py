@@ -86,12 +86,15 @@ class Plan:
             dtype: of a second matrix, None where there is none; those of all other arguments
                 follow from the plan and the flags.
         """
+        if programs == 0:
+            return
+        key, grid = (kernel.__name__, flags, dtype), (programs, parts, 1)
         if self.index is None or self.index == torch.cuda.current_device():
-            self._run(kernel, (kernel.__name__, flags, dtype), (programs, parts, 1), args)
+            self._run(kernel, key, grid, args)
         else:
             # Triton launches on the current device and its current stream.
             with torch.cuda.device(self.index):
-                self._run(kernel, (kernel.__name__, flags, dtype), (programs, parts, 1), args)
+                self._run(kernel, key, grid, args)
 
     def _run(
         self, kernel: Any, key: tuple[str, Flags, Any], grid: Grid, args: tuple[Any, ...]
@@ -100,7 +103,7 @@ class Plan:
         if started is not None:
             compiled, how = started
             compiled[grid](*args, how)
-        elif grid[0]:
+        else:
             how = self.variant(key[1])
             compiled = first_launch(kernel, self, grid, *args, how)
             if isinstance(compiled, CompiledKernel):

@@ -2,7 +2,7 @@
 
 Process CPU time of the public functions up to the launch, which a stand-in for Triton's driver
 takes: no GPU is needed. CPU tensors stand for a GPU's, so allocation is that of CPU memory. Two
-versions, this tree and COMMIT, are timed in turns, a process each, and compared.
+versions, this tree and COMMIT, take turns, a batch of calls each, in a process of their own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import environment, write_json
+
 ROOT = Path(__file__).parents[1]
 ROWS, COLUMNS = 1024, 4096
-BATCH, BATCHES = 200, 40
+BATCH = 100  # calls
 
 
 class Driver:
@@ -80,8 +82,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure() -> dict[str, float]:
-    """Microseconds a call, median over batches, of the `papo_kernels` that is imported."""
+def serve() -> None:
+    """For every line that comes, one with the microseconds a call, of the `papo_kernels` that is
+    imported."""
     from triton.runtime import driver
 
     from papo_kernels import backend, loss_ops, ops
@@ -91,29 +94,44 @@ def measure() -> dict[str, float]:
     # Targets on a GPU are not looked at.
     ops.check_target_values = loss_ops.check_target_values = lambda *_: None
     torch.set_num_threads(1)
-    cases = calls()
-    timed: dict[str, list[float]] = {name: [] for name in cases}
     gc.disable()
-    for i in range(BATCHES + 2):
+    cases = calls()
+    for _ in sys.stdin:
+        us = {}
         for name, call in cases.items():
             call()
             start = time.process_time()
             for _ in range(BATCH):
                 call()
-            if i >= 2:
-                timed[name].append((time.process_time() - start) / BATCH * 1e6)
-    return {name: statistics.median(times) for name, times in timed.items()}
+            us[name] = (time.process_time() - start) / BATCH * 1e6
+        print(json.dumps(us), flush=True)
 
 
-def run(tree: Path) -> dict[str, float]:
-    """`measure` in a process of its own, of the package in `tree`."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure"]
-    done = subprocess.run(
-        command, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True, check=True
-    )
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+class Version:
+    """A process that times the package in `tree`, a batch of every call when it is asked."""
+
+    def __init__(self, tree: Path) -> None:
+        paths = os.pathsep.join((str(tree), str(ROOT), os.environ.get("PYTHONPATH", "")))
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--serve"],
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            cwd=tree,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ask()  # compiles
+
+    def ask(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        us: dict[str, float] = json.loads(self._process.stdout.readline())
+        return us
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def exported(commit: str, to: Path) -> Path:
@@ -128,22 +146,34 @@ def exported(commit: str, to: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commit", nargs="?", default="HEAD~1", help="to compare with")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--save", action="store_true", help="write results/triton-host-*.json")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure()))
+    if args.serve:
+        serve()
         return
     with tempfile.TemporaryDirectory() as folder:
-        trees = {"old": exported(args.commit, Path(folder)), "new": ROOT}
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
-        for _ in range(args.rounds):
-            for name, tree in trees.items():
-                results[name].append(run(tree))
-    print(f"{'us a call':30s} {args.commit[:12]:>12s} {'this tree':>12s} {'old / new':>10s}")
-    for call in results["new"][0]:
-        old, new = (statistics.median(r[call] for r in results[name]) for name in trees)
-        print(f"{call:30s} {old:12.1f} {new:12.1f} {old / new:10.2f}")
+        trees = {args.commit: exported(args.commit, Path(folder)), "this tree": ROOT}
+        versions = {name: Version(tree) for name, tree in trees.items()}
+        rounds = [{name: v.ask() for name, v in versions.items()} for _ in range(args.rounds)]
+        for version in versions.values():
+            version.close()
+    us = {
+        call: {name: statistics.median(r[name][call] for r in rounds) for name in trees}
+        for call in rounds[0]["this tree"]
+    }
+    print(f"{'us a call':30s}" + "".join(f"{name[:12]:>14s}" for name in trees) + "     ratio")
+    for call, (old, new) in ((call, us[call].values()) for call in us):
+        print(f"{call:30s}{old:14.1f}{new:14.1f}{old / new:10.2f}")
+    if args.save:
+        record = {
+            "environment": environment(),
+            "clock": "process CPU time, one thread, median of interleaved batches",
+            "rounds": args.rounds,
+            "us": us,
+        }
+        print("wrote", write_json("triton-host", record).name)
 
 
 if __name__ == "__main__":

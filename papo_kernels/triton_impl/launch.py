@@ -32,8 +32,6 @@ __all__ = ["Plan", "candidates", "clear_config", "plan"]
 MAX_PARTS = 65_535  # programs along a grid's second axis
 CAPPED_REGISTERS = 128  # a soft cap takes about that many
 
-Grid = tuple[int, int, int]
-
 
 class Flags(NamedTuple):
     """The fields of ``tile.Variant`` that a plan leaves open."""
@@ -88,24 +86,18 @@ class Plan:
         """
         if programs == 0:
             return
-        key, grid = (kernel.__name__, flags, dtype), (programs, parts, 1)
-        if self.index is None or self.index == torch.cuda.current_device():
-            self._run(kernel, key, grid, args)
-        else:
-            # Triton launches on the current device and its current stream.
-            with torch.cuda.device(self.index):
-                self._run(kernel, key, grid, args)
-
-    def _run(
-        self, kernel: Any, key: tuple[str, Flags, Any], grid: Grid, args: tuple[Any, ...]
-    ) -> None:
+        key = (kernel.__name__, flags, dtype)
         started = self._started.get(key)
-        if started is not None:
+        # Triton launches on the current device and its current stream.
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                self.run(kernel, flags, dtype, programs, parts, *args)
+        elif started is not None:
             compiled, how = started
-            compiled[grid](*args, how)
+            compiled[programs, parts, 1](*args, how)
         else:
-            how = self.variant(key[1])
-            compiled = first_launch(kernel, self, grid, *args, how)
+            how = self.variant(flags)
+            compiled = first_launch(kernel, self, (programs, parts, 1), *args, how)
             if isinstance(compiled, CompiledKernel):
                 self._started[key] = compiled, how
 
@@ -227,7 +219,7 @@ def options(
     return chosen
 
 
-def first_launch(kernel: Any, call: Plan, grid: Grid, *args: Any) -> Any:
+def first_launch(kernel: Any, call: Plan, grid: tuple[int, int, int], *args: Any) -> Any:
     """By Triton's own way; the compiled kernel. The last argument is the variant."""
     nvidia = torch.version.hip is None
     chosen = options(kernel, args[-1], call.config.maxnreg, _warp_size(call.device), nvidia)

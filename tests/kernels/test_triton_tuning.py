@@ -14,7 +14,7 @@ from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
 pytest.importorskip("triton")
-from papo_kernels.triton_impl import config, launch, policy_loss_fwd, token_stats_fwd  # noqa: E402
+from papo_kernels.triton_impl import config, launch, policy_loss_fwd, token_stats_fwd
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")
@@ -47,7 +47,9 @@ def table(monkeypatch, force):
     """Replaces the table's rows, given as (dtype, columns, config), for any device."""
 
     def table(*rows):
-        rows = [tuning.Row("*", dtype, columns, dict(c._asdict()), {}) for dtype, columns, c in rows]
+        rows = [
+            tuning.Row("*", dtype, columns, dict(c._asdict()), {}) for dtype, columns, c in rows
+        ]
         monkeypatch.setattr(tuning, "_table", lambda: {"triton": rows})
         tuning.config.cache_clear()
         force(None)

@@ -7,6 +7,7 @@ a segment, finishes every row anew from its segments' states and writes its part
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,11 @@ from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import PolicyLossParams, RowParams, TokenInputs, WeightingInputs
 
 from . import launch
-from .gradient import Part, fill_zeros, row_beside, scale_part, write_gradient
+from .gradient import Part, fill_zeros, program_part, row_beside, scale_part, write_gradient
 from .policy_loss import policy_token
 from .row_state import Upstream, finished, row_grad
-from .source import IGNORED, STATE, Numbers, program_row, scaling, whole, whole_row
-from .tile import SEGMENT_TILES, row_at
+from .source import IGNORED, INTEGERS, LOGITS, STATE, Numbers, program_row, scaling, whole_row
+from .tile import row_at
 
 
 class Inputs(NamedTuple):
@@ -108,43 +109,49 @@ def store_token(out, i, r, token, active):
     tl.store(out.clipped + i, active & token.clipped)
 
 
-@triton.jit(do_not_specialize=["logits", "dlogits", "source", "stride", "dlogits_stride"])
+@triton.jit(do_not_specialize=["logits", "dlogits", "source", *INTEGERS])
 def policy_loss_kernel(
-    logits, dlogits, source, inputs, out, objective, stride, dlogits_stride, how
+    logits,
+    dlogits,
+    source,
+    inputs,
+    out,
+    objective,
+    stride: tl.int64,
+    dlogits_stride: tl.int64,
+    vocab_size,
+    n_columns,
+    how,
 ):
-    WORD: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    numbers = objective.numbers
-    n_parts = whole(numbers.n_parts)
-    i, index = program_row(n_parts)
-    s = scaling(numbers)
+    i, part = program_row(), program_part()
+    s = scaling(objective.numbers)
     target = tl.load(inputs.targets + i)
     active = (target != IGNORED) & (tl.load(inputs.token_weight + i) != 0.0)
-    vocab_size = tl.where(active, whole(numbers.vocab_size), 0)
+    n_read = tl.where(active, vocab_size, 0)
     row = row_at(logits, i, stride)
-    state, target_u = whole_row(row, source, i, target, vocab_size, s, how, "")
-    r = finished(state, target_u)
+    sums, sample = whole_row(row, source, i, target, n_read, s, how, "")
+    r = finished(sums, sample)
     token = policy_token(r, load_token(inputs, i), objective)
-    if index == 0:
+    if part.index == 0:
         store_token(out, i, r, token, active)
     if how.HAS_GRADIENT:
-        part = Part(index, n_parts)
         if active:
             g = Upstream(token.dlogp, token.dentropy, 0.0)
-            grad = row_grad(state, r, g, target_u, s, how.HAS_SOFTCAP)
-            beside = row_beside(dlogits, i, dlogits_stride, row.head, WORD, how)
+            grad = row_grad(sums, r, g, sample, s, how.HAS_SOFTCAP)
+            beside = row_beside(dlogits, i, dlogits_stride, row.head)
             column = tl.where(target < vocab_size, target, -1).to(tl.int32)
             write_gradient(row, beside, vocab_size, column, part, grad, s, how)
-        n_columns = whole(numbers.n_columns)
-        fill_zeros(row_at(dlogits, i, dlogits_stride), vocab_size, n_columns, part, how)
+        if n_read < n_columns:
+            fill_zeros(row_at(dlogits, i, dlogits_stride), n_read, n_columns, part, how)
 
 
-@triton.jit(do_not_specialize=["dlogits", "factor", "n_rows", "n_columns", "stride"])
-def scale_kernel(dlogits, factor, n_rows, n_columns, stride, how):
+@triton.jit(do_not_specialize=["dlogits", "factor", "n_rows", *INTEGERS])
+def scale_kernel(dlogits, factor, n_rows, n_columns, stride: tl.int64, how):
     """Programs take segments of rows in turn, and none where the factor is 1."""
     WORD: tl.constexpr = 128 // dlogits.dtype.element_ty.primitive_bitwidth
     f = tl.load(factor)
     if f != 1.0:
-        per_row = tl.cdiv(n_columns, how.LANES * how.VECTORS * SEGMENT_TILES * WORD)
+        per_row = tl.cdiv(n_columns, how.LANES * how.VECTORS * how.SEGMENT_TILES * WORD)
         n_segments = n_rows.to(tl.int64) * per_row
         segment = tl.program_id(0).to(tl.int64)
         while segment < n_segments:
@@ -172,83 +179,99 @@ def policy_loss_fwd(
     if dlogits is not None:
         check_dlogits(logits, dlogits, HALVES)
     call = launch.prepare(logits, row)
-    n = logits.shape[0]
-    outputs = [logits.new_empty(n, dtype=torch.float32) for _ in range(7)]
-    out = LossOut(*outputs, logits.new_empty(n, dtype=torch.bool))
+    n, aligned = logits.shape[0], launch.is_aligned(logits)
     inputs = _inputs(targets, tokens, weighting)
+    loss = logits.new_empty(n, dtype=torch.float32)
+    rest = [torch.empty_like(loss) for _ in range(6)]
+    out = LossOut(loss, *rest, logits.new_empty(n, dtype=torch.bool))
     if state is None:
-        kind, source = launch.read_rows(call, inputs.targets, inputs.token_weight)
+        kind, source = launch.read_rows(call, logits, aligned, inputs.targets, inputs.token_weight)
     else:
         kind, source = STATE.value, state.contiguous()
-    split = dlogits is not None and (state is not None or source is not logits)
-    n_parts = launch.count_parts(call) if split else 1
     written = logits if dlogits is None else dlogits
+    same_words = written is logits or launch.same_words(logits, written)
+    split = dlogits is not None and kind != LOGITS.value
     call.run(
         policy_loss_kernel,
-        n_parts,
+        launch.Flags(aligned and state is None, same_words, kind, dlogits is not None),
+        written.dtype,
+        n,
+        call.count_parts(n) if split else 1,
         logits,
         written,
         source,
         inputs,
         out,
-        _objective(call.numbers(n_parts), tokens, params, weighting),
+        _objective(
+            call.numbers,
+            params,
+            weighting and (weighting.strength, weighting.shape, weighting.dead_zone),
+            tokens.old_logp is not None,
+            tokens.ref_logp is not None,
+        ),
         logits.stride(0),
         written.stride(0),
-        call.variant(
-            ALIGNED=call.aligned and state is None,
-            SAME_WORDS=launch.same_words(logits, written),
-            HAS_GRADIENT=dlogits is not None,
-            SOURCE=kind,
-        ),
+        row.vocab_size,
+        logits.shape[1],
     )
     return tuple(out)
 
 
 def _inputs(targets: Tensor, tokens: TokenInputs, weighting: WeightingInputs | None) -> Inputs:
-    advantages = launch.row_tensor(tokens.advantages, torch.float32)
-
-    def rows(values: Tensor | None) -> Tensor:
-        return advantages if values is None else launch.row_tensor(values, torch.float32)
-
-    given = (
-        (None,) * 3 if weighting is None else (weighting.phase, weighting.sigma, weighting.scale)
-    )
+    f32, rows = torch.float32, launch.row_tensor
+    advantages = rows(tokens.advantages, f32)
+    phase = sigma = scale = old_logp = ref_logp = advantages
+    if tokens.old_logp is not None:
+        old_logp = rows(tokens.old_logp, f32)
+    if tokens.ref_logp is not None:
+        ref_logp = rows(tokens.ref_logp, f32)
+    if weighting is not None:
+        phase, sigma = rows(weighting.phase, f32), rows(weighting.sigma, f32)
+        scale = rows(weighting.scale, f32)
     return Inputs(
-        launch.row_tensor(targets, torch.int64),
+        rows(targets, torch.int64),
         advantages,
-        rows(tokens.token_weight),
-        rows(tokens.old_logp),
-        rows(tokens.ref_logp),
-        *map(rows, given),
+        rows(tokens.token_weight, f32),
+        old_logp,
+        ref_logp,
+        phase,
+        sigma,
+        scale,
     )
 
 
+@lru_cache(maxsize=256)
 def _objective(
     numbers: Numbers,
-    tokens: TokenInputs,
     params: PolicyLossParams,
-    weighting: WeightingInputs | None,
+    weighting: tuple[float, str, float] | None,
+    has_old: bool,
+    has_ref: bool,
 ) -> Objective:
-    return Objective(
+    """`weighting`: its strength, shape and dead zone."""
+    strength, shape, dead_zone = weighting or (0.0, "", 0.0)
+    objective = Objective(
         numbers,
         params.clip_low,
         params.clip_high,
         params.dual_clip or 0.0,
-        params.kl_coef if tokens.ref_logp is not None else 0.0,
+        params.kl_coef if has_ref else 0.0,
         params.entropy_coef,
-        float(tokens.old_logp is not None),
-        float(weighting is not None),
-        float(weighting is not None and weighting.shape == "tanh"),
-        0.0 if weighting is None else weighting.strength,
-        0.0 if weighting is None else weighting.dead_zone,
+        has_old,
+        weighting is not None,
+        shape == "tanh",
+        strength,
+        dead_zone,
     )
+    return Objective(numbers, *map(float, objective[1:]))
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
     """``dlogits *= factor`` for a 0-dim ``factor``; nothing is touched where it is 1."""
     n, n_columns = dlogits.shape
+    call = launch.prepare(dlogits, RowParams(1.0, 0.0, n_columns))
     factor = launch.row_tensor(factor, torch.float32)
-    how = launch.variant(launch.LONG_ROW)
-    programs = launch.scaling_programs(dlogits)
-    device, stride = dlogits.device, dlogits.stride(0)
-    launch.launch(scale_kernel, device, programs, dlogits, factor, n, n_columns, stride, how)
+    # Few enough to cost little where the factor is 1, which only the device knows.
+    programs = min(n * n_columns, 16 * launch.count_multiprocessors(dlogits.device))
+    stride = dlogits.stride(0)
+    call.run(scale_kernel, launch.Flags(), None, programs, 1, dlogits, factor, n, n_columns, stride)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .row_state import gradient
-from .tile import SEGMENT_TILES, Row, aligned_words, rounded, unpacked
+from .tile import Row, aligned_words, rounded, unpacked
 
 
 class Span(NamedTuple):
@@ -33,12 +33,14 @@ class Part(NamedTuple):
 
 
 @triton.jit
-def row_beside(ptr, row, stride, head, WORD: tl.constexpr, how):
+def program_part():
+    return Part(tl.program_id(1), tl.num_programs(1))
+
+
+@triton.jit
+def row_beside(ptr, row, stride, head):
     """A row of the gradient, by the positions of a row of logits whose head is ``head``."""
-    start = ptr + (row * stride - head)
-    if how.SAME_WORDS:
-        start = tl.multiple_of(start, WORD * (ptr.dtype.element_ty.primitive_bitwidth // 8))
-    return Row(start, head)
+    return Row(ptr + (row * stride - head), head)
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def end_positions(span, WORD: tl.constexpr, how):
 @triton.jit
 def part_words(span, part, how):
     """Words [begin, end) of a program's part, counted from the span's first."""
-    SEGMENT: tl.constexpr = how.LANES * how.VECTORS * SEGMENT_TILES
+    SEGMENT: tl.constexpr = how.LANES * how.VECTORS * how.SEGMENT_TILES
     begin = tl.where(part.n_parts > 1, part.index * SEGMENT, 0)
     last = tl.where(part.index + 1 < part.n_parts, begin + SEGMENT, span.n_words)
     return begin, tl.minimum(last, span.n_words)
@@ -98,9 +100,14 @@ def write_tile(source, out, word, n, grad, s, how, VECTORS: tl.constexpr):
     MASKED: tl.constexpr = VECTORS == 1
     DTYPE: tl.constexpr = source.ptr.dtype.element_ty
     WORD: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    # 64 bits, so that a tile's vectors lie at constant distances and share their address.
+    first = word.to(tl.int64) * WORD
+    from_ptr, to_ptr = tl.multiple_of(source.ptr + first, 16), out.ptr + first
+    if how.SAME_WORDS:
+        to_ptr = tl.multiple_of(to_ptr, WORD * (out.ptr.dtype.element_ty.primitive_bitwidth // 8))
     tile = ()
     for v in tl.static_range(VECTORS):
-        ptr = tl.multiple_of(source.ptr + (word + v * how.LANES) * WORD, 16)
+        ptr = from_ptr + v * how.LANES * WORD
         left = n - v * how.LANES
         tile = tile + (aligned_words(ptr, left, how.LANES, MASKED, "evict_first"),)
     for v in tl.static_range(VECTORS):
@@ -108,7 +115,7 @@ def write_tile(source, out, word, n, grad, s, how, VECTORS: tl.constexpr):
         dz = ()
         for i in tl.static_range(len(blocks)):
             dz = dz + (gradient(blocks[i], grad, s, how.HAS_SOFTCAP, how.HAS_SQUARES),)
-        ptr = out.ptr + (word + v * how.LANES) * WORD
+        ptr = to_ptr + v * how.LANES * WORD
         store_words(ptr, dz, n - v * how.LANES, how.LANES, MASKED)
 
 
@@ -126,7 +133,7 @@ def write_target(out, span, part, target, grad, WORD: tl.constexpr, how):
     position = out.head + target
     word = position // WORD - span.first_word
     in_words = (word >= 0) & (word < span.n_words)
-    owner = tl.where(in_words, word // (how.LANES * how.VECTORS * SEGMENT_TILES), 0)
+    owner = tl.where(in_words, word // (how.LANES * how.VECTORS * how.SEGMENT_TILES), 0)
     mine = tl.minimum(owner, part.n_parts - 1) == part.index
     # Every thread's words are out before one thread overwrites an element of them.
     tl.debug_barrier()

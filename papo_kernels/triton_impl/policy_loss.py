@@ -37,10 +37,11 @@ def k3(gap):
 @triton.jit
 def polarity_weight(polarity, unit_polarity, token, objective):
     """s (1 + strength phase h(polarity)); exactly s where strength or phase is 0."""
-    sign = tl.where(polarity > 0.0, 1.0, tl.where(polarity < 0.0, -1.0, 0.0))
+    h = tl.where(polarity > 0.0, 1.0, tl.where(polarity < 0.0, -1.0, 0.0))
     # Deterministic tokens sit at the rounding noise of c; their sign means nothing.
-    sign = tl.where(tl.abs(unit_polarity) <= objective.dead_zone, 0.0, sign)
-    h = tl.where(objective.is_tanh > 0.0, tanh(polarity / token.sigma), sign)
+    h = tl.where(tl.abs(unit_polarity) <= objective.dead_zone, 0.0, h)
+    if objective.is_tanh > 0.0:
+        h = tanh(polarity / token.sigma)
     swing = objective.strength * token.phase
     return tl.where(swing == 0.0, token.scale, token.scale * (1.0 + swing * h))
 
@@ -48,14 +49,17 @@ def polarity_weight(polarity, unit_polarity, token, objective):
 @triton.jit
 def policy_token(r, token, objective):
     """The clipped objective of one token with its optional terms; see policy_loss.h."""
+    bad = r.entropy != r.entropy
     ratio = tl.where(objective.has_old > 0.0, tl.exp(r.logp - token.old_logp), 1.0)
+    ratio = tl.where(bad, float("nan"), ratio)  # and with it all that is made of it
     polarity = ratio * token.advantage * r.unit_polarity
-    weight = polarity_weight(polarity, r.unit_polarity, token, objective)
-    weight = tl.where(objective.has_weighting > 0.0, weight, 1.0)
+    weight = tl.where(bad, float("nan"), 1.0)
+    if objective.has_weighting > 0.0:
+        weight *= polarity_weight(polarity, r.unit_polarity, token, objective)
     adv = weight * token.advantage
 
-    clamped = tl.where(ratio < 1.0 - objective.clip_low, 1.0 - objective.clip_low, ratio)
-    clamped = tl.where(ratio > 1.0 + objective.clip_high, 1.0 + objective.clip_high, clamped)
+    low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
+    clamped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     plain = ratio * adv
     bounded = clamped * adv
     # min() takes the unclipped branch on a tie, where both have the same gradient.
@@ -67,19 +71,17 @@ def policy_token(r, token, objective):
     clipped = clipped | above
     dlogp = tl.where(clipped, 0.0, -plain)  # d(-r A')/dlogp = -r A', since dr/dlogp = r
 
-    divergence, growth = k3(token.ref_logp - r.logp)
-    has_kl = objective.kl_coef != 0.0
-    loss = tl.where(has_kl, tl.fma(objective.kl_coef, divergence, loss), loss)
-    dlogp = tl.where(has_kl, tl.fma(-objective.kl_coef, growth, dlogp), dlogp)
+    if objective.kl_coef != 0.0:
+        divergence, growth = k3(token.ref_logp - r.logp)
+        loss = tl.fma(objective.kl_coef, divergence, loss)
+        dlogp = tl.fma(-objective.kl_coef, growth, dlogp)
     loss = tl.fma(-objective.entropy_coef, r.entropy, loss)
-
-    bad = r.entropy != r.entropy
     return TokenOut(
-        loss=tl.where(bad, float("nan"), token.token_weight * loss),
-        polarity=tl.where(bad, float("nan"), polarity),
-        weight=tl.where(bad, float("nan"), weight),
-        ratio=tl.where(bad, float("nan"), ratio),
-        clipped=clipped & (r.entropy == r.entropy),
-        dlogp=tl.where(bad, float("nan"), token.token_weight * dlogp),
-        dentropy=tl.where(bad, float("nan"), -token.token_weight * objective.entropy_coef),
+        loss=token.token_weight * loss,
+        polarity=polarity,
+        weight=weight,
+        ratio=ratio,
+        clipped=clipped,
+        dlogp=token.token_weight * dlogp,
+        dentropy=-token.token_weight * objective.entropy_coef,
     )

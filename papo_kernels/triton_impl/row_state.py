@@ -6,9 +6,10 @@ read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max``
     Z = sum e^d      T = sum e^d d      Z2 = sum e^2d      T2 = sum e^2d d
 
 from which log-probability, entropy and entropy polarity (arXiv 2605.11775) follow, and so do their
-gradients. A lane sums in float32; Z and Z2 are float64 from there on. Until a row is complete its
-maximum is kept in softcapped logits, where it is exact, and the sums in base 2: one multiplication
-then serves the exponent and T.
+gradients. All of it is float32: the largest logit's terms are taken out of Z and Z2, and what the
+others add keeps its digits. Only the state that is stored is float64, at half to a 64th of the
+speed. Inside a row the maximum is kept in softcapped logits, where it is exact, and the sums in
+base 2: one multiplication then serves the exponent and T.
 
 Wherever two kernels must agree to the last bit, every fused multiply-add is spelled out and the
 kernels are compiled with contraction off.
@@ -59,30 +60,42 @@ class LaneStates(NamedTuple):
     T2: tl.tensor
 
 
-class RowState(NamedTuple):
-    """The state of a whole row, in nats and float64."""
+class RowSums(NamedTuple):
+    """A whole row, float32, its sums in base 2 about ``row_max``.
 
-    row_max: tl.tensor
-    Z: tl.tensor
+    The largest logit is 1 in Z and in Z2. What the others add is kept apart, so that it has all its
+    digits where that logit is nearly certain.
+    """
+
+    row_max: tl.tensor  # u
+    rest: tl.tensor  # Z - 1
     T: tl.tensor
-    Z2: tl.tensor
+    rest2: tl.tensor  # Z2 - 1
     T2: tl.tensor
+    z_ref: tl.tensor  # a logit at row_max, or the nearest to it
+    shift: tl.tensor  # (u of z_ref - row_max) log2(e)
+
+
+class Sampled(NamedTuple):
+    """The sampled token: its softcapped logit, and its u - row_max."""
+
+    z: tl.tensor
+    d: tl.tensor
 
 
 class RowStats(NamedTuple):
-    """What a finished row reports, float32, and what its gradient needs of it, float64."""
+    """What a finished row reports, and what its gradient needs of it."""
 
     logp: tl.tensor
     entropy: tl.tensor
     unit_polarity: tl.tensor
     lse: tl.tensor
     inv_Z: tl.tensor
-    mu: tl.tensor  # T / Z
-    Q: tl.tensor  # sum p^2
-    S: tl.tensor  # sum p^2 (log p + H)
+    mu: tl.tensor  # T / Z in base 2
     p_a: tl.tensor  # of the sampled token
+    q: tl.tensor  # 1 - p_a
     s_a: tl.tensor  # log p_a + H
-    one_minus_p_a: tl.tensor
+    Q_r: tl.tensor  # sum p^2 of all other tokens
 
 
 class RowGrad(NamedTuple):
@@ -197,32 +210,74 @@ def combined(a, b, log2_scale):
 
 
 @triton.jit
-def merged(lanes, inv_temperature, log2_scale):
-    """The lanes of a row as the row's state.
-
-    Z and Z2 are added up in float64: a nearly certain token is 1 in both, and what the others add
-    to it must keep its digits.
-    """
-    z_max = tl.max(lanes.z_max, 0)
-    zeros = tl.zeros_like(lanes.Z)
-    parts = added(lanes, zeros, zeros, zeros, zeros, z_max, log2_scale)
-    # Two sums travel together: one exchange between warps instead of two.
-    Z, Z2 = tl.split(tl.sum(tl.join(parts.Z, parts.Z2).to(tl.float64), 0))
-    T, T2 = tl.split(tl.sum(tl.join(parts.T, parts.T2), 0))
-    return RowState(
-        z_max.to(tl.float64) * inv_temperature,  # exact: the product of two float32 numbers
-        Z,
-        T.to(tl.float64) * LN2,
-        Z2,
-        T2.to(tl.float64) * LN2,
-    )
+def ordered(bits):
+    """The bits of float32 numbers as integers in the order of the numbers, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x of a float64 in the range of float32, to 1e-13; a division would call a subroutine."""
-    y = (1.0 / x.to(tl.float32)).to(tl.float64)
-    return y * (2.0 - x * y)
+def merged(lanes, s):
+    """The lanes of a row as the row's sums."""
+    # A warp finds the maximum of integers, and their sum, by one instruction.
+    z_max = tl.max(ordered(lanes.z_max.to(tl.int32, bitcast=True)), 0)
+    z_max = ordered(z_max).to(tl.float32, bitcast=True)
+    zeros = tl.zeros_like(lanes.Z)
+    parts = added(lanes, zeros, zeros, zeros, zeros, z_max, s.log2_scale)
+    # A lane with the largest logit has exactly 1 of it in Z and Z2: subtracted without rounding.
+    top = tl.where(lanes.z_max == z_max, 1.0, 0.0)
+    n_top = tl.sum(top.to(tl.int32), 0).to(tl.float32)
+    # Four sums travel together: one exchange between warps instead of four.
+    sums = tl.join(tl.join(parts.Z - top, parts.Z2 - top), tl.join(parts.T, parts.T2))
+    of_Z, of_T = tl.split(tl.sum(sums, 0))
+    rest, rest2 = tl.split(of_Z)
+    T, T2 = tl.split(of_T)
+    more = n_top - 1.0
+    shift = tl.full([], 0.0, tl.float32)
+    return RowSums(z_max * s.inv_temperature, rest + more, T, rest2 + more, T2, z_max, shift)
+
+
+@triton.jit
+def sampled(z, z_max, s):
+    """The token of softcapped logit ``z``. Halves, as a difference may leave float32."""
+    return Sampled(z, (0.5 * z - 0.5 * z_max) * s.inv_temperature * 2.0)
+
+
+@triton.jit
+def finished(sums, token):
+    """Statistics of a whole row."""
+    # Bad rows: Z is 0 where every logit is -inf and NaN where one is NaN or +inf; the token's d is
+    # NaN where the target is no column.
+    good = (sums.rest > -1.0) & (token.d == token.d)
+    Z = tl.where(good, 1.0 + sums.rest, float("nan"))
+    inv_Z = 1.0 / Z
+    log_Z = tl.log(Z)
+    mu = sums.T * inv_Z
+    masked = token.d == NEG_INF
+    d = tl.where(masked, 0.0, token.d)
+    e = tl.where(masked, 0.0, tl.exp2(d * LOG2E))
+    ee = e * e
+    # Of the tokens but the sampled one, whose own terms are 1, 0, 1, 0 where it is the largest.
+    q = ((1.0 - e) + sums.rest) * inv_Z
+    inv_Z2 = inv_Z * inv_Z
+    Q_r = ((1.0 - ee) + sums.rest2) * inv_Z2
+    S_r = ((sums.T2 * LN2 - ee * d) * inv_Z2) - (mu * LN2) * Q_r
+    p_a = e * inv_Z
+    s_a = tl.where(masked, 0.0, d - mu * LN2)
+    return RowStats(
+        logp=token.d - log_Z,
+        entropy=log_Z - mu * LN2,
+        unit_polarity=S_r - p_a * q * s_a,
+        lse=sums.row_max + log_Z,
+        inv_Z=inv_Z,
+        mu=mu,
+        p_a=p_a,
+        q=q,
+        s_a=s_a,
+        Q_r=Q_r,
+    )
+
+
+# ---- the row's state, float64 in nats -------------------------------------------------------
 
 
 @triton.jit
@@ -236,77 +291,72 @@ def logit_at(u, s):
 
 
 @triton.jit
-def finished(state, target_u):
-    """Statistics of a whole row; ``target_u``, float64, is the sampled token's scaled logit.
-
-    A handful of operations a row: in float64, so that the differences below keep their digits.
-    """
-    # Bad rows: Z is 0 where every logit is -inf and NaN where one is NaN or +inf; target_u is NaN
-    # where the target is no column.
-    Z = tl.where((state.Z > 0.0) & (target_u == target_u), state.Z, float("nan"))
-    inv_Z = reciprocal(Z)
-    log_Z = tl.log(Z.to(tl.float32)).to(tl.float64)
-    mu = state.T * inv_Z
-    Q = state.Z2 * inv_Z * inv_Z
-    S = state.T2 * inv_Z * inv_Z - mu * Q
-    d = target_u - state.row_max
-    masked = d == NEG_INF
-    e = tl.where(masked, 0.0, tl.exp(d.to(tl.float32))).to(tl.float64)
-    p_a = e * inv_Z
-    s_a = tl.where(masked, 0.0, d - mu)
-    return RowStats(
-        logp=(d - log_Z).to(tl.float32),
-        entropy=(log_Z - mu).to(tl.float32),
-        unit_polarity=(S - p_a * s_a).to(tl.float32),
-        lse=(state.row_max + log_Z).to(tl.float32),
-        inv_Z=inv_Z,
-        mu=mu,
-        Q=Q,
-        S=S,
-        p_a=p_a,
-        s_a=s_a,
-        one_minus_p_a=(Z - e) * inv_Z,
+def loaded_state(at, s):
+    """The row and the sampled token of a state; its maximum may be that of another shard."""
+    row_max = tl.load(at)
+    target_u = tl.load(at + 5)
+    z_ref = logit_at(row_max, s)
+    shift = z_ref.to(tl.float64) * s.inv_temperature - row_max
+    sums = RowSums(
+        row_max.to(tl.float32),
+        (tl.load(at + 1) - 1.0).to(tl.float32),
+        (tl.load(at + 2) * LOG2E).to(tl.float32),
+        (tl.load(at + 3) - 1.0).to(tl.float32),
+        (tl.load(at + 4) * LOG2E).to(tl.float32),
+        z_ref,
+        shift.to(tl.float32) * LOG2E,
     )
+    return sums, Sampled(logit_at(target_u, s), (target_u - row_max).to(tl.float32))
+
+
+@triton.jit
+def store_state(at, sums, token, s, active):
+    """A row's state as one vector: a lane converts one number of it."""
+    k = tl.arange(0, 8)
+    value = tl.where(k == 0, sums.z_ref, token.z)
+    value = tl.where(k == 1, sums.rest, value)
+    value = tl.where(k == 2, sums.T, value)
+    value = tl.where(k == 3, sums.rest2, value)
+    value = tl.where(k == 4, sums.T2, value)
+    is_sum = (k == 1) | (k == 3)
+    in_base_2 = (k == 2) | (k == 4)
+    one = tl.full([], 1.0, tl.float64)
+    unit = tl.where(in_base_2, one * LN2, tl.where(is_sum, one, s.inv_temperature.to(tl.float64)))
+    state = value.to(tl.float64) * unit + tl.where(is_sum, one, 0.0)
+    tl.store(at + k, tl.where(active, state, 0.0), mask=k < 6)
 
 
 # ---- gradients ------------------------------------------------------------------------------
 
 
 @triton.jit
-def row_grad(state, r, g, target_u, s, HAS_SOFTCAP: tl.constexpr):
-    """The gradient of g.logp logp + g.entropy H + g.unit_polarity c; derivation in row_grad.h."""
-    gc = g.unit_polarity
-    a1 = gc * (r.p_a - r.Q) - g.entropy
-    a0 = gc * (r.p_a - r.Q + r.p_a * r.s_a - 2.0 * r.S) - g.logp - a1 * r.mu
-    b1 = 2.0 * gc
-    b0 = gc * (1.0 - 2.0 * r.mu)
-    q = r.one_minus_p_a
-    Q_r = r.Q - r.p_a * r.p_a
-    S_r = r.S - r.p_a * r.p_a * r.s_a
-    dc = r.p_a * (2.0 * r.p_a * q * r.s_a - (q * q + Q_r) * (1.0 + r.s_a) - 2.0 * S_r)
-    target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc
+def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
+    """The gradient of g.logp logp + g.entropy H + g.unit_polarity c.
 
-    # From d = u - row_max and e^d to s and 2^y about a float32 logit: d = y ln(2) + shift. That
-    # shift is 0 where row_max comes from these kernels, at most a rounding of it elsewhere.
-    z_ref = logit_at(state.row_max, s)
-    shift = z_ref.to(tl.float64) * s.inv_temperature - state.row_max
-    scale = tl.exp(shift.to(tl.float32)) * r.inv_Z
-    centre = (r.mu * LOG2E).to(tl.float32)
-    shift += centre.to(tl.float64) * LN2
+    The derivation is in row_grad.h. With its ``Q = Q_r + p_a^2`` and ``c = S - p_a s_a`` the
+    coefficients about ``d = mu`` are these.
+    """
+    gc, c = g.unit_polarity, r.unit_polarity
+    spread = r.p_a * r.q - r.Q_r  # p_a - Q
+    a0 = gc * (spread - 2.0 * c - r.p_a * r.s_a) - g.logp
+    a1 = gc * spread - g.entropy
+    dc = -r.p_a * ((r.q * r.q + r.Q_r) * (1.0 + r.s_a) + 2.0 * c)
+    target = g.logp * r.q - g.entropy * r.p_a * r.s_a + gc * dc
     # A sampled token of probability 0 has no gradient, nor have the others of its row.
-    factor = tl.where(r.logp == NEG_INF, 0.0, s.inv_temperature.to(tl.float64))
+    factor = tl.where(r.logp == NEG_INF, 0.0, s.inv_temperature)
+    scale = tl.exp2(sums.shift) * r.inv_Z
     first = scale * factor
-    second = scale * first
+    second = scale * first * gc
     if HAS_SOFTCAP:
-        target *= slope(logit_at(target_u, s), s.softcap)
+        target *= slope(token.z, s.softcap)
     return RowGrad(
-        z_ref=z_ref,
-        centre=centre,
-        a0=(first * (a0 + a1 * shift)).to(tl.float32),
-        a1=(first * a1 * LN2).to(tl.float32),
-        b0=(second * (b0 + b1 * shift)).to(tl.float32),
-        b1=(second * b1 * LN2).to(tl.float32),
-        target=(factor * target).to(tl.float32),
+        z_ref=sums.z_ref,
+        centre=r.mu - sums.shift,
+        a0=first * a0,
+        a1=first * a1 * LN2,
+        b0=second,
+        b1=second * (2.0 * LN2),
+        target=factor * target,
     )
 
 

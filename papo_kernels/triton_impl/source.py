@@ -1,43 +1,32 @@
-"""Where a kernel takes a row's state from, and the numbers that the host passes to every kernel.
-
-They travel as floats in a tuple: Triton specialises integers inside tuples on their value, and
-would compile anew for another V, while floats are never specialised. They hold integers up to 2^24
-exactly, so larger ones come in two.
-"""
+"""Where a kernel takes a row's sums from, and the numbers that the host passes to every kernel."""
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .row_state import RowState, Scaling, capped
+from .row_state import Scaling, capped, empty_states, loaded_state, sampled
 from .tile import (
     N_SUMS,
     count_segments,
-    count_words,
     rest_of_row,
     row_at,
-    row_state,
-    row_state_of_parts,
+    row_sums,
+    row_sums_of_parts,
     segment_states,
     store_states,
 )
 
 IGNORED = tl.constexpr(-100)
 ELSEWHERE = tl.constexpr(-1)
-HIGH = tl.constexpr(2**16)
 
 # Where the state of a row comes from.
 LOGITS = tl.constexpr(0)  # this program reads the row
 PARTS = tl.constexpr(1)  # segments_kernel has read it, a program a segment
 STATE = tl.constexpr(2)  # the caller has it
 
-
-class Count(NamedTuple):
-    """``high 2^16 + low``."""
-
-    high: float
-    low: float
+# Arguments of the kernels that Triton would else compile anew for.
+INTEGERS = ("stride", "dlogits_stride", "vocab_size", "n_columns")
 
 
 class Numbers(NamedTuple):
@@ -47,9 +36,6 @@ class Numbers(NamedTuple):
     log2_scale: float
     softcap: float
     elsewhere: float  # logit of a token that lies in another shard: -inf, NaN in whole rows
-    vocab_size: Count
-    n_columns: Count
-    n_parts: Count  # programs of a row
 
 
 @triton.jit
@@ -63,15 +49,9 @@ def scaling(numbers):
 
 
 @triton.jit
-def whole(count):
-    return tl.cast(count.high, tl.int32) * HIGH + tl.cast(count.low, tl.int32)
-
-
-@triton.jit
-def program_row(n_parts):
-    """This program's row, int64, and its part of it."""
-    program = tl.program_id(0)
-    return (program // n_parts).to(tl.int64), program % n_parts
+def program_row():
+    """This program's row, int64. Its part of it is the second index."""
+    return tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
@@ -87,54 +67,51 @@ def target_logit(row, target, vocab_size, s, how):
 
 
 @triton.jit
-def parts_stride(n_words, how):
-    """Floats of a row's parts: the rest of the row, its segments, the target's logit."""
-    return ((count_segments(n_words, how) + 1) * N_SUMS + 1) * how.LANES
+def parts_stride(n_segments, how):
+    """Floats of a row's parts: its segments, the target's logit."""
+    return (n_segments * N_SUMS + 1) * how.LANES
 
 
 @triton.jit
 def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr):
-    """The state of row ``i`` and its target's scaled logit; ``vocab_size`` 0: nothing is read."""
+    """The sums of row ``i`` and its sampled token; ``vocab_size`` 0: nothing is read."""
     if how.SOURCE == STATE:
-        at = source + i * 6
-        state = RowState(
-            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
-        )
-        return state, tl.load(at + 5)
+        return loaded_state(source + i * 6, s)
     elif how.SOURCE == PARTS:
-        n_words = count_words(vocab_size, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
-        stride = parts_stride(n_words, how)
+        n_segments = count_segments(vocab_size, row.ptr.dtype.element_ty, how)
+        stride = parts_stride(n_segments, how)
         at = source + i * stride
-        state = row_state_of_parts(at, count_segments(n_words, how), s, how)
-        return state, tl.load(at + (stride - how.LANES)).to(tl.float64) * s.inv_temperature
+        sums = row_sums_of_parts(at, n_segments, s, how)
+        return sums, sampled(tl.load(at + (stride - how.LANES)), sums.z_ref, s)
     else:
         # Where a gradient follows, the logit is loaded before the reductions: past their barriers
         # other warps may write the gradient, in place, over it. Elsewhere after them: it would cost
         # a register in the loop.
         if how.HAS_GRADIENT:
             z = target_logit(row, target, vocab_size, s, how)
-        state = row_state(row, vocab_size, s, how, EVICTION)
+        sums = row_sums(row, vocab_size, s, how, EVICTION)
         if not how.HAS_GRADIENT:
             z = target_logit(row, target, vocab_size, s, how)
-        return state, z.to(tl.float64) * s.inv_temperature
+        return sums, sampled(z, sums.z_ref, s)
 
 
-@triton.jit(do_not_specialize=["logits", "parts", "targets", "weights", "has_weights", "stride"])
-def segments_kernel(logits, parts, targets, weights, has_weights, numbers, stride, how):
+@triton.jit(do_not_specialize=["logits", "parts", "targets", "weights", *INTEGERS])
+def segments_kernel(
+    logits, parts, targets, weights, has_weights, numbers, stride: tl.int64, vocab_size, how
+):
     """The states of the segments of every row, a program each, in ``parts``."""
-    vocab_size = whole(numbers.vocab_size)
-    n_words = count_words(vocab_size, 128 // logits.dtype.element_ty.primitive_bitwidth, how)
-    i, segment = program_row(whole(numbers.n_parts))
+    i, segment = program_row(), tl.program_id(1)
     target = tl.load(targets + i)
-    weight = tl.load(weights + i, mask=has_weights != 0, other=1.0)
+    weight = tl.load(weights + i, mask=has_weights > 0.0, other=1.0)
     if (target != IGNORED) & (weight != 0.0):
         s = scaling(numbers)
         row = row_at(logits, i, stride)
-        row_stride = parts_stride(n_words, how)
+        row_stride = parts_stride(tl.num_programs(1), how)
         at = parts + i * row_stride
+        lanes = empty_states(how.LANES)
         if segment == 0:
-            store_states(at, rest_of_row(row, vocab_size, s, how), how)
+            lanes = rest_of_row(row, vocab_size, s, how)
             z = target_logit(row, target, vocab_size, s, how)
             tl.store(at + (row_stride - how.LANES), z)
-        lanes = segment_states(row, n_words, segment, s, how, "evict_first")
-        store_states(at + (segment + 1) * (N_SUMS * how.LANES), lanes, how)
+        lanes = segment_states(row, vocab_size, segment, lanes, s, how, "evict_first")
+        store_states(at + segment * (N_SUMS * how.LANES), lanes, how)

@@ -1,4 +1,5 @@
-# ruff: noqa: RUF005, SIM300 - Triton has no starred tuples; DTYPE is no constant to ruff's eye.
+# ruff: noqa: RUF005, SIM108, SIM300 - Triton has no starred tuples, and takes both sides of a
+# conditional expression; DTYPE is no constant to ruff's eye.
 """How a row of logits is read: words, tiles, segments, and the state they add up to.
 
 A row is read in 16-byte *words* counted from column 0, in tiles of a few words a thread. Where rows
@@ -29,7 +30,6 @@ from .row_state import (
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WORD_BYTES = 16
-SEGMENT_TILES = tl.constexpr(4)
 N_SUMS = tl.constexpr(5)  # fields of LaneStates
 
 
@@ -38,6 +38,7 @@ class Variant(NamedTuple):
 
     LANES: int  # threads of a program
     VECTORS: int  # words of a thread in a tile
+    SEGMENT_TILES: int  # tiles of a segment
     HAS_SOFTCAP: bool
     ALIGNED: bool = False  # rows of logits start on 16-byte boundaries
     SAME_WORDS: bool = False  # a word of logits is one of dlogits
@@ -155,15 +156,15 @@ def load_tile(row, word, n_words, s, how, VECTORS: tl.constexpr, EVICTION: tl.co
     MASKED: tl.constexpr = VECTORS == 1
     DTYPE: tl.constexpr = row.ptr.dtype.element_ty
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    # 64 bits, so that a tile's vectors lie at constant distances and share their address.
+    from_ptr = tl.multiple_of(row.ptr + word.to(tl.int64) * (128 // BITS), 16)
     tile = ()
     for v in tl.static_range(VECTORS):
-        first = word + v * how.LANES
-        n = n_words - first
-        ptr = tl.multiple_of(row.ptr + first * (128 // BITS), 16)
+        n = n_words - word - v * how.LANES
+        ptr = from_ptr + v * how.LANES * (128 // BITS)
         words = aligned_words(ptr, n, how.LANES, MASKED, EVICTION)
         if not how.ALIGNED:
-            ptr = tl.multiple_of(ptr + 128 // BITS, 16)
-            following = aligned_words(ptr, n, how.LANES, MASKED, EVICTION)
+            following = aligned_words(ptr + 128 // BITS, n, how.LANES, MASKED, EVICTION)
             words = shifted_words(words, following, row.head, how.LANES, BITS)
         blocks = unpacked(words, DTYPE)
         if how.HAS_SOFTCAP:
@@ -184,8 +185,9 @@ def count_words(n_columns, WORD: tl.constexpr, how):
 
 
 @triton.jit
-def count_segments(n_words, how):
-    return tl.maximum(tl.cdiv(n_words, how.LANES * how.VECTORS * SEGMENT_TILES), 1)
+def count_segments(n_columns, DTYPE: tl.constexpr, how):
+    n_words = count_words(n_columns, 128 // DTYPE.primitive_bitwidth, how)
+    return tl.maximum(tl.cdiv(n_words, how.LANES * how.VECTORS * how.SEGMENT_TILES), 1)
 
 
 @triton.jit
@@ -201,12 +203,12 @@ def rest_of_row(row, n_columns, s, how):
 
 
 @triton.jit
-def segment_states(row, n_words, segment, s, how, EVICTION: tl.constexpr):
-    """The states of the words of one segment."""
+def segment_states(row, n_columns, segment, lanes, s, how, EVICTION: tl.constexpr):
+    """``lanes`` with the words of one segment added."""
     TILE: tl.constexpr = how.LANES * how.VECTORS
-    lanes = empty_states(how.LANES)
-    word = segment * (SEGMENT_TILES * TILE)
-    end = tl.minimum(word + SEGMENT_TILES * TILE, n_words)
+    n_words = count_words(n_columns, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
+    word = segment * (how.SEGMENT_TILES * TILE)
+    end = tl.minimum(word + how.SEGMENT_TILES * TILE, n_words)
     if how.VECTORS > 1:
         while word + TILE <= end:
             tile = load_tile(row, word, n_words, s, how, how.VECTORS, EVICTION)
@@ -220,16 +222,24 @@ def segment_states(row, n_words, segment, s, how, EVICTION: tl.constexpr):
 
 
 @triton.jit
-def row_state(row, n_columns, s, how, EVICTION: tl.constexpr):
-    """The state of the first ``n_columns`` of a row, by one program; nothing is read where 0."""
-    n_words = count_words(n_columns, 128 // row.ptr.dtype.element_ty.primitive_bitwidth, how)
+def row_sums(row, n_columns, s, how, EVICTION: tl.constexpr):
+    """The sums of the first ``n_columns`` of a row, by one program; nothing is read where 0.
+
+    The first segment takes up what the rest of the row has left.
+    """
+    n_segments = count_segments(n_columns, row.ptr.dtype.element_ty, how)
     lanes = rest_of_row(row, n_columns, s, how)
+    folded = empty_states(how.LANES)
     segment = 0
-    while segment * (how.LANES * how.VECTORS * SEGMENT_TILES) < n_words:
-        part = segment_states(row, n_words, segment, s, how, EVICTION)
-        lanes = combined(lanes, part, s.log2_scale)
+    while segment < n_segments:
+        lanes = segment_states(row, n_columns, segment, lanes, s, how, EVICTION)
+        if segment == 0:
+            folded = lanes
+        else:
+            folded = combined(folded, lanes, s.log2_scale)
+        lanes = empty_states(how.LANES)
         segment += 1
-    return merged(lanes, s.inv_temperature, s.log2_scale)
+    return merged(folded, s)
 
 
 # ---- states of split rows -------------------------------------------------------------------
@@ -255,15 +265,12 @@ def load_states(ptr, how):
 
 
 @triton.jit
-def row_state_of_parts(ptr, n_segments, s, how):
-    """The state of a row from those its segments' programs stored, folded as ``row_state`` does.
-
-    The first part is the rest of the row.
-    """
+def row_sums_of_parts(ptr, n_segments, s, how):
+    """The sums of a row from the states its segments' programs stored, folded as ``row_sums``."""
     lanes = load_states(ptr, how)
-    segment = 0
+    segment = 1
     while segment < n_segments:
-        segment += 1
         part = load_states(ptr + segment * (N_SUMS * how.LANES), how)
         lanes = combined(lanes, part, s.log2_scale)
-    return merged(lanes, s.inv_temperature, s.log2_scale)
+        segment += 1
+    return merged(lanes, s)

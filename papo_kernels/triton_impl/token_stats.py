@@ -13,9 +13,9 @@ from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import STATE_SIZE, RowParams
 
 from . import launch
-from .gradient import Part, fill_zeros, row_beside, write_gradient
-from .row_state import Upstream, finished, row_grad
-from .source import IGNORED, STATE, program_row, scaling, whole, whole_row
+from .gradient import fill_zeros, program_part, row_beside, write_gradient
+from .row_state import Upstream, finished, row_grad, store_state
+from .source import IGNORED, INTEGERS, STATE, program_row, scaling, whole_row
 from .tile import row_at
 
 
@@ -52,29 +52,18 @@ def store_stats(out, i, r, active):
     tl.store(out.lse + i, tl.where(active, r.lse, 0.0))
 
 
-@triton.jit
-def store_state(out, i, state, target_u, active):
-    at = out.state + i * 6
-    tl.store(at, tl.where(active, state.row_max, 0.0))
-    tl.store(at + 1, tl.where(active, state.Z, 0.0))
-    tl.store(at + 2, tl.where(active, state.T, 0.0))
-    tl.store(at + 3, tl.where(active, state.Z2, 0.0))
-    tl.store(at + 4, tl.where(active, state.T2, 0.0))
-    tl.store(at + 5, tl.where(active, target_u, 0.0))
-
-
-@triton.jit(do_not_specialize=["logits", "source", "targets", "stride"])
-def token_stats_kernel(logits, source, targets, out, numbers, stride, how):
-    i, _ = program_row(1)
+@triton.jit(do_not_specialize=["logits", "source", "targets", *INTEGERS])
+def token_stats_kernel(logits, source, targets, out, numbers, stride: tl.int64, vocab_size, how):
+    i = program_row()
     s = scaling(numbers)
     target = tl.load(targets + i)
     active = target != IGNORED
-    vocab_size = tl.where(active, whole(numbers.vocab_size), 0)
     row = row_at(logits, i, stride)
-    state, target_u = whole_row(row, source, i, target, vocab_size, s, how, "evict_first")
-    store_stats(out, i, finished(state, target_u), active)
+    n_columns = tl.where(active, vocab_size, 0)
+    sums, token = whole_row(row, source, i, target, n_columns, s, how, "evict_first")
+    store_stats(out, i, finished(sums, token), active)
     if how.SOURCE != STATE:
-        store_state(out, i, state, target_u, active)
+        store_state(out.state + i * 6, sums, token, s, active)
 
 
 @triton.jit
@@ -82,31 +71,37 @@ def upstream_gradient(ptr, i, given):
     return tl.load(ptr + i, mask=given > 0.0, other=0.0)
 
 
-@triton.jit(do_not_specialize=["logits", "dlogits", "state", "stride", "dlogits_stride"])
-def token_stats_bwd_kernel(logits, dlogits, state, grads, numbers, stride, dlogits_stride, how):
-    WORD: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    n_parts = whole(numbers.n_parts)
-    i, index = program_row(n_parts)
-    part = Part(index, n_parts)
-    n_columns = whole(numbers.n_columns)
+@triton.jit(do_not_specialize=["logits", "dlogits", "state", *INTEGERS])
+def token_stats_bwd_kernel(
+    logits,
+    dlogits,
+    state,
+    grads,
+    numbers,
+    stride: tl.int64,
+    dlogits_stride: tl.int64,
+    vocab_size,
+    n_columns,
+    how,
+):
+    i, part = program_row(), program_part()
     target = tl.load(grads.targets + i)
     row = row_at(logits, i, stride)
     if target != IGNORED:
         s = scaling(numbers)
-        vocab_size = whole(numbers.vocab_size)
-        row_sums, target_u = whole_row(row, state, i, target, vocab_size, s, how, "")
+        sums, token = whole_row(row, state, i, target, vocab_size, s, how, "")
         g = Upstream(
             upstream_gradient(grads.logp, i, grads.has_logp),
             upstream_gradient(grads.entropy, i, grads.has_entropy),
             upstream_gradient(grads.unit_polarity, i, grads.has_unit_polarity),
         )
-        grad = row_grad(row_sums, finished(row_sums, target_u), g, target_u, s, how.HAS_SOFTCAP)
-        out = row_beside(dlogits, i, dlogits_stride, row.head, WORD, how)
+        grad = row_grad(sums, finished(sums, token), g, token, s, how.HAS_SOFTCAP)
+        out = row_beside(dlogits, i, dlogits_stride, row.head)
         column = tl.where(target < vocab_size, target, -1).to(tl.int32)
         write_gradient(row, out, vocab_size, column, part, grad, s, how)
-        fill_zeros(row_at(dlogits, i, dlogits_stride), vocab_size, n_columns, part, how)
-    else:
-        fill_zeros(row_at(dlogits, i, dlogits_stride), 0, n_columns, part, how)
+    n_written = tl.where(target != IGNORED, vocab_size, 0)
+    if n_written < n_columns:
+        fill_zeros(row_at(dlogits, i, dlogits_stride), n_written, n_columns, part, how)
 
 
 # ---- launchers ------------------------------------------------------------------------------
@@ -117,27 +112,30 @@ def token_stats_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of every row in one pass, or finished from ``state``: see ``reference.py``."""
     call = launch.prepare(logits, row)
-    n = logits.shape[0]
-    outputs = [logits.new_empty(n, dtype=torch.float32) for _ in range(4)]
+    n, aligned = logits.shape[0], launch.is_aligned(logits)
     targets = launch.row_tensor(targets, torch.int64)
+    logp = logits.new_empty(n, dtype=torch.float32)
+    stats = (logp, torch.empty_like(logp), torch.empty_like(logp), torch.empty_like(logp))
     if state is None:
-        kind, source = launch.read_rows(call, targets, None)
+        kind, source = launch.read_rows(call, logits, aligned, targets, None)
         state = logits.new_empty((n, STATE_SIZE), dtype=torch.float64)
     else:
         kind, source = STATE.value, state.contiguous()
-    out = StatsOut(*outputs, state)
     call.run(
         token_stats_kernel,
+        launch.Flags(aligned, False, kind),
+        None,
+        n,
         1,
         logits,
         source,
         targets,
-        out,
-        call.numbers(1),
+        StatsOut(*stats, state),
+        call.numbers,
         logits.stride(0),
-        call.variant(ALIGNED=call.aligned, SOURCE=kind),
+        row.vocab_size,
     )
-    return tuple(out)
+    return *stats, state
 
 
 def token_stats_bwd(
@@ -156,24 +154,25 @@ def token_stats_bwd(
     if not given:
         return dlogits.zero_()
     call = launch.prepare(logits, row)
-    n_parts = launch.count_parts(call)
+    n = logits.shape[0]
     has = [float(g is not None) for g in grads]
     rest = iter(given)
     upstream = [next(rest) if is_given else given[0] for is_given in has]
+    same_words = dlogits is logits or launch.same_words(logits, dlogits)
     call.run(
         token_stats_bwd_kernel,
-        n_parts,
+        launch.Flags(False, same_words, STATE.value, False, grads[2] is not None),
+        dlogits.dtype,
+        n,
+        call.count_parts(n),
         logits,
         dlogits,
         state.contiguous(),
         StatsGrads(launch.row_tensor(targets, torch.int64), *upstream, *has),
-        call.numbers(n_parts),
+        call.numbers,
         logits.stride(0),
         dlogits.stride(0),
-        call.variant(
-            SOURCE=STATE.value,
-            SAME_WORDS=launch.same_words(logits, dlogits),
-            HAS_SQUARES=grads[2] is not None,
-        ),
+        row.vocab_size,
+        logits.shape[1],
     )
     return dlogits

@@ -26,6 +26,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LONG, ODD = 151_936, 151_937
 # Registers that leave three (80), or for a soft cap two (128), programs of 256 threads on an SM.
 BUDGET, CAPPED_BUDGET = 80, 128
+FLOAT64 = re.compile(r"D(FMA|ADD|MUL|SETP|MNMX)|F2F\.|MUFU\.\w+64H")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);")
 
 
@@ -72,13 +73,14 @@ def compiled(arch, call):
 
     kernels = []
 
-    def compile_only(kernel, device, programs, *args):
-        at = target(arch)
-        options = launch.options(kernel, args[-1], at.warp_size, at.backend == "cuda")
+    def compile_only(kernel, plan, grid, *args):
+        at, how = target(arch), args[-1]
+        nvidia = at.backend == "cuda"
+        options = launch.options(kernel, how, plan.config.maxnreg, at.warp_size, nvidia)
         kernels.append((kernel.__name__, kernel.warmup(*args, grid=(1,), **options)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", compile_only)
+        patch.setattr(launch, "first_launch", compile_only)
         patch.setattr(driver, "_active", Driver(arch))
         call()
     return kernels
@@ -151,6 +153,7 @@ CALLS = {
     "backward": lambda: backward(LONG, BF16),
     "backward_without_squares": lambda: backward(ODD, BF16, squares=False),
     "loss": lambda: loss(LONG, BF16),
+    "loss_short": lambda: loss(32_000, BF16),
     "loss_f32": lambda: loss(LONG, F32),
     "loss_odd": lambda: loss(ODD, BF16),
     "loss_split": lambda: loss(LONG, BF16, n=2),
@@ -222,6 +225,16 @@ def test_instructions_an_element_of_the_scan(name, elements, most):
     assert len(body) / elements <= most
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("stats", 4), ("stats_short", 4), ("loss", 0), ("loss_softcap", 0), ("loss_split", 0)],
+)
+def test_float64_is_left_to_the_state_that_is_stored(name, most):
+    """Every warp of a program does it, at a 64th of the speed of float32 on a consumer GPU."""
+    for kernel in kernels_of(name, 90):
+        assert sum(bool(FLOAT64.match(op)) for _, op, _ in kernel.sass) <= most, kernel.name
+
+
 @pytest.mark.parametrize("name", ["backward", "loss", "loss_f32", "loss_odd", "loss_split"])
 def test_the_gradient_is_written_16_bytes_at_a_time(name):
     opcodes = [op for _, op, _ in loop_of(kernels_of(name, 90)[-1], "STG")]
@@ -248,7 +261,7 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
     def calls():
         for n, v, t, clip in (
             (100, 8000, 1.0, 0.1),
-            (117, 50_000, 0.7, 0.2),
+            (117, 30_000, 0.7, 0.2),
             (512, 8192, 16.0, 1.0),
         ):
             g = torch.zeros(n + 1)

@@ -31,6 +31,8 @@ struct Barrier {
   // What its phases pass on, at the scope of the block and at that of the cluster: of the phases
   // that are over, and with what has arrived since.
   Clock released, released_cluster, arriving, arriving_cluster;
+  std::vector<Stamp> observers;  // threads that saw the end of the phase before
+  const char* name = "";         // as its last waiter called it
 };
 
 // Threads that all wait for one another, time after time.
@@ -92,7 +94,7 @@ struct Machine {
   std::vector<Cluster> clusters;
   std::vector<std::function<void()>> in_flight;
   std::vector<Range> memory;
-  int cluster = 1;
+  int cluster = 1, threads = 0;  // blocks of a cluster, threads of a block
   bool check_order = false;
   Fiber* current = nullptr;
   jmp_buf scheduler;

@@ -168,6 +168,7 @@ inline void build(const LaunchShape& shape) {
   m.in_flight.clear();
   m.error.clear();
   m.cluster = shape.cluster;
+  m.threads = shape.threads;
   m.clusters.assign(static_cast<size_t>(shape.blocks / shape.cluster), Cluster{});
   for (Cluster& c : m.clusters) c.agents = static_cast<uint32_t>(shape.cluster * shape.threads);
   for (int64_t b = 0; b < shape.blocks; ++b) {

@@ -3,8 +3,9 @@
 // The CUDA sources compile against this unchanged (-DPAPO_EMULATED). What is asynchronous on a GPU
 // stays so: bulk copies and messages between blocks arrive at some random later moment, and what
 // they are going to overwrite is spoilt at once. A missing barrier therefore shows as NaN, a wrong
-// phase as a deadlock, and a stray or misaligned access as an error. Everything is reported through
-// error().
+// phase as a deadlock, and a stray or misaligned access as an error. With Machine::check_order an
+// access to shared memory that nothing orders is an error too, in whatever order it came
+// (emulated_order.h). Everything is reported through error().
 #pragma once
 
 #include "emulated_arithmetic.h"
@@ -55,11 +56,6 @@ inline Word load_global(const void* p) {
   return emulator::load<Word>(p);
 }
 inline Word load_global_cached(const void* p) { return load_global(p); }
-inline void load_global_half(const void* p, uint32_t& a, uint32_t& b) {
-  emulator::check_global(p, 8, false);
-  a = emulator::load<uint32_t>(p);
-  b = emulator::load<uint32_t>(static_cast<const char*>(p) + 4);
-}
 inline uint32_t load_global_32(const void* p) {
   emulator::check_global(p, 4, false);
   return emulator::load<uint32_t>(p);
@@ -95,11 +91,6 @@ void store_shared_as(uint32_t address, T x) {
   memcpy(to, &x, sizeof(T));
 }
 inline Word load_shared(uint32_t address) { return load_shared_as<Word>(address); }
-inline void load_shared_half(uint32_t address, uint32_t& a, uint32_t& b) {
-  const uint64_t x = load_shared_as<uint64_t>(address);
-  a = static_cast<uint32_t>(x);
-  b = static_cast<uint32_t>(x >> 32);
-}
 inline uint32_t load_shared_32(uint32_t address) { return load_shared_as<uint32_t>(address); }
 inline uint32_t load_shared_16(uint32_t address) { return load_shared_as<uint16_t>(address); }
 inline double load_shared_double(uint32_t address) { return load_shared_as<double>(address); }
@@ -119,11 +110,10 @@ inline void barrier_arrive(uint32_t barrier) { emulator::arrive_at(barrier, 0); 
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   emulator::arrive_at(barrier, bytes);
 }
-inline void barrier_wait(uint32_t barrier, uint32_t parity, const char* name = "a barrier") {
+inline void barrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
   emulator::wait_phase(barrier, parity, name, false);
 }
-inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity,
-                                 const char* name = "a barrier") {
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char* name) {
   emulator::wait_phase(barrier, parity, name, true);
 }
 inline void fence_before_bulk() {
@@ -148,27 +138,12 @@ inline void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint3
 }
 
 inline int cluster_rank() { return emulator::block().rank; }
-// Not ordered: nothing that came before is visible to who waits.
-inline void cluster_arrive(bool ordered = false) {
-  emulator::Fiber& f = emulator::fiber();
-  if (f.at_cluster) emulator::fail("cluster_arrive twice without cluster_wait");
-  for (const auto& [address, b] : f.block->barriers) {
-    if (!b.fenced) emulator::fail("cluster_arrive before a barrier's barrier_init_fence");
-  }
-  f.at_cluster = true;
-  f.cluster_generation = emulator::arrive(
-      f.block->cluster->sync, emulator::machine().cluster * f.block->threads, ordered);
-}
-inline void cluster_wait(bool ordered = false) {
-  emulator::Fiber& f = emulator::fiber();
-  if (!f.at_cluster) emulator::fail("cluster_wait without cluster_arrive");
-  f.at_cluster = false;
-  emulator::wait(f.block->cluster->sync, f.cluster_generation, "its cluster", ordered);
-}
 inline void cluster_sync() {
-  cluster_arrive(true);
-  cluster_wait(true);
+  emulator::arrive_at_cluster(true);
+  emulator::wait_for_cluster(true);
 }
+inline void cluster_arrive() { emulator::arrive_at_cluster(false); }
+inline void cluster_wait() { emulator::wait_for_cluster(false); }
 inline void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
   emulator::Machine& m = emulator::machine();
   if (rank < 0 || rank >= m.cluster) emulator::fail("message to no block of the cluster");

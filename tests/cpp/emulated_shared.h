@@ -35,20 +35,21 @@ T load(const void* p) {
 // ---- which of them are ordered ------------------------------------------------------------------
 
 // Agents: the threads of a cluster, block by block; then two for each barrier.
-inline bool is_thread(uint32_t agent) {
-  return agent < static_cast<uint32_t>(machine().cluster * block().threads);
+inline uint32_t thread_agents() {
+  return static_cast<uint32_t>(machine().cluster * machine().threads);
 }
+inline bool is_thread(uint32_t agent) { return agent < thread_agents(); }
 inline bool is_message(uint32_t agent) {
-  return !is_thread(agent) &&
-         (agent - static_cast<uint32_t>(machine().cluster * block().threads)) % 2 == 1;
+  return !is_thread(agent) && (agent - thread_agents()) % 2 == 1;
 }
 
+inline std::string name_of_thread(uint32_t agent) {
+  const uint32_t threads = static_cast<uint32_t>(machine().threads);
+  return "thread " + std::to_string(agent % threads) + " of the cluster's block " +
+         std::to_string(agent / threads);
+}
 inline std::string name_of(const Stamp& s, bool wrote) {
-  const uint32_t threads = static_cast<uint32_t>(block().threads);
-  if (is_thread(s.agent)) {
-    return "thread " + std::to_string(s.agent % threads) + " of the cluster's block " +
-           std::to_string(s.agent / threads) + (wrote ? " wrote" : " read");
-  }
+  if (is_thread(s.agent)) return name_of_thread(s.agent) + (wrote ? " wrote" : " read");
   return is_message(s.agent) ? "a message of another block writes" : "a bulk copy writes";
 }
 
@@ -125,6 +126,17 @@ inline Barrier& barrier_at(Block& b, uint32_t address, bool asynchronous = false
   return it->second;
 }
 
+// A parity tells one phase from the next alone. So a phase may not end before every thread that
+// waits for the one before it surely has: it might wait for ever.
+inline void check_observers(Barrier& b) {
+  for (const Stamp& s : b.observers) {
+    if (b.arriving.knows(s) || b.arriving_cluster.knows(s)) continue;
+    fail(std::string("a phase of ") + b.name + " may end while " + name_of_thread(s.agent) +
+         " still waits for the one before: nothing orders the two");
+  }
+  b.observers.clear();
+}
+
 inline void settle(Barrier& b) {
   if (b.pending < 0) fail("more arrivals at a barrier than it expects");
   if (b.bytes < 0) fail("bytes reached a barrier that does not expect them yet");
@@ -132,6 +144,7 @@ inline void settle(Barrier& b) {
   b.pending = b.arrivals;
   ++b.phase;
   if (!machine().check_order) return;
+  check_observers(b);
   b.released = b.arriving;
   b.released_cluster = b.arriving_cluster;
 }
@@ -149,8 +162,30 @@ inline void wait_phase(uint32_t address, uint32_t parity, const char* name, bool
   if ((b->phase & 1u) == parity) {
     wait_until(name, address, [b, parity] { return (b->phase & 1u) != parity; });
   }
+  if (!machine().check_order) return;
   acquire(b->released);
   if (cluster) acquire(b->released_cluster);
+  b->name = name;
+  b->observers.push_back(fiber().now);
+}
+
+// ---- clusters -----------------------------------------------------------------------------------
+
+inline void arrive_at_cluster(bool ordered) {
+  Fiber& f = fiber();
+  if (f.at_cluster) fail("cluster_arrive twice without cluster_wait");
+  for (const auto& [address, b] : f.block->barriers) {
+    if (!b.fenced) fail("cluster_arrive before a barrier's barrier_init_fence");
+  }
+  f.at_cluster = true;
+  f.cluster_generation =
+      arrive(f.block->cluster->sync, machine().cluster * f.block->threads, ordered);
+}
+inline void wait_for_cluster(bool ordered) {
+  Fiber& f = fiber();
+  if (!f.at_cluster) fail("cluster_wait without cluster_arrive");
+  f.at_cluster = false;
+  wait(f.block->cluster->sync, f.cluster_generation, "its cluster", ordered);
 }
 
 // ---- bulk copies and messages -------------------------------------------------------------------
@@ -161,7 +196,7 @@ inline void start_transfer(Block& b, uint32_t target, uint32_t bytes, uint32_t b
                            bool message, std::function<void(unsigned char*)> write) {
   Machine& m = machine();
   Fiber& f = fiber();
-  if (b.running == 0) fail("transfer into a block that has ended");
+  if (b.running == 0) fail("a transfer outlived its block");
   unsigned char* into = shared_at(b, target, bytes);
   Barrier* to = &barrier_at(b, barrier, true);
   const uint32_t agent = message ? to->messages : to->copies;
@@ -174,7 +209,7 @@ inline void start_transfer(Block& b, uint32_t target, uint32_t bytes, uint32_t b
   }
   memset(into, 0xff, bytes);
   m.in_flight.push_back([=, &b, write = std::move(write)] {
-    if (b.running == 0) fail("transfer into a block that has ended");
+    if (b.running == 0) fail("a transfer outlived its block");
     write(into);
     if (machine().check_order) {
       const Stamp landed = {agent, to->phase + 1};

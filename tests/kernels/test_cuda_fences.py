@@ -18,7 +18,7 @@ from papo_kernels import cuda_impl
 from papo_kernels.types import RowParams
 from tests.cases import make_loss_case
 from tests.kernels.cuda_emulator import FLAGS, ROOT, emulated
-from tests.kernels.test_cuda_emulated import DEVICES, EVERY_TERM, one_call
+from tests.kernels.test_cuda_emulated import EVERY_TERM, one_call
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -27,25 +27,19 @@ class Rows(NamedTuple):
     n: int
     v: int
     dtype: torch.dtype
-    limits: dict[str, int]
-
-
-def device(shared_per_block: int, shared_per_multiprocessor: int = 0) -> dict[str, int]:
-    return {
-        "shared_per_block": shared_per_block,
-        "shared_per_multiprocessor": shared_per_multiprocessor,
-    }
+    shared: tuple[int, int]  # bytes per block, and per multiprocessor
+    cluster: int  # blocks that share a row; 0: the device has no clusters
 
 
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = {
-    "no_whole_word": Rows(3, 3, BF16, DEVICES["ahead"]),
-    "no_clusters": Rows(9, 300, F32, DEVICES["no_clusters"]),
-    "several_warps": Rows(9, 2500, F32, device(40000, 80000)),
-    "cluster": Rows(9, 3001, BF16, DEVICES["ahead"]),
-    "empty_slices": Rows(9, 68, BF16, device(1800)),
-    "in_turn": Rows(9, 8200, F32, device(11000)),
-    "stages": Rows(4, 75001, F32, device(70000)),
+    "no_whole_word": Rows(3, 3, BF16, (24000, 26000), 1),
+    "no_clusters": Rows(9, 300, F32, (24000, 26000), 0),
+    "several_warps": Rows(9, 2500, F32, (40000, 80000), 1),
+    "two_slices_a_team": Rows(17, 9001, BF16, (30000, 32000), 4),
+    "empty_slices": Rows(17, 68, BF16, (2600, 2600), 8),
+    "in_turn": Rows(9, 8200, F32, (11000, 11000), 8),
+    "stages": Rows(4, 75001, F32, (70000, 70000), 8),
 }
 
 
@@ -53,14 +47,15 @@ ROWS = {
 def test_every_access_is_ordered(name):
     """Loss in place and alone, statistics, and their gradient from a state: several rows per block,
     two orders of threads."""
-    n, v, dtype, limits = ROWS[name]
+    n, v, dtype, shared, cluster = ROWS[name]
     case = make_loss_case("normal", n, v, dtype=dtype, params=EVERY_TERM)
     row = RowParams(1.0, 0.0, v)
     for seed in range(2):
-        with emulated(**limits, resident=1 + seed, seed=seed) as native:
+        with emulated(*shared, cluster and 8, resident=1 + seed, seed=seed) as native:
             native.lib.emulated_check_order(True)
             over = case.logits.clone()
             outputs = one_call(replace(case, logits=over), over)
+            assert native.widest_cluster == max(cluster, 1)
             for a, b in zip(outputs, one_call(case, None), strict=True):
                 assert torch.equal(a, b)
             *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
@@ -72,14 +67,13 @@ FAULTS = {
     "expect of messages": "bytes reached a barrier that does not expect them yet",
     "barrier_init_fence": "cluster_arrive before a barrier's barrier_init_fence",
     "wait for empty": "more arrivals at a barrier than it expects",
-    "fence_before_bulk": "bulk copy into shared memory at 0 that thread 0 of the cluster's block 0 "
-    "read: no fence_before_bulk in between",
+    "fence_before_bulk": "read: no fence_before_bulk in between",
     "expect of bytes": "bytes reached a barrier that does not expect them yet",
     "wait for full": "load from shared memory at 0 that a bulk copy writes: it was not waited for",
-    "warp_sync": "that thread 1 of the cluster's block 1 read: nothing orders the two",
-    "arrive at empty": "deadlock: block 0 warp 0 waits for full at 528, block 0 warp 1 waits for "
-    "empty at 536",
-    "wait for a message": "transfer into a block that has ended",
+    "warp_sync": "read: nothing orders the two",
+    "load and warp_sync": "still waits for the one before: nothing orders the two",
+    "arrive at empty": "deadlock: block 0 warp 0 waits for full at 528, block 0 warp 1 waits for",
+    "wait for a message": "a transfer outlived its block",
     "cluster scope": "load from shared memory at 512 that a message of another block writes: it "
     "was not waited for at the scope of the cluster",
     "cluster_sync": "barrier used before it was initialised",

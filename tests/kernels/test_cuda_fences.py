@@ -10,11 +10,12 @@ import shutil
 import subprocess
 from dataclasses import replace
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
-from papo_kernels import cuda_impl
+from papo_kernels import cuda_impl, tuning
 from papo_kernels.types import RowParams
 from tests.cases import make_loss_case
 from tests.kernels.cuda_emulator import FLAGS, ROOT, emulated
@@ -27,19 +28,19 @@ class Rows(NamedTuple):
     n: int
     v: int
     dtype: torch.dtype
-    shared: tuple[int, int]  # bytes per block, and per multiprocessor
-    cluster: int  # blocks that share a row; 0: the device has no clusters
+    tile: tuple[int, ...] | None  # of PAPO_TILE; None: streamed
+    stats: tuple[int, ...] | None = None  # of PAPO_STATS_TILE
 
 
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = {
-    "no_whole_word": Rows(3, 3, BF16, (24000, 26000), 1),
-    "no_clusters": Rows(9, 300, F32, (24000, 26000), 0),
-    "several_warps": Rows(9, 2500, F32, (40000, 80000), 1),
-    "two_slices_a_team": Rows(17, 9001, BF16, (30000, 32000), 4),
-    "empty_slices": Rows(17, 68, BF16, (2600, 2600), 8),
-    "in_turn": Rows(9, 8200, F32, (11000, 11000), 8),
-    "stages": Rows(4, 75001, F32, (70000, 70000), 8),
+    "streamed": Rows(9, 300, F32, None),
+    "no_whole_word": Rows(3, 3, BF16, (1, 1, 1, 3, 1)),
+    "one_block": Rows(9, 600, F32, (1, 4, 1, 3, 1)),
+    "ahead": Rows(9, 1201, BF16, (4, 2, 1, 3, 1), (2, 3, 1)),
+    "in_turn": Rows(9, 600, F32, (2, 1, 1, 2, 1), (1, 2, 1)),
+    "stages": Rows(7, 1201, F32, (2, 2, 3, 4, 1), (0, 0, 0)),
+    "empty_slices": Rows(9, 68, BF16, (8, 1, 1, 4, 1), (8, 8, 1)),
 }
 
 
@@ -47,15 +48,19 @@ ROWS = {
 def test_every_access_is_ordered(name):
     """Loss in place and alone, statistics, and their gradient from a state: several rows per block,
     two orders of threads."""
-    n, v, dtype, shared, cluster = ROWS[name]
+    n, v, dtype, tile, stats = ROWS[name]
     case = make_loss_case("normal", n, v, dtype=dtype, params=EVERY_TERM)
     row = RowParams(1.0, 0.0, v)
+    asked = tuning.ForcedTile("streamed" if tile is None else None, tile, stats)
     for seed in range(2):
-        with emulated(*shared, cluster and 8, resident=1 + seed, seed=seed) as native:
+        with (
+            mock.patch("papo_kernels.tuning.forced", lambda: asked),
+            emulated(resident=1 + seed, seed=seed) as native,
+        ):
             native.lib.emulated_check_order(True)
             over = case.logits.clone()
             outputs = one_call(replace(case, logits=over), over)
-            assert native.widest_cluster == max(cluster, 1)
+            assert native.widest_cluster == (1 if tile is None else tile[0])
             for a, b in zip(outputs, one_call(case, None), strict=True):
                 assert torch.equal(a, b)
             *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)

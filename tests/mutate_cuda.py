@@ -47,15 +47,16 @@ CALLS: dict[str, tuple[str, ...]] = {
     "cluster_wait": ("void()",),
     "send": ("void()",),
 }
-# Calls that no kernel needs by the memory model of PTX, and why they are there: "file: text of the
-# line".
-REDUNDANT: dict[str, str] = {}
+# Calls that no kernel needs by the memory model of PTX: (file, their line, the line after), and why
+# they are there.
+REDUNDANT: dict[tuple[str, str, str], str] = {}
 
 
 class Mutant(NamedTuple):
     path: str  # from the root
     line: int
     text: str  # of that line
+    after: str  # the next one
     by: str
     source: str  # all of the file
 
@@ -85,11 +86,11 @@ def mutants() -> Iterator[Mutant]:
         for call in re.finditer(rf"machine::({'|'.join(CALLS)})\(", source):
             given, end = arguments(source, call.end())
             line = source.count("\n", 0, call.start()) + 1
-            text = source.splitlines()[line - 1].strip()
+            text, after = (x.strip() for x in source.splitlines()[line - 1 : line + 1])
             for form in CALLS[call[1]]:
                 by = form.format(first=given[0], all=", ".join(given))
                 changed = source[: call.start()] + by + source[end:]
-                yield Mutant(str(path.relative_to(ROOT)), line, text, by, changed)
+                yield Mutant(str(path.relative_to(ROOT)), line, text, after, by, changed)
 
 
 class Builder:
@@ -185,7 +186,7 @@ def main(words: list[str]) -> int:
             if not all(word in mutant.name for word in words):
                 continue
             said = killed_by(builder.build(mutant.path, mutant.source))
-            reason = REDUNDANT.get(f"{Path(mutant.path).name}: {mutant.text}")
+            reason = REDUNDANT.get((Path(mutant.path).name, mutant.text, mutant.after))
             if not said:
                 survivors += reason is None
                 said = "SURVIVED" if reason is None else f"redundant: {reason}"

@@ -1,12 +1,12 @@
 // What orders two accesses to the same shared memory: a happens-before check with vector clocks.
 //
 // Every thread has a clock: of what each agent of its cluster did, how much has surely happened
-// before what the thread does next. Agents are the threads, and for each barrier the bulk copies and
-// the messages that complete on it. Arrivals and waits at barriers pass clocks on, as do
+// before what the thread does next. Agents are the threads, and for each barrier the bulk copies
+// and the messages that complete on it. Arrivals and waits at barriers pass clocks on, as do
 // synchronisations of a warp, a block or a cluster. Shuffles do not. The wait for a barrier brings
 // other blocks' messages only at the scope of the cluster, and a bulk copy comes after what its
-// thread knew at its last fence. An access to bytes whose last access the thread does not know of is
-// an error, whatever order this run took.
+// thread knew at its last fence. An access to bytes whose last access the thread does not know of
+// is an error, whatever order this run took.
 //
 // Taken for granted: a message comes after what its sender did before, as far as reads go and other
 // messages.

@@ -78,7 +78,9 @@ inline void check_order(Block& b, uint32_t address, size_t bytes, bool writing, 
 }
 
 inline void note_write(Block& b, uint32_t address, size_t bytes, const Stamp& by) {
-  for (uint32_t i = 0; i < bytes; i += kCellBytes) b.cells[(address + i) / kCellBytes].note_write(by);
+  for (uint32_t i = 0; i < bytes; i += kCellBytes) {
+    b.cells[(address + i) / kCellBytes].note_write(by);
+  }
 }
 
 // A thread's own load or store.

@@ -14,7 +14,12 @@ void emulated_configure(const cuda::DeviceLimits* limits, int resident, unsigned
   d.kernels_launched = 0;
   d.widest_cluster = 0;
   cuda::emulator::machine().random.seed(seed);
+  cuda::emulator::machine().check_order = false;
 }
+
+// Whether accesses to shared memory that nothing orders are errors; slow. Until the next
+// emulated_configure.
+void emulated_check_order(bool check) { cuda::emulator::machine().check_order = check; }
 
 // Bytes that kernels may read, and write where `writable`.
 void emulated_allow(uintptr_t begin, int64_t bytes, bool writable) {

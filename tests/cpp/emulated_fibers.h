@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "emulated_order.h"
+
 namespace papo {
 namespace cuda {
 namespace emulator {
@@ -22,28 +24,44 @@ struct Barrier {
   int arrivals = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;
+  uint32_t initialiser = 0;  // agent
+  bool fenced = false;       // the initialiser's barrier_init_fence came
+  Stamp initialised;
+  uint32_t copies = 0, messages = 0;  // the agents that stand for what completes on it
+  // What its phases pass on, at the scope of the block and at that of the cluster: of the phases
+  // that are over, and with what has arrived since.
+  Clock released, released_cluster, arriving, arriving_cluster;
+  std::vector<Stamp> observers;  // threads that saw the end of the phase before
+  const char* name = "";         // as its last waiter called it
+};
+
+// Threads that all wait for one another, time after time.
+struct Meeting {
+  int arrived = 0;
+  uint32_t generation = 0;
+  Clock brought[2];  // by the threads of this time; the other half may still be read
 };
 
 struct Warp {
   uint64_t slots[2][32] = {};
-  int arrived = 0;
-  uint32_t generation = 0;
+  Meeting exchange, sync;
+};
+
+struct Cluster {
+  Meeting sync;
+  uint32_t agents = 0;
 };
 
 struct Block {
   int64_t index = 0;
-  int rank = 0, threads = 0;
+  int rank = 0, threads = 0, running = 0;
   int64_t first_of_cluster = 0;  // block index
+  Cluster* cluster = nullptr;
   std::vector<unsigned char> shared;
+  std::vector<Cell> cells;  // of `shared`, where the order of accesses is checked
   std::map<uint32_t, Barrier> barriers;
   std::vector<Warp> warps;
-  int at_sync = 0;
-  uint32_t sync_generation = 0;
-};
-
-struct ClusterSync {
-  int arrived = 0, threads = 0;
-  uint32_t generation = 0;
+  Meeting sync;
 };
 
 struct Fiber {
@@ -55,6 +73,13 @@ struct Fiber {
   jmp_buf resume;
   bool started = false;
   std::function<bool()> waiting_for;  // empty: runnable
+  const char* awaited = "";           // its name
+  int64_t awaited_at = -1;            // its address, if it has one
+  bool at_cluster = false;            // arrived there, and has not waited yet
+  uint32_t cluster_generation = 0;
+  Stamp now;      // its place in its own time
+  Clock known;    // what has surely happened, to this thread
+  Clock fenced;   // the same, to the bulk copies that it starts
 };
 
 struct Range {
@@ -66,10 +91,11 @@ struct Range {
 struct Machine {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<ClusterSync> clusters;
+  std::vector<Cluster> clusters;
   std::vector<std::function<void()>> in_flight;
   std::vector<Range> memory;
-  int cluster = 1;
+  int cluster = 1, threads = 0;  // blocks of a cluster, threads of a block
+  bool check_order = false;
   Fiber* current = nullptr;
   jmp_buf scheduler;
   std::string error;
@@ -88,9 +114,11 @@ __attribute__((noinline)) inline void switch_to_scheduler() {
   if (_setjmp(m.current->resume) == 0) _longjmp(m.scheduler, 1);
 }
 
-// Gives way to others, then goes on once `ready` holds.
-inline void wait_until(std::function<bool()> ready) {
+// Gives way to others, then goes on once `ready` holds. `name` and `at` are for deadlocks.
+inline void wait_until(const char* name, int64_t at, std::function<bool()> ready) {
   Machine& m = machine();
+  m.current->awaited = name;
+  m.current->awaited_at = at;
   m.current->waiting_for = std::move(ready);
   switch_to_scheduler();
 }
@@ -107,69 +135,52 @@ inline void wait_until(std::function<bool()> ready) {
   _longjmp(m.scheduler, 1);
 }
 
+inline Fiber& fiber() { return *machine().current; }
 inline Block& block() { return *machine().current->block; }
 inline int thread() { return machine().current->thread; }
 inline Warp& warp() { return block().warps[static_cast<size_t>(thread() / 32)]; }
 
-// ---- memory -----------------------------------------------------------------------------------
+// ---- threads that meet --------------------------------------------------------------------------
 
-inline void check_global(const void* p, size_t bytes, bool write) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-  if (at % bytes != 0) fail("misaligned global access of " + std::to_string(bytes) + " bytes");
-  for (const Range& r : machine().memory) {
-    if (at >= r.begin && at + bytes <= r.end && (r.writable || !write)) return;
+// What this thread has done so far, and knows of others, becomes part of `to`.
+inline void release(Clock& to) {
+  Fiber& f = fiber();
+  if (!machine().check_order) return;
+  to.learn(f.known);
+  ++f.now.time;
+  f.known.learn(f.now);
+}
+inline void acquire(const Clock& from) {
+  if (machine().check_order) fiber().known.learn(from);
+}
+
+// Returns the generation to wait for.
+inline uint32_t arrive(Meeting& m, int threads, bool ordered) {
+  const uint32_t mine = m.generation;
+  if (ordered) release(m.brought[mine & 1u]);
+  if (++m.arrived == threads) {
+    m.arrived = 0;
+    ++m.generation;
   }
-  fail(std::string(write ? "store to" : "load from") + " global memory outside the matrices");
+  return mine;
 }
-
-inline unsigned char* shared_at(Block& b, uint32_t address, size_t bytes) {
-  if (address % (bytes > 16 ? 16 : bytes) != 0) fail("misaligned shared access");
-  if (address + bytes > b.shared.size()) fail("shared access out of range");
-  return b.shared.data() + address;
-}
-
-template <typename T>
-T load(const void* p) {
-  T x;
-  memcpy(&x, p, sizeof(T));
-  return x;
-}
-
-// ---- barriers -----------------------------------------------------------------------------------
-
-inline Barrier& barrier_at(Block& b, uint32_t address) {
-  const auto it = b.barriers.find(address);
-  if (it == b.barriers.end()) fail("barrier used before it was initialised");
-  return it->second;
-}
-
-inline void settle(Barrier& b) {
-  if (b.pending < 0) fail("more arrivals at a barrier than it expects");
-  if (b.bytes < 0) fail("bytes reached a barrier that does not expect them yet");
-  if (b.pending == 0 && b.bytes == 0) {
-    b.pending = b.arrivals;
-    ++b.phase;
+inline void wait(Meeting& m, uint32_t generation, const char* name, bool ordered) {
+  if (m.generation == generation) {
+    Meeting* p = &m;
+    wait_until(name, -1, [p, generation] { return p->generation != generation; });
   }
+  if (ordered) acquire(m.brought[generation & 1u]);
 }
-
-inline void wait_phase(uint32_t address, uint32_t parity) {
-  Barrier* b = &barrier_at(block(), address);
-  if ((b->phase & 1u) != parity) return;
-  wait_until([b, parity] { return (b->phase & 1u) != parity; });
+inline void meet(Meeting& m, int threads, const char* name) {
+  wait(m, arrive(m, threads, true), name, true);
 }
 
 inline uint64_t exchange(uint64_t value, int from) {
   Warp& w = warp();
-  const uint32_t mine = w.generation;
-  w.slots[mine & 1u][thread() % 32] = value;
-  if (++w.arrived == 32) {
-    w.arrived = 0;
-    ++w.generation;
-  } else {
-    Warp* p = &w;
-    wait_until([p, mine] { return p->generation != mine; });
-  }
-  return w.slots[mine & 1u][from];
+  const uint32_t half = w.exchange.generation & 1u;
+  w.slots[half][thread() % 32] = value;
+  wait(w.exchange, arrive(w.exchange, 32, false), "its warp's shuffle", false);
+  return w.slots[half][from];
 }
 
 template <typename T>

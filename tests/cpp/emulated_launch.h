@@ -49,7 +49,8 @@ inline std::function<void()>& body() {
 
 inline void fiber_main() {
   body()();
-  machine().current->done = true;
+  fiber().done = true;
+  --block().running;
   _longjmp(machine().scheduler, 1);
 }
 
@@ -89,6 +90,27 @@ inline bool run_warp(size_t first) {
   return any;
 }
 
+// Which warp waits for what, each once.
+inline std::string deadlock() {
+  constexpr size_t kMostShown = 8;
+  std::vector<std::string> waits;
+  for (const auto& f : machine().fibers) {
+    if (f->done) continue;
+    std::string one = "block " + std::to_string(f->block->index) + " warp " +
+                      std::to_string(f->thread / 32) + " waits for " + f->awaited;
+    if (f->awaited_at >= 0) one += " at " + std::to_string(f->awaited_at);
+    if (std::find(waits.begin(), waits.end(), one) == waits.end()) waits.push_back(one);
+  }
+  std::string all = "deadlock";
+  for (size_t i = 0; i < waits.size() && i < kMostShown; ++i) {
+    all += (i == 0 ? ": " : ", ") + waits[i];
+  }
+  if (waits.size() > kMostShown) {
+    all += " and " + std::to_string(waits.size() - kMostShown) + " more";
+  }
+  return all;
+}
+
 inline void run_all() {
   Machine& m = machine();
   std::vector<size_t> order;
@@ -121,7 +143,7 @@ inline void run_all() {
     for (const auto& f : m.fibers) left |= !f->done;
     if (!left) break;
     if (m.in_flight.empty()) {
-      m.error = "deadlock";
+      m.error = deadlock();
       return;
     }
     deliver_one();
@@ -146,20 +168,25 @@ inline void build(const LaunchShape& shape) {
   m.in_flight.clear();
   m.error.clear();
   m.cluster = shape.cluster;
-  m.clusters.assign(static_cast<size_t>(shape.blocks / shape.cluster), ClusterSync{});
-  for (ClusterSync& c : m.clusters) c.threads = shape.cluster * shape.threads;
+  m.threads = shape.threads;
+  m.clusters.assign(static_cast<size_t>(shape.blocks / shape.cluster), Cluster{});
+  for (Cluster& c : m.clusters) c.agents = static_cast<uint32_t>(shape.cluster * shape.threads);
   for (int64_t b = 0; b < shape.blocks; ++b) {
     auto block = std::make_unique<Block>();
     block->index = b;
     block->rank = static_cast<int>(b % shape.cluster);
     block->first_of_cluster = b - b % shape.cluster;
-    block->threads = shape.threads;
+    block->cluster = &m.clusters[static_cast<size_t>(b / shape.cluster)];
+    block->threads = block->running = shape.threads;
     block->shared.assign(static_cast<size_t>(shape.shared_bytes), 0xff);
+    if (m.check_order) block->cells.resize(ceil_div(shape.shared_bytes, kCellBytes));
     block->warps.resize(static_cast<size_t>(shape.threads / 32));
     for (int t = 0; t < shape.threads; ++t) {
       auto f = std::make_unique<Fiber>();
       f->block = block.get();
       f->thread = t;
+      f->now = {static_cast<uint32_t>(block->rank * shape.threads + t), 1};
+      if (m.check_order) f->known.learn(f->now);
       m.fibers.push_back(std::move(f));
     }
     m.blocks.push_back(std::move(block));

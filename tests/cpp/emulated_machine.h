@@ -3,12 +3,13 @@
 // The CUDA sources compile against this unchanged (-DPAPO_EMULATED). What is asynchronous on a GPU
 // stays so: bulk copies and messages between blocks arrive at some random later moment, and what
 // they are going to overwrite is spoilt at once. A missing barrier therefore shows as NaN, a wrong
-// phase as a deadlock, and a stray or misaligned access as an error. Everything is reported through
-// error().
+// phase as a deadlock, and a stray or misaligned access as an error. With Machine::check_order an
+// access to shared memory that nothing orders is an error too, in whatever order it came
+// (emulated_order.h). Everything is reported through error().
 #pragma once
 
 #include "emulated_arithmetic.h"
-#include "emulated_fibers.h"
+#include "emulated_shared.h"
 
 #define PAPO_DEVICE inline __attribute__((always_inline))
 #define PAPO_KERNEL(max_threads, min_blocks) void
@@ -27,7 +28,7 @@ inline int64_t grid_blocks() { return static_cast<int64_t>(emulator::machine().b
 
 // ---- a warp and a block ---------------------------------------------------------------------
 
-inline void warp_sync() { emulator::exchange(0, 0); }
+inline void warp_sync() { emulator::meet(emulator::warp().sync, 32, "its warp"); }
 template <typename T>
 T shuffle_xor(T x, int mask) {
   return emulator::exchange_value(x, (emulator::thread() % 32) ^ mask);
@@ -45,14 +46,7 @@ inline int warp_max(int x) {
 }
 inline bool any(bool x) { return warp_max(x ? 1 : 0) != 0; }
 inline void block_sync() {
-  emulator::Block* b = &emulator::block();
-  const uint32_t mine = b->sync_generation;
-  if (++b->at_sync == b->threads) {
-    b->at_sync = 0;
-    ++b->sync_generation;
-    return;
-  }
-  emulator::wait_until([b, mine] { return b->sync_generation != mine; });
+  emulator::meet(emulator::block().sync, emulator::block().threads, "its block");
 }
 
 // ---- memory -----------------------------------------------------------------------------------
@@ -86,11 +80,15 @@ inline void store_global_16(void* p, uint32_t x) {
 inline uint32_t shared_base() { return 0; }
 template <typename T>
 T load_shared_as(uint32_t address) {
-  return emulator::load<T>(emulator::shared_at(emulator::block(), address, sizeof(T)));
+  const unsigned char* from = emulator::shared_at(emulator::block(), address, sizeof(T));
+  emulator::note_access(address, sizeof(T), false);
+  return emulator::load<T>(from);
 }
 template <typename T>
 void store_shared_as(uint32_t address, T x) {
-  memcpy(emulator::shared_at(emulator::block(), address, sizeof(T)), &x, sizeof(T));
+  unsigned char* to = emulator::shared_at(emulator::block(), address, sizeof(T));
+  emulator::note_access(address, sizeof(T), true);
+  memcpy(to, &x, sizeof(T));
 }
 inline Word load_shared(uint32_t address) { return load_shared_as<Word>(address); }
 inline uint32_t load_shared_32(uint32_t address) { return load_shared_as<uint32_t>(address); }
@@ -105,81 +103,54 @@ inline void store_shared_16(uint32_t address, uint32_t x) {
 // ---- barriers, bulk copies, clusters ------------------------------------------------------------
 
 inline void barrier_init(uint32_t barrier, int arrivals) {
-  emulator::shared_at(emulator::block(), barrier, 8);
-  emulator::Barrier b;
-  b.arrivals = b.pending = arrivals;
-  emulator::block().barriers[barrier] = b;
+  emulator::init_barrier(barrier, arrivals);
 }
-inline void barrier_init_fence() {}
-inline void barrier_arrive(uint32_t barrier) {
-  emulator::Barrier& b = emulator::barrier_at(emulator::block(), barrier);
-  --b.pending;
-  emulator::settle(b);
-}
+inline void barrier_init_fence() { emulator::fence_barriers(); }
+inline void barrier_arrive(uint32_t barrier) { emulator::arrive_at(barrier, 0); }
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  emulator::Barrier& b = emulator::barrier_at(emulator::block(), barrier);
-  b.bytes += bytes;
-  --b.pending;
-  emulator::settle(b);
+  emulator::arrive_at(barrier, bytes);
 }
-inline void barrier_wait(uint32_t barrier, uint32_t parity, const char*) {
-  emulator::wait_phase(barrier, parity);
+inline void barrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
+  emulator::wait_phase(barrier, parity, name, false);
 }
-inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char*) {
-  emulator::wait_phase(barrier, parity);
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char* name) {
+  emulator::wait_phase(barrier, parity, name, true);
 }
-inline void fence_before_bulk() {}
+inline void fence_before_bulk() {
+  if (emulator::machine().check_order) emulator::fiber().fenced = emulator::fiber().known;
+}
 
 inline void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
   if (bytes % 16 != 0 || bytes == 0 || target % 16 != 0) emulator::fail("bulk copy not in words");
   for (uint32_t i = 0; i < bytes; i += 16) {
     emulator::check_global(static_cast<const char*>(source) + i, 16, false);
   }
-  emulator::Block* b = &emulator::block();
-  unsigned char* into = emulator::shared_at(*b, target, bytes);
-  memset(into, 0xff, bytes);
   const char* from = static_cast<const char*>(source);
   // The engine may read at any time until it is done.
   std::shared_ptr<std::vector<char>> early;
   if (emulator::machine().random() % 2 == 0) {
     early = std::make_shared<std::vector<char>>(from, from + bytes);
   }
-  emulator::machine().in_flight.push_back([=] {
-    memcpy(into, early != nullptr ? early->data() : from, bytes);
-    emulator::Barrier& to = emulator::barrier_at(*b, barrier);
-    to.bytes -= bytes;
-    emulator::settle(to);
-  });
+  emulator::start_transfer(emulator::block(), target, bytes, barrier, false,
+                           [=](unsigned char* into) {
+                             memcpy(into, early != nullptr ? early->data() : from, bytes);
+                           });
 }
 
 inline int cluster_rank() { return emulator::block().rank; }
 inline void cluster_sync() {
-  emulator::Machine& m = emulator::machine();
-  auto& sync = m.clusters[static_cast<size_t>(emulator::block().index / m.cluster)];
-  const uint32_t mine = sync.generation;
-  if (++sync.arrived == sync.threads) {
-    sync.arrived = 0;
-    ++sync.generation;
-    return;
-  }
-  emulator::ClusterSync* p = &sync;
-  emulator::wait_until([p, mine] { return p->generation != mine; });
+  emulator::arrive_at_cluster(true);
+  emulator::wait_for_cluster(true);
 }
-inline void cluster_arrive() {}
-inline void cluster_wait() { cluster_sync(); }
+inline void cluster_arrive() { emulator::arrive_at_cluster(false); }
+inline void cluster_wait() { emulator::wait_for_cluster(false); }
 inline void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
   emulator::Machine& m = emulator::machine();
   if (rank < 0 || rank >= m.cluster) emulator::fail("message to no block of the cluster");
-  emulator::Block* to =
-      m.blocks[static_cast<size_t>(emulator::block().first_of_cluster + rank)].get();
-  unsigned char* into = emulator::shared_at(*to, target, 16);
-  memset(into, 0xff, 16);
-  m.in_flight.push_back([=] {
+  emulator::Block& to = *m.blocks[static_cast<size_t>(emulator::block().first_of_cluster + rank)];
+  emulator::start_transfer(to, target, 16, barrier, true, [=](unsigned char* into) {
     memcpy(into, &a, 8);
     memcpy(into + 8, &b, 8);
-    emulator::Barrier& at = emulator::barrier_at(*to, barrier);
-    at.bytes -= 16;
-    emulator::settle(at);
   });
 }
 

@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
     event: None, or ("load" | "store", bytes), ("copy" | "message", barrier, bytes),
     ("arrive", barrier, arrivals, bytes), ("wait", barrier, phases), ("sync", name, warps),
-    ("sync-arrive", name), ("sync-wait", name, warps).
+    ("sync-arrive", name), ("sync-wait", name, arrivals of the block so far).
     """
 
     index: int
@@ -385,7 +385,8 @@ def cluster_wait(ins: Instruction, listing: Listing) -> Any:
         cluster = w.block.cluster
         total = sum(len(b.warps) for b in cluster.blocks)
         needed = -(-cluster.arrived["cluster"] // total) * total
-        w.steps.append(Step(group.pc, False, ("sync-wait", "cluster", len(w.block.warps))))
+        own = needed // len(cluster.blocks)
+        w.steps.append(Step(group.pc, False, ("sync-wait", "cluster", own)))
         group.pc += 1
         group.blocked = lambda: cluster.arrived["cluster"] < needed
         return True

@@ -107,6 +107,7 @@ class _Warp:
     at: int = 0
     ready: float = 0.0
     scoreboard: list[float] = field(default_factory=lambda: [0.0] * 8)
+    waited: float = 0.0
 
 
 @dataclass
@@ -142,7 +143,6 @@ class Multiprocessor:
         self.memory = self.shared = 0.0
         self.free = [dict.fromkeys([*UNITS, "fma2"], 0.0) for _ in range(4)]
         self.busy: Counter[str] = Counter()
-        self.waited = [0.0] * len(self.warps)
 
     def run(self) -> Result:
         now, issued, end = 0.0, 0, 0.0
@@ -166,7 +166,7 @@ class Multiprocessor:
                          if w.at < len(w.steps)]  # fmt: skip
                 raise RuntimeError(f"every warp waits: {stuck}")
             now = now + 1 if progress else max(now + 1, following)
-        return Result(end, issued, self.busy, self.waited)
+        return Result(end, issued, self.busy, [w.waited for w in self.warps if w.block == 0])
 
     def _pick(self, s: int, last: _Warp | None, now: float) -> tuple[_Warp | None, float]:
         """The warp to issue now, the one of before if it can; else when one could."""
@@ -239,6 +239,8 @@ class Multiprocessor:
             start = max(start, self.shared - cost.shared)
             self.busy["shared"] += cost.shared
         if step.event is not None:
+            if step.event[0] == "wait":
+                warp.waited += now - warp.ready
             self._event(warp, step.event, now)
         if cost.write != 7:
             warp.scoreboard[cost.write] = max(warp.scoreboard[cost.write], start + cost.latency)

@@ -59,6 +59,16 @@ void scale(const Matrix& matrix, uintptr_t factor, const Launch& launch) {
   check(PAPO_DISPATCH(launch, launch_scale, matrix, pointer(factor), launch));
 }
 
+// A ValueError where logits of `columns` cannot be cut so on a GPU.
+void check_tile(int64_t columns, int dtype, int device, const TileChoice& choice) {
+#if defined(PAPO_WITH_CUDA)
+  const Status status = cuda::check_tile(columns, static_cast<DType>(dtype), device, choice);
+  if (!status.ok()) throw py::value_error(status.message);
+#else
+  throw py::value_error("papo_kernels was built without CUDA");
+#endif
+}
+
 // Position of the first target that is neither a column nor ignored, -1 if there is none.
 int64_t first_bad_target(uintptr_t targets, int64_t count, int64_t vocab_size) {
   const int64_t* t = pointer<int64_t>(targets);
@@ -133,12 +143,22 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("token_loss"), py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"),
            py::arg("polarity"), py::arg("weight"), py::arg("ratio"), py::arg("clipped"));
+  py::class_<TileChoice>(m, "TileChoice")
+      .def(py::init([](int kernel, int cluster, int warps, int stages, int ring, int blocks,
+                       int stats, int stats_teams, int stats_ring, int stats_blocks) {
+             return TileChoice{kernel, cluster, warps,       stages,     ring,
+                               blocks, stats,   stats_teams, stats_ring, stats_blocks};
+           }),
+           py::arg("kernel") = 0, py::arg("cluster") = 0, py::arg("warps") = 0,
+           py::arg("stages") = 0, py::arg("ring") = 0, py::arg("blocks") = 0, py::arg("stats") = 0,
+           py::arg("stats_teams") = 0, py::arg("stats_ring") = 0, py::arg("stats_blocks") = 0);
   // device -1: the CPU, on `threads` threads.
   py::class_<Launch>(m, "Launch")
-      .def(py::init([](int threads, int device, uintptr_t stream) {
-             return Launch{threads, device, pointer(stream)};
+      .def(py::init([](int threads, int device, uintptr_t stream, const TileChoice& choice) {
+             return Launch{threads, device, pointer(stream), choice};
            }),
-           py::arg("threads") = 1, py::arg("device") = -1, py::arg("stream") = 0);
+           py::arg("threads") = 1, py::arg("device") = -1, py::arg("stream") = 0,
+           py::arg("choice") = TileChoice{});
 
   m.def("token_stats_fwd", &token_stats_fwd, py::arg("logits"), py::arg("targets"),
         py::arg("state"), py::arg("row"), py::arg("out"), py::arg("launch"));
@@ -149,5 +169,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("launch"));
   m.def("first_bad_target", &first_bad_target, py::arg("targets"), py::arg("count"),
         py::arg("vocab_size"));
+  m.def("check_tile", &check_tile, py::arg("columns"), py::arg("dtype"), py::arg("device"),
+        py::arg("choice"));
   m.def("scale", &scale, py::arg("matrix"), py::arg("factor"), py::arg("launch"));
 }

@@ -25,7 +25,7 @@ from .types import (
     acc_dtype,
 )
 
-_DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _SHAPE_CODE = {"sign": 1, "tanh": 2}
 
 
@@ -37,13 +37,14 @@ class NativeBackend:
     Arguments have been validated by ``checks.py`` and ``linear_checks.py``.
 
     Args:
-        launch: where the extension's kernels for these logits run, as its ``Launch``.
+        launch: where the extension's kernels for these logits run, as its ``Launch``; given how
+            many of their columns count, 0 where rows are not summed.
         narrow: the dtypes that the gradient of float32 logits may have besides float32.
     """
 
     def __init__(
         self,
-        launch: Callable[[ModuleType, Tensor], Any],
+        launch: Callable[[ModuleType, Tensor, int], Any],
         narrow: tuple[torch.dtype, ...] = (),
     ) -> None:
         self._launch, self._narrow = launch, narrow
@@ -64,7 +65,7 @@ class NativeBackend:
             _address(state),
             _row_params(native, row),
             native.TokenStatsOut(*[x.data_ptr() for x in outputs]),
-            self._launch(native, logits),
+            self._launch(native, logits, row.vocab_size),
         )
         return outputs
 
@@ -94,7 +95,7 @@ class NativeBackend:
             native.TokenStatsGrads(*[_address(g) for g in upstream]),
             _row_params(native, row),
             _matrix(native, dlogits),
-            self._launch(native, logits),
+            self._launch(native, logits, row.vocab_size),
         )
         return dlogits
 
@@ -126,7 +127,7 @@ class NativeBackend:
             _row_params(native, row),
             native.PolicyLossOut(*[x.data_ptr() for x in outputs]),
             _no_matrix(native) if dlogits is None else _matrix(native, dlogits),
-            self._launch(native, logits),
+            self._launch(native, logits, row.vocab_size),
         )
         return tuple(outputs)
 
@@ -134,7 +135,7 @@ class NativeBackend:
         """``dlogits *= factor`` for a 0-dim ``factor``; nothing is touched where it is 1."""
         native = _native.module()
         factor = factor.to(acc_dtype(dlogits.dtype))
-        native.scale(_matrix(native, dlogits), factor.data_ptr(), self._launch(native, dlogits))
+        native.scale(_matrix(native, dlogits), factor.data_ptr(), self._launch(native, dlogits, 0))
 
 
 # ---- the extension's plain structs ---------------------------------------------------------------
@@ -146,7 +147,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _matrix(native: ModuleType, tensor: Tensor) -> Any:
     rows, columns = tensor.shape
-    code = _DTYPE_CODE[tensor.dtype]
+    code = DTYPE_CODE[tensor.dtype]
     return native.Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0), code)
 
 

@@ -18,7 +18,7 @@ def _on_threads(native: ModuleType, threads: int) -> Any:
     return native.Launch(threads=threads)
 
 
-def _launch(native: ModuleType, logits: Tensor) -> Any:
+def _launch(native: ModuleType, logits: Tensor, columns: int) -> Any:
     return _on_threads(native, torch.get_num_threads())
 
 

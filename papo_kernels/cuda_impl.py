@@ -7,14 +7,16 @@ synchronise, allocate only what they return, and may be captured in a CUDA graph
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._native_impl import NativeBackend
+from . import tuning
+from ._native_impl import DTYPE_CODE, NativeBackend
 from .checks import HALVES, check_columns
 
 
@@ -29,11 +31,57 @@ def why_unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _launch(native: ModuleType, logits: Tensor) -> Any:
+# csrc/include/papo/params.h has their names.
+_KERNEL_CODE = {None: 0, "resident": 1, "streamed": 2}
+
+
+def _stats_code(stats: Sequence[int] | None, forced: tuning.ForcedTile) -> int:
+    if stats is None:
+        return 0
+    if not any(stats):
+        return 2
+    return 1 if forced.stats is None else 3  # forced: whatever the number of rows
+
+
+@lru_cache(maxsize=256)
+def _choice(
+    native: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    columns: int,
+    forced: tuning.ForcedTile,
+) -> Any:
+    """How rows are cut: as the environment says, else as the table does.
+
+    Raises:
+        ValueError: the device cannot do it, with the limit that stands against it.
+    """
+    config = tuning.config("cuda", device, dtype, columns)
+    tile = forced.tile or (config["tile"] if forced.kernel is None else None)
+    stats = forced.stats or (config["stats"] if forced == tuning.NOT_FORCED else None)
+    choice = native.TileChoice(
+        _KERNEL_CODE[forced.kernel],
+        *(tile or (0,) * 5),
+        _stats_code(stats, forced),
+        *(stats or (0,) * 3),
+    )
+    try:
+        native.check_tile(columns, DTYPE_CODE[dtype], device.index or 0, choice)
+    except ValueError as error:
+        asked = forced if forced != tuning.NOT_FORCED else f"tuning.json: {config}"
+        raise ValueError(f"{asked}: does not fit V = {columns} in {dtype}: {error}") from None
+    return choice
+
+
+def _launch(native: ModuleType, logits: Tensor, columns: int) -> Any:
     """The current stream of the logits' device."""
     check_columns(logits)
     device = logits.get_device()
-    return native.Launch(1, device, torch._C._cuda_getCurrentRawStream(device))
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if columns == 0:
+        return native.Launch(1, device, stream)
+    choice = _choice(native, logits.device, logits.dtype, columns, tuning.forced())
+    return native.Launch(1, device, stream, choice)
 
 
 BACKEND = NativeBackend(_launch, narrow=HALVES)

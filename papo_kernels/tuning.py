@@ -15,6 +15,7 @@ The sweep of ``make gpu-check`` puts measured rows before the modelled ones.
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,3 +101,65 @@ def config(backend: str, device: torch.device, dtype: torch.dtype, columns: int)
         if row.matches(names, type_name, columns):
             return row.config
     raise LookupError(f"tuning.json: no row of {backend} for {names}, {type_name}, V = {columns}")
+
+
+# ---- the environment ----------------------------------------------------------------------------
+
+_KERNELS = ("resident", "streamed")
+_TILE = ("cluster", "warps", "stages", "ring", "blocks")
+_STATS_TILE = ("teams", "ring", "blocks")
+
+
+class ForcedTile(NamedTuple):
+    """What the environment asks of the CUDA kernels; None: nothing.
+
+    Attributes:
+        kernel: ``PAPO_KERNEL``: "resident", rows on chip, or "streamed", rows from global memory.
+        tile: ``PAPO_TILE``: blocks that share a row, compute warps a block, buffers that a block's
+            part of a row fills, buffers a block has, blocks on a multiprocessor.
+        stats: ``PAPO_STATS_TILE``, for statistics, a block of which takes a whole row: teams of
+            `warps` warps, buffers, blocks on a multiprocessor; 0,0,0: as `tile` says, by clusters.
+    """
+
+    kernel: str | None
+    tile: tuple[int, ...] | None
+    stats: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        values = {
+            "PAPO_KERNEL": self.kernel,
+            "PAPO_TILE": self.tile and ",".join(map(str, self.tile)),
+            "PAPO_STATS_TILE": self.stats and ",".join(map(str, self.stats)),
+        }
+        return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+
+NOT_FORCED = ForcedTile(None, None, None)
+
+
+@cache
+def forced() -> ForcedTile:
+    """What the environment asks for. Read once; ``forced.cache_clear()`` makes the next call read
+    it again.
+
+    Raises:
+        ValueError: naming the variable, its value and what was expected.
+    """
+    kernel = os.environ.get("PAPO_KERNEL") or None
+    if kernel not in (None, *_KERNELS):
+        raise ValueError(f"PAPO_KERNEL: expected one of {_KERNELS}, got {kernel!r}")
+    tile, stats = _numbers("PAPO_TILE", _TILE), _numbers("PAPO_STATS_TILE", _STATS_TILE)
+    if kernel == "streamed" and (tile or stats):
+        name = "PAPO_TILE" if tile else "PAPO_STATS_TILE"
+        raise ValueError(f"{name}: expected none with PAPO_KERNEL=streamed, got {tile or stats}")
+    return ForcedTile(kernel, tile, stats)
+
+
+def _numbers(variable: str, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    parts = value.split(",")
+    if len(parts) != len(names) or not all(p.strip().isdecimal() for p in parts):
+        raise ValueError(f"{variable}: expected {','.join(names)} as integers, got {value!r}")
+    return tuple(map(int, parts))

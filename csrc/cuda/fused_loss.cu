@@ -14,27 +14,16 @@
 //   exchange[2]     finish -> finish     every block's sums of a row, written by the peers
 //   plan[2]         finish -> compute    the coefficients of a row
 // The pairs alternate by row. See docs/kernels.md for why two are enough.
+#include "buffers.cuh"
 #include "launch.cuh"
 #include "row_gradient.cuh"
+#include "slice_scan.cuh"
 
 namespace papo {
 namespace cuda {
 namespace {
 
 #if defined(PAPO_HAS_CLUSTERS)
-
-// A place in the ring of buffers, and the parity of the round it is in.
-struct Cursor {
-  int buffer = 0;
-  uint32_t parity = 0;
-
-  PAPO_DEVICE void advance(int ring) {
-    if (++buffer == ring) {
-      buffer = 0;
-      parity ^= 1u;
-    }
-  }
-};
 
 template <typename In, typename Out>
 class ResidentRows {
@@ -47,6 +36,7 @@ class ResidentRows {
         rank_(tile_.cluster > 1 ? machine::cluster_rank() : 0),
         warp_(machine::broadcast(machine::thread_index() / 32, 0)),
         lane_(machine::thread_index() % 32),
+        log_threads_(log2_of(32 * tile_.warps)),
         slice_(span_of(rank_, tile_.slice, call.columns())) {}
 
   PAPO_DEVICE void run() {
@@ -59,8 +49,10 @@ class ResidentRows {
     } else {
       finish_rows();
     }
-    // No block leaves while another may still write into its shared memory.
-    machine::cluster_sync();
+    // No block leaves while another may still write into its shared memory. Nothing is read after
+    // it, so that nothing needs to be released.
+    machine::cluster_arrive();
+    machine::cluster_wait();
   }
 
  private:
@@ -122,11 +114,8 @@ class ResidentRows {
     const Span within = span_of(s, tile_.stage, slice_.count);
     return {slice_.begin + within.begin, within.count};
   }
-  // Slices and stages are whole words, so that the bytes of a stage lie in its buffer as far from a
-  // 16-byte boundary as the row's first element does in memory.
   PAPO_DEVICE SharedRow<In> staged(int buffer, int64_t row) const {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(element_at<In>(call_.logits, row, 0));
-    return {buffer_address(buffer) + static_cast<uint32_t>(start % kWordBytes)};
+    return row_in_buffer<In>(call_.logits, row, buffer_address(buffer));
   }
 
   PAPO_DEVICE void release(int buffer) const {
@@ -148,43 +137,13 @@ class ResidentRows {
       }
       for (int s = 0; s < tile_.stages; ++s) {
         if (lane_ == 0) {
-          machine::barrier_wait(empty(at.buffer), at.parity ^ 1u);
-          fill(at.buffer, job.row, stage_of(s));
+          machine::barrier_wait(empty(at.buffer), at.parity ^ 1u, "empty");
+          fill_buffer<In>(call_.logits, job.row, stage_of(s), buffer_address(at.buffer),
+                          full(at.buffer));
         }
         machine::warp_sync();
         at.advance(tile_.ring);
       }
-    }
-  }
-
-  PAPO_DEVICE void fill(int buffer, int64_t row, Span stage) const {
-    if (stage.count == 0) return machine::barrier_arrive(full(buffer));
-    const Matrix& m = call_.logits;
-    const char* source = element_at<In>(m, row, stage.begin);
-    const uintptr_t first = reinterpret_cast<uintptr_t>(source);
-    const CopyRange range = make_copy_range(
-        first, stage.count, In::kBytes, reinterpret_cast<uintptr_t>(m.data),
-        reinterpret_cast<uintptr_t>(element_at<In>(m, m.rows - 1, m.cols)));
-    const SharedRow<In> target = staged(buffer, row);
-    for (int i = 0; i < range.head; ++i) copy_element(target, source, i);
-    for (int i = stage.count - range.tail; i < stage.count; ++i) copy_element(target, source, i);
-    // The buffer's last readers are behind us, by the barrier; now also for the copy engine.
-    machine::fence_before_bulk();
-    const uint32_t bytes = static_cast<uint32_t>(range.end - range.begin);
-    if (bytes == 0) return machine::barrier_arrive(full(buffer));
-    machine::barrier_arrive_expect(full(buffer), bytes);
-    const uint32_t into = static_cast<uint32_t>(range.begin - first / kWordBytes * kWordBytes);
-    machine::bulk_load(buffer_address(buffer) + into, reinterpret_cast<const void*>(range.begin),
-                       bytes, full(buffer));
-  }
-
-  static PAPO_DEVICE void copy_element(const SharedRow<In>& target, const char* source, int i) {
-    const uint32_t to = target.address + static_cast<uint32_t>(i) * In::kBytes;
-    const char* from = source + static_cast<int64_t>(i) * In::kBytes;
-    if constexpr (In::kBytes == 2) {
-      machine::store_shared_16(to, machine::load_global_16(from));
-    } else {
-      machine::store_shared_32(to, machine::load_global_32(from));
     }
   }
 
@@ -197,9 +156,10 @@ class ResidentRows {
     // the finish warp takes for one is hidden behind the other.
     const bool ahead = tile_.ahead || !call_.wants_gradient();
     Job pending = {-1, kColumnInactive};
+    bool masked = false;
     for (int k = 0;; ++k) {
       const Job job = queue.next_active();
-      if (job.row >= 0) scan(job, k, scanned);
+      if (job.row >= 0) scan(job, k, scanned, masked);
       const Job due = ahead ? pending : job;
       if (due.row >= 0) finish(due, ahead ? k - 1 : k, finished);
       if (job.row < 0) break;
@@ -207,54 +167,43 @@ class ResidentRows {
     }
   }
 
-  PAPO_DEVICE void scan(const Job& job, int k, Cursor& at) const {
+  PAPO_DEVICE void scan(const Job& job, int k, Cursor& at, bool& masked) const {
     WarpScan<In> sums(call_.scaling);
-    float sampled = -infinity<float>();
-    for (int s = 0; s < tile_.stages; ++s) {
-      const Span stage = stage_of(s);
-      const SharedRow<In> row = staged(at.buffer, job.row);
-      machine::barrier_wait(full(at.buffer), at.parity);
-      scan_stage(sums, row, stage.count);
-      const int place = job.column - stage.begin;
-      if (warp_ == 0 && job.column >= 0 && place >= 0 && place < stage.count) {
-        sampled = call_.scaling.capped(row.element(place));
-      }
-      if (!call_.wants_gradient()) release(at.buffer);
+    const Cursor begin = at;
+    const auto buffer = [&](int s) {
+      const int i = begin.buffer + s;
+      return i < tile_.ring ? i : i - tile_.ring;
+    };
+    const auto wait = [&](int) {
+      machine::barrier_wait(full(at.buffer), at.parity, "full");
       at.advance(tile_.ring);
-    }
-    sums.leave(warp_message(k, warp_), lane_, sampled);
+    };
+    const auto stage = [&](int s) {
+      return Stage<In>{staged(buffer(s), job.row), stage_of(s).count};
+    };
+    scan_slice(sums, tile_.stages, wait, stage, {warp_, lane_, log_threads_}, call_.scaling.low_bits,
+               masked);
+    sums.leave(warp_message(k, warp_), lane_, sampled(job, stage));
     machine::warp_sync();
     if (lane_ == 0) machine::barrier_arrive(partial(k));
+    if (call_.wants_gradient()) return;
+    for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
   }
 
-  PAPO_DEVICE void scan_stage(WarpScan<In>& sums, const SharedRow<In>& row, int count) const {
-    const int threads = 32 * tile_.warps;
-    const int whole = count / kPerWord<In>;
-    const int words = static_cast<int>(ceil_div(count, kPerWord<In>));
-#pragma unroll 1
-    for (int base = 32 * warp_; base < words; base += kBatchWords * threads) {
-      const int n = batch_size(base, words, threads, kBatchWords);
-      Word w[kBatchWords];
-      if (base + 31 + (kBatchWords - 1) * threads >= whole) {
-#pragma unroll
-        for (int u = 0; u < kBatchWords; ++u) {
-          const int i = base + lane_ + u * threads;
-          w[u] = i < words ? row.word(i) : masked_word<In>();
-          if (i == whole) w[u] = keep_first<In>(w[u], count - whole * kPerWord<In>);
-        }
-      } else if (row.aligned()) {
-#pragma unroll
-        for (int u = 0; u < kBatchWords; ++u) w[u] = row.aligned_word(base + lane_ + u * threads);
-      } else {
-#pragma unroll
-        for (int u = 0; u < kBatchWords; ++u) w[u] = row.word(base + lane_ + u * threads);
-      }
-      sums.batch(w, n);
+  // The softcapped logit of the sampled token where it is in this block's slice, else -inf; for
+  // one warp.
+  template <typename At>
+  PAPO_DEVICE float sampled(const Job& job, const At& stage) const {
+    const int place = job.column - slice_.begin;
+    if (warp_ != 0 || job.column < 0 || place < 0 || place >= slice_.count) {
+      return -infinity<float>();
     }
+    const int s = tile_.stages == 1 ? 0 : place / tile_.stage;
+    return call_.scaling.capped(stage(s).row.element(place - s * tile_.stage));
   }
 
   PAPO_DEVICE void finish(const Job& job, int k, Cursor& at) const {
-    machine::barrier_wait(plan(k), parity(k));
+    machine::barrier_wait(plan(k), parity(k), "plan");
     if (!call_.wants_gradient()) return;
     const ElementGrad g = load_plan(plan_address(k));
     const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
@@ -276,22 +225,23 @@ class ResidentRows {
 
   PAPO_DEVICE void finish_rows() const {
     RowQueue queue = rows();
-    const bool writes = rank_ == 0 && lane_ == 0;
     const WeightingValues<float> weighting = load_weighting(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
-        if (writes) write_nothing(call_, job.row);
+        if (rank_ == 0 && lane_ == 0) write_nothing(call_, job.row);
         continue;
       }
+      // Every block needs the coefficients of a gradient. Where there is none the blocks take turns.
+      const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
+      const bool writes = rank_ == owner && lane_ == 0;
       const TokenNumbers numbers = load_numbers(call_, job.row);
-      machine::barrier_wait(partial(k), parity(k));
+      machine::barrier_wait(partial(k), parity(k), "partial");
       RowScan scan = merge_lanes(
           load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), call_.scaling),
           tile_.warps);
       if (tile_.cluster > 1) exchange_parts(scan, k);
-      // Without a gradient only the block that writes needs to know the row.
-      if (rank_ == 0 || call_.wants_gradient()) {
+      if (rank_ == owner || call_.wants_gradient()) {
         if (tile_.cluster > 1) scan = merge_cluster(k);
         const ElementGrad g = finish_row(call_, job, scan, numbers, &weighting, writes);
         if (lane_ == 0) store_plan(plan_address(k), g);
@@ -310,7 +260,7 @@ class ResidentRows {
       machine::send(to + 16, lane_, scan.state.T, scan.state.Z2, exchange(k));
       machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
     }
-    machine::barrier_wait_cluster(exchange(k), parity(k));
+    machine::barrier_wait_cluster(exchange(k), parity(k), "exchange");
     machine::warp_sync();
     // For row k + 2. No peer sends its part of that before it has ours of row k + 1.
     if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
@@ -326,14 +276,14 @@ class ResidentRows {
   const Tile& tile_;
   const SharedLayout layout_;
   const uint32_t shared_;
-  const int rank_, warp_, lane_;
+  const int rank_, warp_, lane_, log_threads_;
   const Span slice_;
 };
 
 #endif  // PAPO_HAS_CLUSTERS
 
 template <typename In, typename Out>
-PAPO_KERNEL(kMaxThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call) {
+PAPO_KERNEL(kResidentThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call) {
 #if defined(PAPO_HAS_CLUSTERS)
   ResidentRows<In, Out>(call).run();
 #endif
@@ -341,32 +291,21 @@ PAPO_KERNEL(kMaxThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call) {
 
 }  // namespace
 
-Status launch_rows(RowsCall call, const Launch& launch) {
-  const DeviceLimits& limits = device_of(launch.device).limits;
-  const Tile tile = choose_tile(call.columns(), element_bytes(call.logits.dtype), limits);
-  if (tile.cluster == 0) return launch_streamed(call, launch);
-  call.tile = tile;
+// ---- launch -------------------------------------------------------------------------------------
+
+Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                       bool* ran) {
+  const Tile& tile = call.tile;
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
     const auto kernel = resident_kernel<decltype(in), decltype(out)>;
-    LaunchShape shape = {0, 32 * (tile.warps + kServiceWarps), tile.cluster, tile.shared_bytes};
+    LaunchShape shape = {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
+                         exclusive_bytes(limits, tile.blocks, tile.shared_bytes)};
     const int clusters = resident_clusters(kernel, shape, launch.device, kClusterPtx);
-    if (clusters == 0) return launch_streamed(call, launch);
+    *ran = clusters > 0;
+    if (!*ran) return Status::success();
     shape.blocks = smaller(clusters, call.logits.rows) * tile.cluster;
     return launch_kernel(kernel, shape, launch.stream, call);
   });
-}
-
-Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
-                          const PolicyLossParams& params, const Weighting& weighting,
-                          const RowParams& row, const PolicyLossOut& out, const Matrix& dlogits,
-                          const Launch& launch) {
-  RowsCall call = make_call(RowTask::kPolicyLoss, logits, tokens.targets, tokens.state, row,
-                            dlogits);
-  call.tokens = tokens;
-  call.params = params;
-  call.weighting = weighting;
-  call.loss = out;
-  return launch_call(call, launch);
 }
 
 }  // namespace cuda

@@ -213,16 +213,13 @@ inline int element_bytes(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat64 ? 8 : 2;
 }
 
-// A call's fields that all tasks share.
-RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, const double* state,
-                   const RowParams& row, const Matrix& dlogits);
-
-// Runs a call on its device: from its state if that is given, else by scanning the rows.
-Status launch_call(const RowsCall& call, const Launch& launch);
-
-// The ways to run it. launch_rows falls back on launch_streamed where rows do not fit on chip.
-Status launch_rows(RowsCall call, const Launch& launch);
-Status launch_streamed(RowsCall call, const Launch& launch);
+// The ways to run a call, given its tiles. `ran`: whether the device can, and the rows are right
+// for it.
+Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                       bool* ran);
+Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                    bool* ran);
+Status launch_streamed(const RowsCall& call, const Launch& launch);
 Status launch_from_state(const RowsCall& call, const Launch& launch);
 
 }  // namespace cuda

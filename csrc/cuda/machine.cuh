@@ -13,6 +13,7 @@
 
 #else
 
+#include <assert.h>
 #include <cuda_runtime.h>
 
 #define PAPO_DEVICE __device__ __forceinline__
@@ -171,9 +172,13 @@ PAPO_DEVICE Word load_global(const void* p) {
                : "l"(p));
   return w;
 }
-// Half a word; through the L1 cache, as a neighbour reads the other half.
-PAPO_DEVICE void load_global_half(const void* p, uint32_t& a, uint32_t& b) {
-  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
+// Through the L1 cache: a neighbour reads the same word.
+PAPO_DEVICE Word load_global_cached(const void* p) {
+  Word w;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.r[0]), "=r"(w.r[1]), "=r"(w.r[2]), "=r"(w.r[3])
+               : "l"(p));
+  return w;
 }
 PAPO_DEVICE uint32_t load_global_32(const void* p) {
   uint32_t x;
@@ -208,9 +213,6 @@ PAPO_DEVICE Word load_shared(uint32_t address) {
                : "=r"(w.r[0]), "=r"(w.r[1]), "=r"(w.r[2]), "=r"(w.r[3])
                : "r"(address));
   return w;
-}
-PAPO_DEVICE void load_shared_half(uint32_t address, uint32_t& a, uint32_t& b) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
 }
 PAPO_DEVICE uint32_t load_shared_32(uint32_t address) {
   uint32_t x;
@@ -262,8 +264,44 @@ PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is over; acquires what was released to it within the block.
-PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+// Until the phase of this parity is over; acquires what was released to it within the block, or by
+// the cluster. A build with PAPO_SPIN_LIMIT gives up after so many tries, and says for what it waited:
+// a mistake in the barriers is then an error and not a hang.
+#if defined(PAPO_SPIN_LIMIT)
+template <typename Try>
+PAPO_DEVICE void spin(const Try& over, const char* name) {
+  for (int64_t tries = 0; !over(); ++tries) {
+    if (tries >= PAPO_SPIN_LIMIT) __assert_fail(name, __FILE__, __LINE__, "barrier_wait");
+  }
+}
+PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
+  spin([&] {
+    uint32_t done;
+    asm volatile(
+        "{.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, done;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+  }, name);
+}
+PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char* name) {
+  spin([&] {
+    uint32_t done;
+    asm volatile(
+        "{.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, done;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+  }, name);
+}
+#else
+PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity, const char*) {
   asm volatile(
       "{.reg .pred done;\n"
       "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -271,8 +309,7 @@ PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// The same for what other blocks of the cluster wrote.
-PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char*) {
   asm volatile(
       "{.reg .pred done;\n"
       "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
@@ -280,6 +317,7 @@ PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+#endif
 
 // ---- bulk copies --------------------------------------------------------------------------------
 
@@ -314,6 +352,11 @@ PAPO_DEVICE void cluster_sync() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
+// The same in two halves, without making anything visible.
+PAPO_DEVICE void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+PAPO_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 // Writes two doubles at the same shared address of block `rank`, and counts their 16 bytes towards
 // that block's barrier. `target` is a multiple of 16.
 PAPO_DEVICE void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {

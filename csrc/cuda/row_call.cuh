@@ -20,6 +20,7 @@ struct RowsCall {
   RowParams row;
   Scaling scaling;
   Tile tile;
+  StatsTile stats_tile;
   const int64_t* targets;
   const double* state;  // null: scan the logits
   TokenStatsOut stats;

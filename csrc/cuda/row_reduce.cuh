@@ -116,26 +116,32 @@ PAPO_DEVICE float unordered(int key) {
   return machine::as_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
 }
 
-// The largest element of a lane's words; NaN where there is one.
-template <typename T, int kWords>
-PAPO_DEVICE float largest(const Word (&w)[kWords]) {
-  // Two chains, as each step waits for the one before.
-  uint32_t best = w[0].r[0], second = w[1].r[0];
-#pragma unroll
-  for (int i = 0; i < kWords; i += 2) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      best = T::max_nan(best, w[i].r[j]);
-      second = T::max_nan(second, w[i + 1].r[j]);
+// The largest elements of a lane's words, or NaN, as two chains: each step waits for the one before.
+template <typename T>
+struct LaneTop {
+  uint32_t best = T::kMasked, second = T::kMasked;
+
+  PAPO_DEVICE void meet(const Word& w) {
+    best = T::max_nan(T::max_nan(best, w.r[0]), w.r[1]);
+    second = T::max_nan(T::max_nan(second, w.r[2]), w.r[3]);
+  }
+  PAPO_DEVICE float largest() const {
+    const uint32_t top = T::max_nan(best, second);
+    if constexpr (T::kBytes == 2) {
+      const Pair p = T::wide(top);
+      return machine::max_nan(p.lo, p.hi);
+    } else {
+      return machine::as_float(top);
     }
   }
-  best = T::max_nan(best, second);
-  if constexpr (T::kBytes == 2) {
-    const Pair p = T::wide(best);
-    return machine::max_nan(p.lo, p.hi);
-  } else {
-    return machine::as_float(best);
-  }
+};
+
+template <typename T, int kWords>
+PAPO_DEVICE float largest(const Word (&w)[kWords]) {
+  LaneTop<T> top;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) top.meet(w[i]);
+  return top.largest();
 }
 
 template <typename T>
@@ -145,23 +151,69 @@ class WarpScan {
       : s_(scaling), m_(-infinity<float>()), big_m_(0.0f), o_(0.0f), mode_(kNothing),
         sums_(LaneSums::zero()) {}
 
-  // The first n of kWords words of every lane; the others, and words that are not there, are
-  // masked. All branches are the warp's.
+  // ---- words that come once: about the largest so far
+
+  // kWords words of every lane; those that are not there are masked. All branches are the warp's.
   template <int kWords>
-  PAPO_DEVICE void batch(Word (&w)[kWords], int n) {
+  PAPO_DEVICE void batch(Word (&w)[kWords]) {
     const float top = largest<T>(w);
     // Rare: a new maximum, or NaN. A batch without either goes straight to its sums.
     if (machine::any(!(top <= m_)) && !raise(top)) return;
     if (mode_ == kFast) {
-      if (n == kWords) {
-        add_fast<kWords, true>(w, n);
-      } else {
-        add_fast<kWords, false>(w, n);
-      }
+      add<true>(w);
     } else if (mode_ == kCareful) {
-      add_careful(w, n);
+      add_careful(w);
     }
   }
+
+  // ---- words that can be read twice: about the largest of all
+
+  // Nothing of what is added from here on exceeds its lane's `lane_top`. False: nothing is to be
+  // added, as the warp's part is bad or masked.
+  PAPO_DEVICE bool start(float lane_top) { return raise(lane_top) && mode_ != kNothing; }
+  PAPO_DEVICE bool careful() const { return mode_ == kCareful; }
+
+  // kRaised: -inf among the words is raised to a finite number. Without that it makes T NaN:
+  // met_masked() tells, and restart() forgets what was added.
+  template <bool kRaised, int kWords>
+  PAPO_DEVICE void add(const Word (&w)[kWords]) {
+    const Pair unit = both(s_.unit);
+    const Pair minus_m = both(-big_m_);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      Pair y[T::kPairs];
+#pragma unroll
+      for (int j = 0; j < T::kPairs; ++j) {
+        const Pair x = kRaised ? raised_pair<T>(w[i], j, s_.low_bits) : pair<T>(w[i], j);
+        y[j] = machine::fma(x, unit, minus_m);
+      }
+      sums_.add(y);
+    }
+  }
+  PAPO_DEVICE bool met_masked() const {
+    const float T_lane = sums_.T.lo + sums_.T.hi;
+    return machine::any(T_lane != T_lane);
+  }
+  PAPO_DEVICE void restart() { sums_ = LaneSums::zero(); }
+
+  // Soft caps and maxima beyond the fast range. The words rotate so that the code is there once.
+  template <int kWords>
+  PAPO_DEVICE void add_careful(Word (&w)[kWords]) {
+#pragma unroll 1
+    for (int i = 0; i < kWords; ++i) {
+      Pair y[T::kPairs];
+#pragma unroll
+      for (int j = 0; j < T::kPairs; ++j) {
+        const Pair x = pair<T>(w[0], j);
+        y[j] = {distance(x.lo), distance(x.hi)};
+      }
+      sums_.add(y);
+#pragma unroll
+      for (int k = 0; k + 1 < kWords; ++k) w[k] = w[k + 1];
+    }
+  }
+
+  // ---- a warp's message
 
   // Leaves the warp's message at `address`; `sampled` is the softcapped logit of the sampled token
   // where this warp has it, else -inf.
@@ -201,39 +253,6 @@ class WarpScan {
     o_ = o;
     mode_ = fast ? kFast : kCareful;
     return true;
-  }
-
-  template <int kWords, bool kAll>
-  PAPO_DEVICE void add_fast(const Word (&w)[kWords], int n) {
-    const Pair unit = both(s_.unit);
-    const Pair minus_m = both(-big_m_);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if (!kAll && i >= n) break;
-      Pair y[T::kPairs];
-#pragma unroll
-      for (int j = 0; j < T::kPairs; ++j) {
-        y[j] = machine::fma(raised_pair<T>(w[i], j, s_.low_bits), unit, minus_m);
-      }
-      sums_.add(y);
-    }
-  }
-
-  // Soft caps and maxima beyond the fast range. The words rotate so that the code is there once.
-  template <int kWords>
-  PAPO_DEVICE void add_careful(Word (&w)[kWords], int n) {
-#pragma unroll 1
-    for (int i = 0; i < n; ++i) {
-      Pair y[T::kPairs];
-#pragma unroll
-      for (int j = 0; j < T::kPairs; ++j) {
-        const Pair x = pair<T>(w[0], j);
-        y[j] = {distance(x.lo), distance(x.hi)};
-      }
-      sums_.add(y);
-#pragma unroll
-      for (int k = 0; k + 1 < kWords; ++k) w[k] = w[k + 1];
-    }
   }
 
   PAPO_DEVICE float distance(float x) const {
@@ -328,6 +347,13 @@ PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
   }
   scan.state = r.Z != r.Z ? RowState<double>::bad() : r;
   return scan;
+}
+
+// Lane `lane`'s part, which every lane may choose for itself.
+PAPO_DEVICE RowScan from_lane(const RowScan& scan, int lane) {
+  const auto get = [lane](double x) { return machine::broadcast(x, lane); };
+  const RowState<double>& s = scan.state;
+  return {{get(s.max), get(s.Z), get(s.T), get(s.Z2), get(s.T2)}, get(scan.target_u)};
 }
 
 }  // namespace cuda

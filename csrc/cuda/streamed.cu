@@ -17,9 +17,9 @@ PAPO_DEVICE void load_batch(const GlobalRow<In>& row, int first, int step,
   if (row.aligned() && row.holds_word(last)) {
 #pragma unroll
     for (int u = 0; u < kStreamBatch; ++u) w[u] = row.aligned_word(first + u * step);
-  } else if (first > 0 && row.holds_halves(last)) {
+  } else if (first > 0 && row.holds_both(last)) {
 #pragma unroll
-    for (int u = 0; u < kStreamBatch; ++u) w[u] = row.halves(first + u * step);
+    for (int u = 0; u < kStreamBatch; ++u) w[u] = row.from_both(first + u * step);
   } else {
     // The ends of the row. The words rotate so that the code is there once.
 #pragma unroll 1
@@ -45,7 +45,7 @@ PAPO_DEVICE void scan_row(WarpScan<In>& sums, const GlobalRow<In>& row, int warp
     // The next batch is on its way while this one is summed.
     const int ahead = base + kStreamBatch * threads;
     if (ahead < words) load_batch(row, ahead + lane, threads, next);
-    sums.batch(w, batch_size(base, words, threads, kStreamBatch));
+    sums.batch(w);
   }
 }
 
@@ -94,8 +94,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
 
 }  // namespace
 
-Status launch_streamed(RowsCall call, const Launch& launch) {
-  call.tile = stream_tile(call.columns(), element_bytes(call.logits.dtype));
+Status launch_streamed(const RowsCall& call, const Launch& launch) {
   const int shared = call.tile.warps * kWarpMessageBytes + kPlanBytes;
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
     return launch_persistent(streamed_kernel<decltype(in), decltype(out)>,

@@ -11,16 +11,24 @@ namespace papo {
 namespace cuda {
 
 constexpr int kWordBytes = 16;
-constexpr int kMaxWarps = 8;      // that compute, in a block that has its multiprocessor to itself
+constexpr int kWholeWarps = 8;    // that compute, in a block that has its multiprocessor to itself
 constexpr int kPairedWarps = 4;   // the same, where two blocks share one
 constexpr int kStreamWarps = 8;   // the same, where a block reads whole rows
 constexpr int kServiceWarps = 2;  // the one that copies and the one that finishes rows
-constexpr int kMaxThreads = 512;  // not below the above, and caps the registers at 128
+constexpr int kMaxWarps = 16;     // that compute, in a block of a cluster
+constexpr int kMaxStatsWarps = 8;  // the same, in a block that takes all slices
+constexpr int kResidentThreads = 32 * (kMaxWarps + kServiceWarps);
+constexpr int kStatsThreads = 32 * (kMaxStatsWarps + kServiceWarps);
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRing = 8;
-constexpr int kBatchWords = 8;   // words per thread between two looks at the running maximum
-constexpr int kStreamBatch = 4;  // the same, where the next batch is in registers too
+constexpr int kUsefulWords = 8;  // of a thread, before another warp is worth its once-a-row work
+constexpr int kScanWords = 4;    // of a thread that are summed together, of a slice on chip
+// Rows for each block that takes all slices. With fewer some blocks have nothing to do at the end,
+// while a cluster shares the work of the last row.
+constexpr int kStatsRounds = 8;
+constexpr int kStreamBatch = 4;  // words per thread between two looks at the running maximum
 constexpr int kReservedShared = 1024;  // taken by the system from each block's shared memory
+constexpr int64_t kMostStageBytes = 1 << 20;  // fewer than a barrier can count
 
 PAPO_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PAPO_HD int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -73,19 +81,30 @@ struct DeviceLimits {
   int max_cluster;  // 0: no clusters or bulk copies
 };
 
-// How the rows of a call are worked on. It depends on the vocabulary, the logits' type and the
-// device, and on nothing else: the sums of a row are then formed in the same order in every call,
-// whatever the number of rows, and logp is the same to the last bit in all of them.
+// How the rows of a call are cut. It depends on the vocabulary, the logits' type and the device, and
+// on nothing else: the sums of a row are then formed in the same order in every call, whatever the
+// number of rows, and logp is the same to the last bit in all of them.
 struct Tile {
-  int cluster;  // blocks that share a row; 0: a block reads a row from global memory, twice
-  int warps;    // that compute, per block
+  int cluster;  // slices of a row, and blocks that share it; 0: rows are read from global memory
+  int warps;    // that compute, per slice
   int slice;    // columns of a row per block
   int stage;    // columns per buffer
   int stages;   // buffers that a slice fills
   int ring;     // buffers of a block
+  int blocks;   // on a multiprocessor
   int stage_bytes;
   int shared_bytes;
   bool ahead;  // a row's sums are formed before the gradient of the row before it
+};
+
+// How a block takes all slices of a row in turn, where no gradient is wanted: teams of tile.warps
+// warps, each with a slice. The sums are those of the same Tile, to the last bit.
+struct StatsTile {
+  int teams;   // 0: the rows of statistics are shared by clusters too
+  int ring;    // buffers of a slice
+  int blocks;  // on a multiprocessor
+  int rounds;  // rows for each block, at least
+  int shared_bytes;
 };
 
 struct Span {
@@ -104,14 +123,21 @@ PAPO_HD Span span_between(int64_t begin, int64_t end, int part, int parts, int p
   return {static_cast<int>(first), static_cast<int>(smaller(size, end - first))};
 }
 
-// A warp goes over a run of words in batches that start at words 32 warp, 32 warp + most * threads,
-// ...: word u of a lane's batch is base + lane + u * threads. The first batch_size() of its `most`
-// words lie in the run for some lane.
-PAPO_HD int batch_size(int base, int words, int threads, int most) {
-  return static_cast<int>(smaller(most, ceil_div(words - base, threads)));
+// A warp's part of a run of words in shared memory: word 32 warp + lane, and then every
+// 2^log_threads-th. rounds_of() is how many of them some lane of it has. All but the last are whole
+// words for every lane.
+PAPO_HD int rounds_of(int words, int warp, int log_threads) {
+  const int left = words - 32 * warp;
+  return left <= 0 ? 0 : ((left - 1) >> log_threads) + 1;
 }
 
-// Offsets in a block's shared memory.
+PAPO_HD int log2_of(int x) {
+  int n = 0;
+  while ((1 << n) < x) ++n;
+  return n;
+}
+
+// Offsets in the shared memory of a block that shares its rows with a cluster.
 struct SharedLayout {
   int exchange;  // [2][cluster] CtaMessage
   int partial;   // [2][warps] WarpMessage
@@ -135,10 +161,24 @@ PAPO_HD SharedLayout make_layout(int cluster, int warps, int ring, int stage_byt
   return s;
 }
 
+// The same of a block that takes all slices of its rows.
+struct StatsLayout {
+  int partial;   // [slices][warps] WarpMessage
+  int barriers;  // full[ring], empty[ring], partial, taken
+  int bytes;
+};
+
+PAPO_HD StatsLayout make_stats_layout(int slices, int warps, int ring, int stage_bytes) {
+  StatsLayout s;
+  s.partial = ring * stage_bytes;
+  s.barriers = s.partial + slices * warps * kWarpMessageBytes;
+  s.bytes = s.barriers + (2 * ring + 2) * kBarrierBytes;
+  return s;
+}
+
 // The buffer of `columns` columns: one more word, as a row may start anywhere within one.
-PAPO_HD int buffer_bytes(int columns, int element_bytes) {
-  return static_cast<int>(round_up(static_cast<int64_t>(columns) * element_bytes, kWordBytes)) +
-         kWordBytes;
+PAPO_HD int64_t buffer_bytes(int64_t columns, int element_bytes) {
+  return round_up(columns * element_bytes, kWordBytes) + kWordBytes;
 }
 
 // The warps that `words` keep busy, a power of two of at most `most`.
@@ -148,30 +188,63 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
   return warps;
 }
 
-// The tile that cuts a row over `cluster` blocks with `budget` bytes of shared memory each; its
-// cluster is 0 where the row does not fit. `rows_wanted`: slices that the ring must hold at least.
-inline Tile fit_tile(int64_t columns, int element_bytes, int cluster, int most_warps, int budget,
-                     int rows_wanted) {
-  constexpr int kStageBytes = 32768;  // of a slice that is too long to be one buffer
+// ---- the choice ---------------------------------------------------------------------------------
+
+// Bytes that one of `blocks` blocks on a multiprocessor may have.
+PAPO_HD int64_t shared_budget(const DeviceLimits& device, int blocks) {
+  const int64_t share = device.shared_per_multiprocessor / blocks - kReservedShared;
+  return smaller(share, device.shared_per_block);
+}
+
+// What a block must ask for so that no more than `blocks` of them share a multiprocessor.
+PAPO_HD int exclusive_bytes(const DeviceLimits& device, int blocks, int bytes) {
+  const int64_t most = device.shared_per_multiprocessor / (blocks + 1) - kReservedShared;
+  const int64_t least = round_up(larger(most, 0) + 1, kWordBytes);
+  return static_cast<int>(larger(bytes, smaller(least, device.shared_per_block)));
+}
+
+// A row of `columns` cut over `cluster` blocks; its shared memory is that of `ring` buffers.
+inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps, int stages,
+                      int ring, int blocks) {
   const int per_word = kWordBytes / element_bytes;
   Tile t = {};
-  t.slice = static_cast<int>(round_up(ceil_div(columns, cluster), per_word));
-  const int64_t words = t.slice / per_word;
-  t.warps = useful_warps(words, 32 * kBatchWords, most_warps);
-  const int64_t fixed = make_layout(cluster, t.warps, kMaxRing, 0).bytes;
-  const bool whole = rows_wanted > 1;
-  t.stages = whole ? 1 : static_cast<int>(larger(1, ceil_div(words * kWordBytes, kStageBytes)));
-  t.stage = static_cast<int>(round_up(ceil_div(t.slice, t.stages), per_word));
-  t.stage_bytes = buffer_bytes(t.stage, element_bytes);
-  t.ring = static_cast<int>(smaller((budget - fixed) / t.stage_bytes, kMaxRing));
-  // One buffer more than a row, so that the next row is on its way while this one is finished.
-  const int least = whole ? rows_wanted : t.stages + 1;
-  if (t.ring < least) return t;
-  if (whole) t.ring = static_cast<int>(smaller(t.ring, 4));
+  const int64_t slice = round_up(ceil_div(columns, cluster), per_word);
+  const int64_t stage = round_up(ceil_div(slice, stages), per_word);
+  const int64_t bytes = buffer_bytes(stage, element_bytes);
+  // Beyond what any device has; as an int it might look small.
+  if (bytes > kMostStageBytes) return t;
   t.cluster = cluster;
-  t.shared_bytes = make_layout(cluster, t.warps, t.ring, t.stage_bytes).bytes;
-  t.ahead = t.ring > 2 * t.stages;
+  t.warps = warps;
+  t.slice = static_cast<int>(slice);
+  t.stage = static_cast<int>(stage);
+  t.stages = stages;
+  t.ring = ring;
+  t.blocks = blocks;
+  t.stage_bytes = static_cast<int>(bytes);
+  t.shared_bytes = make_layout(cluster, warps, ring, t.stage_bytes).bytes;
+  t.ahead = ring > 2 * stages;
   return t;
+}
+
+// The tile that cuts a row over `cluster` blocks, `blocks` of them on a multiprocessor; its cluster
+// is 0 where the row does not fit. `rows_wanted`: slices that the ring must hold at least.
+inline Tile fit_tile(int64_t columns, int element_bytes, int cluster, int most_warps,
+                     const DeviceLimits& device, int blocks, int rows_wanted) {
+  constexpr int64_t kStageBytes = 32768;  // of a slice that is too long to be one buffer
+  const int per_word = kWordBytes / element_bytes;
+  const int64_t words = ceil_div(ceil_div(columns, cluster), per_word);
+  const bool whole = rows_wanted > 1;
+  const int64_t stages = whole ? 1 : larger(1, ceil_div(words * kWordBytes, kStageBytes));
+  if (stages >= kMaxRing) return Tile{};
+  const int warps = useful_warps(words, 32 * kUsefulWords, most_warps);
+  // One buffer more than a row, so that the next row is on its way while this one is finished.
+  const int least = whole ? rows_wanted : static_cast<int>(stages) + 1;
+  for (int ring = whole ? 4 : kMaxRing; ring >= least; --ring) {
+    const Tile t = make_tile(columns, element_bytes, cluster, warps, static_cast<int>(stages), ring,
+                             blocks);
+    if (t.cluster != 0 && t.shared_bytes <= shared_budget(device, blocks)) return t;
+  }
+  return Tile{};
 }
 
 // The tile of rows that a block reads from global memory.
@@ -186,22 +259,40 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
 // Prefers two blocks on a multiprocessor, so that one computes where the other waits, and the
 // smallest cluster whose blocks hold three rows: one being finished, one being summed, one on its
 // way.
-inline Tile choose_tile(int64_t columns, int element_bytes, const DeviceLimits& device) {
-  const int half = device.shared_per_multiprocessor / 2 - kReservedShared;
-  const int shared = static_cast<int>(smaller(half, device.shared_per_block));
+inline Tile derived_tile(int64_t columns, int element_bytes, const DeviceLimits& device) {
   for (int cluster = 1; cluster <= smaller(8, device.max_cluster); cluster *= 2) {
-    const Tile t = fit_tile(columns, element_bytes, cluster, kPairedWarps, shared, 3);
+    const Tile t = fit_tile(columns, element_bytes, cluster, kPairedWarps, device, 2, 3);
     if (t.cluster != 0) return t;
   }
   // A long row takes the multiprocessor for one block.
   for (int cluster = 8; cluster <= device.max_cluster; cluster *= 2) {
     for (int rows_wanted = 3; rows_wanted > 0; --rows_wanted) {
-      const Tile t = fit_tile(columns, element_bytes, cluster, kMaxWarps, device.shared_per_block,
-                              rows_wanted);
+      const Tile t = fit_tile(columns, element_bytes, cluster, kWholeWarps, device, 1, rows_wanted);
       if (t.cluster != 0) return t;
     }
   }
   return stream_tile(columns, element_bytes);
+}
+
+inline StatsTile make_stats_tile(const Tile& tile, int teams, int ring, int blocks, int rounds) {
+  const int bytes = make_stats_layout(tile.cluster, tile.warps, ring, tile.stage_bytes).bytes;
+  return {teams, ring, blocks, rounds, bytes};
+}
+
+// As many teams as fill a block, and a buffer more than there are teams. No teams: a row of one
+// slice, and slices of several buffers, are the cluster kernel's.
+inline StatsTile derived_stats_tile(const Tile& tile, const DeviceLimits& device) {
+  if (tile.cluster < 2 || tile.stages != 1) return StatsTile{};
+  for (int blocks = 2; blocks > 0; --blocks) {
+    const int64_t most = larger(1, smaller(kMaxStatsWarps / tile.warps, tile.cluster));
+    for (int teams = static_cast<int>(most); teams > 0; teams /= 2) {
+      for (int ring = teams + 2; ring > teams; --ring) {
+        const StatsTile s = make_stats_tile(tile, teams, ring, blocks, kStatsRounds);
+        if (s.shared_bytes <= shared_budget(device, blocks)) return s;
+      }
+    }
+  }
+  return StatsTile{};
 }
 
 }  // namespace cuda

@@ -1,6 +1,4 @@
-// The statistics forward and backward, rows whose state is known, and scaling.
-#include <math.h>
-
+// Rows whose state is known, and scaling.
 #include "launch.cuh"
 #include "row_gradient.cuh"
 
@@ -9,14 +7,15 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kPartElements = 32768;  // of a row that a block takes at a time
-constexpr int64_t kLeastPart = 4096;
+constexpr int kGradientBlocks = 3;        // on a multiprocessor
+constexpr int64_t kLeastPart = 4096;      // elements of a row
+constexpr int64_t kScalePart = 32768;
 
 // ---- kernels ------------------------------------------------------------------------------------
 
 // Part p of row i is item i * parts + p.
 template <typename In, typename Out>
-PAPO_KERNEL(kThreads, 3) gradient_kernel(const PAPO_PARAM RowsCall call, int parts, int size) {
+PAPO_KERNEL(kThreads, kGradientBlocks) gradient_kernel(const PAPO_PARAM RowsCall call, int parts, int size) {
   const int thread = machine::thread_index();
   const Share share = {thread, machine::block_threads()};
   const uint32_t plan = machine::shared_base();
@@ -104,100 +103,23 @@ PAPO_KERNEL(kThreads, 1) scale_kernel(const PAPO_PARAM Matrix m, const float* fa
   const Share share = {machine::thread_index(), machine::block_threads()};
   const int64_t items = m.rows * parts;
   for (int64_t item = machine::block_index(); item < items; item += machine::grid_blocks()) {
-    const int64_t begin = item % parts * kPartElements;
-    const int count = static_cast<int>(smaller(kPartElements, m.cols - begin));
+    const int64_t begin = item % parts * kScalePart;
+    const int count = static_cast<int>(smaller(kScalePart, m.cols - begin));
     scale_run<T>(element_at<T>(m, item / parts, begin), count, f, share);
   }
 }
 
-// ---- calls --------------------------------------------------------------------------------------
-
-// A type's number, in float and in bits, not beyond `least` < 0 in magnitude where the type allows.
-struct Low {
-  float value;
-  uint32_t bits;
-};
-
-Low low_of(DType dtype, float least) {
-  if (dtype == DType::kFloat32) {
-    Low low = {least, 0};
-    __builtin_memcpy(&low.bits, &least, sizeof(low.bits));
-    return low;
-  }
-  if (dtype == DType::kBFloat16) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &least, sizeof(bits));
-    bits &= 0xffff0000u;
-    Low low = {0.0f, bits | bits >> 16};
-    __builtin_memcpy(&low.value, &bits, sizeof(bits));
-    return low;
-  }
-  // float16: the power of two below, within [2^-14, 2^15], or the largest number.
-  if (least <= -65504.0f) return {-65504.0f, 0xfbfffbffu};
-  int exponent;
-  frexpf(-least, &exponent);  // 2^(exponent - 1) <= -least
-  exponent = exponent - 1 < -14 ? -14 : exponent - 1;
-  const uint32_t bits = 0x8000u | static_cast<uint32_t>(exponent + 15) << 10;
-  return {-ldexpf(1.0f, exponent), bits | bits << 16};
-}
-
-Scaling make_scaling(const RowParams& row, DType dtype) {
-  Scaling s = {};
-  s.unit = static_cast<float>(kLog2e / row.temperature);
-  s.softcap = static_cast<float>(row.softcap);
-  s.inv_softcap = row.softcap > 0 ? static_cast<float>(1.0 / row.softcap) : 0.0f;
-  s.inv_temperature = 1.0 / row.temperature;
-  const float bound = 1048576.0f / s.unit;  // 2^20 in units of y
-  const float lowest = -3.0e38f;
-  const Low low = low_of(dtype, 4.0f * bound < -lowest ? -4.0f * bound : lowest);
-  s.low = low.value;
-  s.low_bits = low.bits;
-  s.fast_max = bound;
-  s.fast_min = fmaxf(-bound, low.value + 300.0f / s.unit);
-  return s;
-}
-
-Status check_call(const RowsCall& call, const Launch& launch) {
-  const Device& device = device_of(launch.device);
-  if (device.error != nullptr) return {device.error};
-  constexpr int64_t kMostColumns = int64_t{1} << 30;
-  if (call.logits.cols > kMostColumns) return {"papo_kernels: more than 2^30 columns"};
-  return Status::success();
-}
-
 }  // namespace
-
-RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, const double* state,
-                   const RowParams& row, const Matrix& dlogits) {
-  RowsCall call = {};
-  call.task = task;
-  call.logits = logits;
-  call.dlogits = dlogits;
-  call.row = row;
-  call.scaling = make_scaling(row, logits.dtype);
-  call.targets = targets;
-  call.state = state;
-  return call;
-}
-
-Status launch_call(const RowsCall& call, const Launch& launch) {
-  if (call.logits.rows == 0) return Status::success();
-  const Status status = check_call(call, launch);
-  if (!status.ok()) return status;
-  const DeviceGuard guard(launch.device);
-  if (!guard.status().ok()) return guard.status();
-  return call.state != nullptr ? launch_from_state(call, launch) : launch_rows(call, launch);
-}
 
 Status launch_from_state(const RowsCall& call, const Launch& launch) {
   const int64_t rows = call.logits.rows;
   if (!call.wants_gradient()) {
     return launch_persistent(outputs_kernel, {0, 128, 1, 0}, ceil_div(rows, 128), launch, call);
   }
-  // Few rows are cut finer, so that they fill the device.
-  const int64_t blocks = 8 * device_of(launch.device).limits.multiprocessors;
+  // Rows too few to fill the device are cut. Others are not: every part would finish the row again.
+  const int64_t blocks = kGradientBlocks * device_of(launch.device).limits.multiprocessors;
   const int64_t finest = ceil_div(call.columns(), kLeastPart);
-  const int64_t wanted = larger(ceil_div(call.columns(), kPartElements), ceil_div(blocks, rows));
+  const int64_t wanted = rows >= blocks ? 1 : ceil_div(2 * blocks, rows);
   // 64: a whole number of words in every type, so that parts start where their row's words do.
   const int size = static_cast<int>(
       round_up(ceil_div(call.columns(), smaller(wanted, finest)), 64));
@@ -207,22 +129,6 @@ Status launch_from_state(const RowsCall& call, const Launch& launch) {
                              {0, kThreads, 1, kPlanBytes}, rows * parts, launch, call, parts,
                              size);
   });
-}
-
-Status launch_token_stats_fwd(const Matrix& logits, const int64_t* targets, const double* state,
-                              const RowParams& row, const TokenStatsOut& out,
-                              const Launch& launch) {
-  RowsCall call = make_call(RowTask::kStats, logits, targets, state, row, Matrix{});
-  call.stats = out;
-  return launch_call(call, launch);
-}
-
-Status launch_token_stats_bwd(const Matrix& logits, const int64_t* targets, const double* state,
-                              const TokenStatsGrads& grads, const RowParams& row,
-                              const Matrix& dlogits, const Launch& launch) {
-  RowsCall call = make_call(RowTask::kStatsGradient, logits, targets, state, row, dlogits);
-  call.grads = grads;
-  return launch_call(call, launch);
 }
 
 Status launch_scale(const Matrix& matrix, const void* factor, const Launch& launch) {
@@ -237,7 +143,7 @@ Status launch_scale(const Matrix& matrix, const void* factor, const Launch& laun
   if (!guard.status().ok()) return guard.status();
   const Device& device = device_of(launch.device);
   if (device.error != nullptr) return {device.error};
-  const int64_t parts = ceil_div(m.cols, kPartElements);
+  const int64_t parts = ceil_div(m.cols, kScalePart);
   return with_types(m, Matrix{}, [&](auto type, auto) -> Status {
     return launch_persistent(scale_kernel<decltype(type)>, {0, kThreads, 1, 0}, m.rows * parts,
                              launch, m, static_cast<const float*>(factor), parts);

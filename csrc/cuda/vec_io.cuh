@@ -104,15 +104,29 @@ PAPO_DEVICE Word masked_word() {
   return {{T::kMasked, T::kMasked, T::kMasked, T::kMasked}};
 }
 
-// The first `keep` elements of a word, the others masked.
+// The first `keep` elements of a word, the others `fill` (in the bits of a register).
 template <typename T>
-PAPO_DEVICE Word keep_first(Word w, int keep) {
+PAPO_DEVICE Word keep_first(Word w, int keep, uint32_t fill) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (T::kBytes == 2) {
       const uint32_t kept = keep > 2 * i + 1 ? 0xffffffffu : keep > 2 * i ? 0x0000ffffu : 0u;
-      w.r[i] = (w.r[i] & kept) | (T::kMasked & ~kept);
+      w.r[i] = (w.r[i] & kept) | (fill & ~kept);
     } else if (keep <= i) {
+      w.r[i] = fill;
+    }
+  }
+  return w;
+}
+// All but the first `drop` elements of a word; those are masked.
+template <typename T>
+PAPO_DEVICE Word drop_first(Word w, int drop) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (T::kBytes == 2) {
+      const uint32_t gone = drop > 2 * i + 1 ? 0xffffffffu : drop > 2 * i ? 0x0000ffffu : 0u;
+      w.r[i] = (w.r[i] & ~gone) | (T::kMasked & gone);
+    } else if (drop > i) {
       w.r[i] = T::kMasked;
     }
   }
@@ -121,14 +135,22 @@ PAPO_DEVICE Word keep_first(Word w, int keep) {
 
 // ---- words at any element boundary ------------------------------------------------------------
 
-// The 16 bytes `off` bytes into three halves of words (24 bytes); off is 0, 2, 4 or 6.
-PAPO_DEVICE Word funnel(const uint32_t (&x)[6], uint32_t off) {
-  uint32_t y[5];
+// The 16 bytes that start `off` bytes into `low`, with `high` following it. `off` is the same for
+// all words of a row.
+template <typename T>
+PAPO_DEVICE Word funnel(const Word& low, const Word& high, uint32_t off) {
+  const uint32_t x[8] = {low.r[0],  low.r[1],  low.r[2],  low.r[3],
+                         high.r[0], high.r[1], high.r[2], high.r[3]};
+  uint32_t y[6], z[5];
 #pragma unroll
-  for (int i = 0; i < 5; ++i) y[i] = (off & 4u) != 0 ? x[i + 1] : x[i];
+  for (int i = 0; i < 6; ++i) y[i] = (off & 8u) != 0 ? x[i + 2] : x[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) z[i] = (off & 4u) != 0 ? y[i + 1] : y[i];
   Word w;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) w.r[i] = machine::funnel_right(y[i], y[i + 1], (off & 2u) * 8u);
+  for (int i = 0; i < 4; ++i) {
+    w.r[i] = T::kBytes == 4 ? z[i] : machine::funnel_right(z[i], z[i + 1], (off & 2u) * 8u);
+  }
   return w;
 }
 
@@ -150,15 +172,10 @@ struct SharedRow {
   PAPO_DEVICE Word aligned_word(int i) const {
     return machine::load_shared(address + static_cast<uint32_t>(i) * kWordBytes);
   }
-  // Three halves of words, from an 8-byte boundary to at most a word behind the last element.
+  // From two aligned words, the second of which may end a word behind the last element.
   PAPO_DEVICE Word word(int i) const {
-    const uint32_t at = address + static_cast<uint32_t>(i) * kWordBytes;
-    const uint32_t half = at & ~7u;
-    uint32_t x[6];
-    machine::load_shared_half(half, x[0], x[1]);
-    machine::load_shared_half(half + 8, x[2], x[3]);
-    machine::load_shared_half(half + 16, x[4], x[5]);
-    return funnel(x, at & 7u);
+    const SharedRow floor = {address & ~15u};
+    return funnel<T>(floor.aligned_word(i), floor.aligned_word(i + 1), address & 15u);
   }
 
   PAPO_DEVICE float element(int i) const {
@@ -181,23 +198,20 @@ struct GlobalRow {
 
   PAPO_DEVICE bool aligned() const { return (reinterpret_cast<uintptr_t>(data) & 15u) == 0; }
   PAPO_DEVICE bool holds_word(int i) const { return (i + 1) * kPerWord<T> <= count; }
-  // The three halves reach up to 7 bytes before the word and 8 behind it.
-  PAPO_DEVICE bool holds_halves(int i) const {
-    return i > 0 && (i + 1) * kPerWord<T> + 8 / T::kBytes <= count;
+  // The two aligned words it lies across reach up to 15 bytes before it and 15 behind it.
+  PAPO_DEVICE bool holds_both(int i) const {
+    return i > 0 && (i + 2) * kPerWord<T> <= count;
   }
 
   PAPO_DEVICE Word aligned_word(int i) const { return machine::load_global(at(i)); }
-  PAPO_DEVICE Word halves(int i) const {
-    const uint32_t off = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data) & 7u);
-    const char* half = at(i) - off;
-    uint32_t x[6];
-    machine::load_global_half(half, x[0], x[1]);
-    machine::load_global_half(half + 8, x[2], x[3]);
-    machine::load_global_half(half + 16, x[4], x[5]);
-    return funnel(x, off);
+  PAPO_DEVICE Word from_both(int i) const {
+    const uint32_t off = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data) & 15u);
+    const char* floor = at(i) - off;
+    return funnel<T>(machine::load_global_cached(floor),
+                     machine::load_global_cached(floor + kWordBytes), off);
   }
   // What lies behind the last element is masked.
-  PAPO_DEVICE Word word(int i) const { return holds_halves(i) ? halves(i) : gathered(i); }
+  PAPO_DEVICE Word word(int i) const { return holds_both(i) ? from_both(i) : gathered(i); }
 
   PAPO_DEVICE float element(int i) const { return from_bits<T>(bits(i)); }
 

@@ -1,4 +1,5 @@
 // The CUDA backend on the emulated machine, behind a C interface for ctypes.
+#include "choice.h"
 #include "launch.cuh"
 
 using namespace papo;
@@ -25,8 +26,12 @@ void emulated_forget() { cuda::emulator::machine().memory.clear(); }
 int emulated_widest_cluster() { return cuda::emulated_device().widest_cluster; }
 int emulated_launches() { return cuda::emulated_device().kernels_launched; }
 
-cuda::Tile emulated_tile(int64_t columns, int element_bytes, const cuda::DeviceLimits* limits) {
-  return cuda::choose_tile(columns, element_bytes, *limits);
+cuda::Chosen emulated_choose(const TileChoice* asked, int64_t columns, int element_bytes,
+                             const cuda::DeviceLimits* limits) {
+  return cuda::choose(*asked, columns, element_bytes, *limits);
+}
+const char* emulated_check_tile(int64_t columns, int dtype, const TileChoice* choice) {
+  return cuda::check_tile(columns, static_cast<DType>(dtype), 0, *choice).message;
 }
 
 const char* emulated_token_stats_fwd(const Matrix* logits, uintptr_t targets, uintptr_t state,

@@ -61,11 +61,7 @@ inline Word load_global(const void* p) {
   emulator::check_global(p, 16, false);
   return emulator::load<Word>(p);
 }
-inline void load_global_half(const void* p, uint32_t& a, uint32_t& b) {
-  emulator::check_global(p, 8, false);
-  a = emulator::load<uint32_t>(p);
-  b = emulator::load<uint32_t>(static_cast<const char*>(p) + 4);
-}
+inline Word load_global_cached(const void* p) { return load_global(p); }
 inline uint32_t load_global_32(const void* p) {
   emulator::check_global(p, 4, false);
   return emulator::load<uint32_t>(p);
@@ -97,11 +93,6 @@ void store_shared_as(uint32_t address, T x) {
   memcpy(emulator::shared_at(emulator::block(), address, sizeof(T)), &x, sizeof(T));
 }
 inline Word load_shared(uint32_t address) { return load_shared_as<Word>(address); }
-inline void load_shared_half(uint32_t address, uint32_t& a, uint32_t& b) {
-  const uint64_t x = load_shared_as<uint64_t>(address);
-  a = static_cast<uint32_t>(x);
-  b = static_cast<uint32_t>(x >> 32);
-}
 inline uint32_t load_shared_32(uint32_t address) { return load_shared_as<uint32_t>(address); }
 inline uint32_t load_shared_16(uint32_t address) { return load_shared_as<uint16_t>(address); }
 inline double load_shared_double(uint32_t address) { return load_shared_as<double>(address); }
@@ -131,10 +122,10 @@ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   --b.pending;
   emulator::settle(b);
 }
-inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+inline void barrier_wait(uint32_t barrier, uint32_t parity, const char*) {
   emulator::wait_phase(barrier, parity);
 }
-inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char*) {
   emulator::wait_phase(barrier, parity);
 }
 inline void fence_before_bulk() {}
@@ -174,6 +165,8 @@ inline void cluster_sync() {
   emulator::ClusterSync* p = &sync;
   emulator::wait_until([p, mine] { return p->generation != mine; });
 }
+inline void cluster_arrive() {}
+inline void cluster_wait() { cluster_sync(); }
 inline void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
   emulator::Machine& m = emulator::machine();
   if (rank < 0 || rank >= m.cluster) emulator::fail("message to no block of the cluster");

@@ -1,10 +1,12 @@
-// csrc/cuda/tile.h, exhaustively: every element in exactly one place, every access in bounds.
-#include "../../csrc/cuda/tile.h"
+// csrc/cuda/tile.h and choice.h, exhaustively: every element in exactly one place, every access in
+// bounds, every tile within the device's limits.
+#include "../../csrc/cuda/choice.h"
 
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
+using namespace papo;
 using namespace papo::cuda;
 
 namespace {
@@ -83,8 +85,8 @@ void check_copy_range() {
   }
 }
 
-// What word(i) of a SharedRow reads: three halves of words from an 8-byte boundary.
-void check_halves() {
+// What word(i) of a SharedRow reads: two aligned words.
+void check_words_across() {
   for (const int bytes : {2, 4}) {
     const int per_word = kWordBytes / bytes;
     for (int shift = 0; shift < 16; shift += bytes) {
@@ -95,33 +97,33 @@ void check_halves() {
           const bool whole = (n - lead) % per_word == 0;
           // A ragged last word is read in the scan, from element 0, and not in the gradient.
           if (lead != 0 && !whole) continue;
-          CHECK(at / 8 * 8 + 24 <= buffer_bytes(n, bytes), "n %d shift %d lead %d", n, shift, lead);
+          // Nothing is read across where the row is aligned.
+          const int64_t end = at % 16 == 0 ? at + 16 : at / 16 * 16 + 32;
+          CHECK(end <= buffer_bytes(n, bytes), "n %d shift %d lead %d", n, shift, lead);
         }
       }
     }
   }
 }
 
-void check_batches() {
-  for (const int threads : {32, 64, 128, 256}) {
-    for (const int most : {kStreamBatch, kBatchWords}) {
-      for (int words = 0; words < 3000; words += words < 600 ? 1 : 37) {
-        std::vector<int> seen(static_cast<size_t>(words));
-        for (int warp = 0; warp < threads / 32; ++warp) {
-          for (int base = 32 * warp; base < words; base += most * threads) {
-            const int n = batch_size(base, words, threads, most);
-            CHECK(n >= 1 && n <= most, "n %d", n);
-            for (int lane = 0; lane < 32; ++lane) {
-              for (int u = 0; u < most; ++u) {
-                const int i = base + lane + u * threads;
-                CHECK(u < n || i >= words, "word %d is left out", i);
-                if (i < words) ++seen[static_cast<size_t>(i)];
-              }
-            }
+void check_rounds() {
+  for (const int warps : {1, 2, 4, 8, 16}) {
+    const int threads = 32 * warps, log_threads = log2_of(threads);
+    CHECK(1 << log_threads == threads, "%d", log_threads);
+    for (int words = 0; words < 3000; words += words < 600 ? 1 : 37) {
+      std::vector<int> seen(static_cast<size_t>(words));
+      for (int warp = 0; warp < warps; ++warp) {
+        const int rounds = rounds_of(words, warp, log_threads);
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int r = 0; r < rounds; ++r) {
+            const int i = 32 * warp + lane + r * threads;
+            CHECK(r + 1 == rounds || i < words - 1, "whole, but for the last round");
+            if (i < words) ++seen[static_cast<size_t>(i)];
           }
+          CHECK(32 * warp + lane + rounds * threads >= words, "a word is left out");
         }
-        for (const int count : seen) CHECK(count == 1, "%d words, %d threads", words, threads);
       }
+      for (const int count : seen) CHECK(count == 1, "%d words, %d threads", words, threads);
     }
   }
 }
@@ -145,19 +147,19 @@ void check_spans() {
   }
 }
 
-bool power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
+using choice::power_of_two;
 
 void check_resident(const Tile& t, int64_t columns, int bytes, const DeviceLimits& device) {
   const int v = static_cast<int>(columns), per_word = kWordBytes / bytes;
   CHECK(power_of_two(t.cluster) && t.cluster <= device.max_cluster, "cluster %d", t.cluster);
   CHECK(power_of_two(t.warps) && t.warps <= kMaxWarps, "warps %d", t.warps);
-  CHECK(32 * (t.warps + kServiceWarps) <= kMaxThreads, "threads");
-  CHECK(t.ring >= t.stages && t.ring <= kMaxRing, "ring %d", t.ring);
+  CHECK(32 * (t.warps + kServiceWarps) <= kResidentThreads, "threads");
+  CHECK(t.ring > t.stages && t.ring <= kMaxRing, "ring %d", t.ring);
   CHECK(!t.ahead || t.ring > 2 * t.stages, "a row ahead needs room for two and one more");
   CHECK(t.shared_bytes <= device.shared_per_block, "shared %d", t.shared_bytes);
   CHECK(t.slice % per_word == 0 && t.stage % per_word == 0, "whole words");
   CHECK(t.stage_bytes % 16 == 0 && t.stage_bytes >= buffer_bytes(t.stage, bytes), "stage");
-  CHECK(t.stage_bytes < 1 << 20, "a barrier counts fewer bytes than that");
+  CHECK(t.stage_bytes <= kMostStageBytes, "a barrier counts no more bytes than that");
   const SharedLayout s = make_layout(t.cluster, t.warps, t.ring, t.stage_bytes);
   CHECK(s.exchange % 16 == 0 && s.partial % 16 == 0 && s.plan % 16 == 0, "words");
   CHECK(s.barriers % 8 == 0 && s.bytes == t.shared_bytes, "layout");
@@ -175,19 +177,34 @@ void check_resident(const Tile& t, int64_t columns, int bytes, const DeviceLimit
   CHECK(next == columns, "columns");
 }
 
+void check_stats(const StatsTile& s, const Tile& t, const DeviceLimits& device) {
+  CHECK(power_of_two(s.teams) && t.cluster % s.teams == 0, "teams %d", s.teams);
+  CHECK(s.teams * t.warps <= kMaxStatsWarps, "warps %d", s.teams * t.warps);
+  CHECK(s.ring > s.teams && s.ring <= kMaxRing && t.stages == 1, "ring %d", s.ring);
+  CHECK(s.shared_bytes <= shared_budget(device, s.blocks), "shared %d", s.shared_bytes);
+  const StatsLayout l = make_stats_layout(t.cluster, t.warps, s.ring, t.stage_bytes);
+  CHECK(l.partial % 16 == 0 && l.barriers % 8 == 0 && l.bytes == s.shared_bytes, "layout");
+}
+
 void check_tiles() {
   std::vector<int64_t> vocabularies(std::begin(kVocabularies), std::end(kVocabularies));
   for (int64_t v = 1; v < 3000; v += 3) vocabularies.push_back(v);
+  for (int shift = 20; shift <= 30; ++shift) {
+    for (int64_t off = -1; off <= 1; ++off) vocabularies.push_back((int64_t{1} << shift) + off);
+  }
   for (const DeviceLimits& device : kDevices) {
     for (const int64_t v : vocabularies) {
       for (const int bytes : {2, 4}) {
-        const Tile t = choose_tile(v, bytes, device);
-        CHECK(power_of_two(t.warps), "warps %d", t.warps);
-        if (t.cluster == 0) {
-          CHECK(t.warps <= kStreamWarps && t.slice == v, "streamed");
+        const Chosen c = choose(TileChoice{}, v, bytes, device);
+        CHECK(c.error == nullptr, "%s", c.error);
+        CHECK(power_of_two(c.tile.warps), "warps %d", c.tile.warps);
+        if (c.tile.cluster == 0) {
+          CHECK(c.tile.warps <= kStreamWarps && c.tile.slice == v, "streamed");
+          CHECK(c.stats.teams == 0, "and its statistics");
         } else {
-          check_resident(t, v, bytes, device);
+          check_resident(c.tile, v, bytes, device);
         }
+        if (c.stats.teams > 0) check_stats(c.stats, c.tile, device);
       }
     }
   }
@@ -197,18 +214,56 @@ void check_tiles() {
 void check_h200() {
   const DeviceLimits& h200 = kDevices[0];
   for (const int64_t v : {32000, 128256, 151936, 151937}) {
-    const Tile t = choose_tile(v, 2, h200);
-    CHECK(t.ahead && t.stages == 1 && t.ring >= 3, "V %d", static_cast<int>(v));
-    CHECK(2 * (t.shared_bytes + kReservedShared) <= h200.shared_per_multiprocessor,
-          "two blocks on a multiprocessor, V %d", static_cast<int>(v));
+    const Chosen c = choose(TileChoice{}, v, 2, h200);
+    const Tile& t = c.tile;
+    CHECK(t.ahead && t.stages == 1 && t.ring >= 3 && t.blocks == 2, "V %d", static_cast<int>(v));
     CHECK(t.cluster == (v == 32000 ? 2 : 8), "V %d", static_cast<int>(v));
+    CHECK(c.stats.teams == 2 && c.stats.blocks == 2, "V %d: %d teams", static_cast<int>(v),
+          c.stats.teams);
   }
   for (const int bytes : {2, 4}) {
     for (int64_t v = 1; v <= 450000; v += 997) {
-      CHECK(choose_tile(v, bytes, h200).cluster > 0, "V %d does not fit", static_cast<int>(v));
+      CHECK(derived_tile(v, bytes, h200).cluster > 0, "V %d does not fit", static_cast<int>(v));
     }
   }
-  CHECK(choose_tile(262144, 2, h200).ahead && choose_tile(128256, 4, h200).ahead, "long rows");
+  CHECK(derived_tile(262144, 2, h200).ahead && derived_tile(128256, 4, h200).ahead, "long rows");
+}
+
+bool kept(const Tile& t, const DeviceLimits& device) {
+  return power_of_two(t.cluster) && t.cluster <= device.max_cluster && power_of_two(t.warps) &&
+         t.warps <= kMaxWarps && t.stages > 0 && t.ring > t.stages && t.ring <= kMaxRing &&
+         t.blocks > 0 && t.shared_bytes <= device.shared_per_block &&
+         t.blocks * (static_cast<int64_t>(t.shared_bytes) + kReservedShared) <=
+             device.shared_per_multiprocessor;
+}
+
+// Every tile that can be asked for: it keeps every limit, or names the one that it does not.
+void check_choices() {
+  for (const DeviceLimits& device : kDevices) {
+    for (const int64_t v : {1, 1000, 151937, 1 << 30}) {
+      for (int cluster = -1; cluster <= 33; ++cluster) {
+        for (const int warps : {0, 1, 3, 4, 16, 32}) {
+          for (const int stages : {0, 1, 3}) {
+            for (int ring = -1; ring <= kMaxRing + 1; ++ring) {
+              for (const int blocks : {0, 1, 2, 40}) {
+                if (cluster == 0) continue;
+                TileChoice asked = {};
+                asked.cluster = cluster;
+                asked.warps = warps;
+                asked.stages = stages;
+                asked.ring = ring;
+                asked.blocks = blocks;
+                const Chosen c = choose(asked, v, 2, device);
+                CHECK((c.error == nullptr) == (c.tile.cluster == cluster && kept(c.tile, device)),
+                      "%d,%d,%d,%d,%d: %s", cluster, warps, stages, ring, blocks, c.error);
+                if (c.error == nullptr) check_resident(c.tile, v, 2, device);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -216,11 +271,12 @@ void check_h200() {
 int main() {
   check_walk();
   check_copy_range();
-  check_halves();
-  check_batches();
+  check_words_across();
+  check_rounds();
   check_spans();
   check_tiles();
   check_h200();
+  check_choices();
   std::printf("%ld checks\n", checks);
   return 0;
 }

@@ -23,10 +23,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from papo_kernels import backend
+from papo_kernels import backend, cuda_impl, tuning
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("fused_loss", "streamed", "token_stats")
+SOURCES = ("calls", "fused_loss", "statistics", "streamed", "token_stats")
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -94,7 +94,27 @@ PolicyLossOut = _struct(
         )
     ),
 )
-Launch = _struct("Launch", ("threads", I32), ("device", I32), ("stream", PTR))
+TileChoice = _struct(
+    "TileChoice",
+    *(
+        (name, I32)
+        for name in (
+            "kernel",
+            "cluster",
+            "warps",
+            "stages",
+            "ring",
+            "blocks",
+            "stats",
+            "stats_teams",
+            "stats_ring",
+            "stats_blocks",
+        )
+    ),
+)
+Launch = _struct(
+    "Launch", ("threads", I32), ("device", I32), ("stream", PTR), ("choice", TileChoice)
+)
 DeviceLimits = _struct(
     "DeviceLimits",
     ("multiprocessors", I32),
@@ -113,12 +133,17 @@ Tile = _struct(
             "stage",
             "stages",
             "ring",
+            "blocks",
             "stage_bytes",
             "shared_bytes",
         )
     ),
     ("ahead", ctypes.c_bool),
 )
+StatsTile = _struct(
+    "StatsTile", *((name, I32) for name in ("teams", "ring", "blocks", "rounds", "shared_bytes"))
+)
+Chosen = _struct("Chosen", ("tile", Tile), ("stats", StatsTile), ("error", ctypes.c_char_p))
 
 H100 = DeviceLimits(132, 232448, 233472, 16)
 
@@ -155,8 +180,15 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(_built()))
     for name in ("token_stats_fwd", "token_stats_bwd", "policy_loss", "scale"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
-    lib.emulated_tile.restype = Tile
-    lib.emulated_tile.argtypes = [I64, I32, ctypes.POINTER(DeviceLimits)]
+    lib.emulated_choose.restype = Chosen
+    lib.emulated_choose.argtypes = [
+        ctypes.POINTER(TileChoice),
+        I64,
+        I32,
+        ctypes.POINTER(DeviceLimits),
+    ]
+    lib.emulated_check_tile.restype = ctypes.c_char_p
+    lib.emulated_check_tile.argtypes = [I64, I32, ctypes.POINTER(TileChoice)]
     lib.emulated_allow.argtypes = [PTR, I64, ctypes.c_bool]
     return lib
 
@@ -172,6 +204,7 @@ class Native:
     PolicyLossParams = PolicyLossParams
     Weighting = Weighting
     PolicyLossOut = PolicyLossOut
+    TileChoice = TileChoice
     Launch = Launch
 
     def __init__(self) -> None:
@@ -205,6 +238,11 @@ class Native:
     def scale(self, matrix, factor, launch):
         self._call("scale", [matrix], matrix, factor, launch)
 
+    def check_tile(self, columns, dtype, device, choice):
+        message = self.lib.emulated_check_tile(columns, dtype, ctypes.byref(choice))
+        if message is not None:
+            raise ValueError(message.decode())
+
     @property
     def widest_cluster(self) -> int:
         """Blocks of the largest cluster launched."""
@@ -234,8 +272,11 @@ def emulated(
     limits = DeviceLimits(2, shared_per_block, shared_per_multiprocessor, max_cluster)
     native.lib.emulated_configure(ctypes.byref(limits), resident, seed)
 
-    def launch(native: Native, logits: Tensor) -> ctypes.Structure:
-        return Launch(1, 0, 0)
+    def launch(native: Native, logits: Tensor, columns: int) -> ctypes.Structure:
+        if columns == 0:
+            return Launch(1, 0, 0)
+        choice = cuda_impl._choice(native, logits.device, logits.dtype, columns, tuning.forced())
+        return Launch(1, 0, 0, choice)
 
     def cannot(device: torch.device, dtype: torch.dtype) -> str | None:
         return None

@@ -18,10 +18,17 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a", "100")
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-# Registers per thread. resident: two blocks of 192 threads share a multiprocessor; streamed: two of
-# 256; gradient: three of 256.
-REGISTERS = {"resident": 128, "streamed": 128, "gradient": 80, "outputs": 80, "scale": 48}
-INSTANCES = {"resident": 5, "streamed": 5, "gradient": 5, "outputs": 1, "scale": 3}
+# Registers per thread. resident: two blocks of 320 threads share a multiprocessor, or one of 576 has
+# it; stats: two of 320; streamed: two of 256; gradient: three of 256.
+REGISTERS = {
+    "resident": 96,
+    "stats": 96,
+    "streamed": 128,
+    "gradient": 80,
+    "outputs": 80,
+    "scale": 48,
+}
+INSTANCES = {"resident": 5, "stats": 3, "streamed": 5, "gradient": 5, "outputs": 1, "scale": 3}
 
 
 class Kernel(NamedTuple):
@@ -138,8 +145,8 @@ def test_no_spills_and_no_stack(kernels):
 def test_registers(kernels):
     assert [k for k in kernels if k.registers > REGISTERS[k.name]] == []
     # Clusters need sm_90: what is there before that is never launched.
-    resident = [k for k in kernels if k.name == "resident" and k.architecture == "sm_80"]
-    assert all(k.registers < 8 for k in resident)
+    on_chip = [k for k in kernels if k.name in ("resident", "stats") and k.architecture == "sm_80"]
+    assert all(k.registers < 8 for k in on_chip)
 
 
 @pytest.mark.parametrize("architecture", ["90a", "100"])

@@ -361,7 +361,7 @@ def test_scale(dtype):
 def test_more_columns_than_can_be_counted_are_refused():
     logits = torch.empty(1).expand(1, 2**30 + 1)
     with pytest.raises(ValueError, match=r"logits: expected at most 2\^30 columns"):
-        cuda_impl._launch(None, logits)
+        cuda_impl._launch(None, logits, 8)
 
 
 def test_no_rows(device_limits):

@@ -5,7 +5,7 @@
 
 namespace papo {
 
-// `message` is a static string; null on success.
+// `message` outlives the call; null on success.
 struct Status {
   const char* message;
   bool ok() const { return message == nullptr; }
@@ -54,6 +54,10 @@ Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
                           const RowParams& row, const PolicyLossOut& out, const Matrix& dlogits,
                           const Launch& launch);
 Status launch_scale(const Matrix& matrix, const void* factor, const Launch& launch);
+
+// Why logits of `columns` cannot be cut on a device as `choice` says; success where they can. The
+// message names the limit and is valid until the thread's next call.
+Status check_tile(int64_t columns, DType dtype, int device, const TileChoice& choice);
 
 }  // namespace cuda
 #endif

@@ -89,11 +89,27 @@ struct PolicyLossOut {
   bool* clipped;
 };
 
-// Where a call runs: `threads` matters on the CPU, `device` and `stream` on a GPU.
+// How rows are cut on a GPU, as papo_kernels/tuning.py has it from the table or the environment;
+// zeros: derived from the device. csrc/cuda/choice.h says what fits.
+struct TileChoice {
+  int kernel;  // kOnChip, kStreamed; 0: on chip where rows fit
+  int cluster, warps, stages, ring, blocks;
+  int stats;  // kStatsGiven or kStatsAlways: as below; kStatsByClusters: by the kernel of the loss
+  int stats_teams, stats_ring, stats_blocks;
+};
+
+constexpr int kOnChip = 1;
+constexpr int kStreamed = 2;
+constexpr int kStatsGiven = 1;  // where rows are many
+constexpr int kStatsByClusters = 2;
+constexpr int kStatsAlways = 3;
+
+// Where a call runs: `threads` matters on the CPU, the rest on a GPU.
 struct Launch {
   int threads;
   int device;
   void* stream;
+  TileChoice choice;
 };
 
 }  // namespace papo

@@ -1,0 +1,149 @@
+// Calls: checked, given their constants and tiles, and sent to the kernels that serve them.
+#include <math.h>
+
+#include "choice.h"
+#include "launch.cuh"
+
+namespace papo {
+namespace cuda {
+namespace {
+
+// A type's number, in float and in bits, not beyond `least` < 0 in magnitude where the type allows.
+struct Low {
+  float value;
+  uint32_t bits;
+};
+
+Low low_of(DType dtype, float least) {
+  if (dtype == DType::kFloat32) {
+    Low low = {least, 0};
+    __builtin_memcpy(&low.bits, &least, sizeof(low.bits));
+    return low;
+  }
+  if (dtype == DType::kBFloat16) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &least, sizeof(bits));
+    bits &= 0xffff0000u;
+    Low low = {0.0f, bits | bits >> 16};
+    __builtin_memcpy(&low.value, &bits, sizeof(bits));
+    return low;
+  }
+  // float16: the power of two below, within [2^-14, 2^15], or the largest number.
+  if (least <= -65504.0f) return {-65504.0f, 0xfbfffbffu};
+  int exponent;
+  frexpf(-least, &exponent);  // 2^(exponent - 1) <= -least
+  exponent = exponent - 1 < -14 ? -14 : exponent - 1;
+  const uint32_t bits = 0x8000u | static_cast<uint32_t>(exponent + 15) << 10;
+  return {-ldexpf(1.0f, exponent), bits | bits << 16};
+}
+
+Scaling make_scaling(const RowParams& row, DType dtype) {
+  Scaling s = {};
+  s.unit = static_cast<float>(kLog2e / row.temperature);
+  s.softcap = static_cast<float>(row.softcap);
+  s.inv_softcap = row.softcap > 0 ? static_cast<float>(1.0 / row.softcap) : 0.0f;
+  s.inv_temperature = 1.0 / row.temperature;
+  const float bound = 1048576.0f / s.unit;  // 2^20 in units of y
+  const float lowest = -3.0e38f;
+  const Low low = low_of(dtype, 4.0f * bound < -lowest ? -4.0f * bound : lowest);
+  s.low = low.value;
+  s.low_bits = low.bits;
+  s.fast_max = bound;
+  s.fast_min = fmaxf(-bound, low.value + 300.0f / s.unit);
+  return s;
+}
+
+RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, const double* state,
+                   const RowParams& row, const Matrix& dlogits) {
+  RowsCall call = {};
+  call.task = task;
+  call.logits = logits;
+  call.dlogits = dlogits;
+  call.row = row;
+  call.scaling = make_scaling(row, logits.dtype);
+  call.targets = targets;
+  call.state = state;
+  return call;
+}
+
+Status check_call(const RowsCall& call, const Launch& launch) {
+  const Device& device = device_of(launch.device);
+  if (device.error != nullptr) return {device.error};
+  constexpr int64_t kMostColumns = int64_t{1} << 30;
+  if (call.logits.cols > kMostColumns) return {"papo_kernels: more than 2^30 columns"};
+  return Status::success();
+}
+
+// Rows whose sums are still to be formed. What does not fit the device as it is now goes one way
+// further down, unless it was asked for.
+Status launch_rows(RowsCall call, const Launch& launch) {
+  const DeviceLimits limits = device_of(launch.device).limits;
+  const Chosen chosen =
+      choose(launch.choice, call.columns(), element_bytes(call.logits.dtype), limits);
+  if (chosen.error != nullptr) return {chosen.error};
+  call.tile = chosen.tile;
+  call.stats_tile = chosen.stats;
+  bool ran = false;
+  if (!call.wants_gradient() && chosen.stats.teams > 0) {
+    const Status status = launch_stats(call, limits, launch, &ran);
+    if (ran || !status.ok()) return status;
+  }
+  if (chosen.tile.cluster > 0) {
+    const Status status = launch_resident(call, limits, launch, &ran);
+    if (ran || !status.ok()) return status;
+    if (launch.choice.cluster != 0) {
+      return {"papo_kernels: the device cannot run a cluster of so many blocks of this size"};
+    }
+    call.tile = stream_tile(call.columns(), element_bytes(call.logits.dtype));
+  }
+  return launch_streamed(call, launch);
+}
+
+Status launch_call(const RowsCall& call, const Launch& launch) {
+  if (call.logits.rows == 0) return Status::success();
+  const Status status = check_call(call, launch);
+  if (!status.ok()) return status;
+  const DeviceGuard guard(launch.device);
+  if (!guard.status().ok()) return guard.status();
+  return call.state != nullptr ? launch_from_state(call, launch) : launch_rows(call, launch);
+}
+
+}  // namespace
+
+Status launch_token_stats_fwd(const Matrix& logits, const int64_t* targets, const double* state,
+                              const RowParams& row, const TokenStatsOut& out,
+                              const Launch& launch) {
+  RowsCall call = make_call(RowTask::kStats, logits, targets, state, row, Matrix{});
+  call.stats = out;
+  return launch_call(call, launch);
+}
+
+Status launch_token_stats_bwd(const Matrix& logits, const int64_t* targets, const double* state,
+                              const TokenStatsGrads& grads, const RowParams& row,
+                              const Matrix& dlogits, const Launch& launch) {
+  RowsCall call = make_call(RowTask::kStatsGradient, logits, targets, state, row, dlogits);
+  call.grads = grads;
+  return launch_call(call, launch);
+}
+
+Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
+                          const PolicyLossParams& params, const Weighting& weighting,
+                          const RowParams& row, const PolicyLossOut& out, const Matrix& dlogits,
+                          const Launch& launch) {
+  RowsCall call = make_call(RowTask::kPolicyLoss, logits, tokens.targets, tokens.state, row,
+                            dlogits);
+  call.tokens = tokens;
+  call.params = params;
+  call.weighting = weighting;
+  call.loss = out;
+  return launch_call(call, launch);
+}
+
+Status check_tile(int64_t columns, DType dtype, int device, const TileChoice& choice) {
+  const Device d = device_of(device);
+  if (d.error != nullptr) return {d.error};
+  return {choose(choice, columns, element_bytes(dtype), d.limits).error};
+}
+
+}  // namespace cuda
+}  // namespace papo

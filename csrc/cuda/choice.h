@@ -1,0 +1,115 @@
+// From what a call asks for to the tiles of its rows, or to why they do not fit the device.
+#pragma once
+
+#include <stdio.h>
+
+#include "papo/params.h"
+#include "tile.h"
+
+namespace papo {
+namespace cuda {
+
+struct Chosen {
+  Tile tile;
+  StatsTile stats;
+  const char* error;  // valid until the thread's next call of choose(); null: none
+};
+
+namespace choice {
+
+inline bool power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
+
+// One of the limits that `value` has to keep; `limit` is what the device or the kernel allows.
+inline const char* beyond(const char* what, int64_t value, const char* limit, int64_t most) {
+  thread_local char text[160];
+  snprintf(text, sizeof(text), "%s is %lld, %s is %lld", what, static_cast<long long>(value), limit,
+           static_cast<long long>(most));
+  return text;
+}
+
+inline const char* why_unfit(const TileChoice& c, const Tile& t, const DeviceLimits& device) {
+  if (device.max_cluster == 0) return "the device has no clusters: its rows are streamed";
+  if (!power_of_two(c.cluster)) return beyond("cluster", c.cluster, "the least power of two", 1);
+  if (c.cluster > device.max_cluster) {
+    return beyond("cluster", c.cluster, "the device's largest", device.max_cluster);
+  }
+  if (!power_of_two(c.warps)) return beyond("warps", c.warps, "the least power of two", 1);
+  if (c.warps > kMaxWarps) return beyond("warps", c.warps, "the kernel's most", kMaxWarps);
+  if (c.stages < 1) return beyond("stages", c.stages, "the least", 1);
+  if (c.ring > kMaxRing) return beyond("ring", c.ring, "the kernel's most", kMaxRing);
+  if (c.ring <= c.stages) return beyond("ring", c.ring, "the least beyond its stages", c.stages + 1);
+  if (c.blocks < 1) return beyond("blocks", c.blocks, "the least", 1);
+  if (t.cluster == 0) return beyond("a buffer's bytes", -1, "the most", kMostStageBytes);
+  const int64_t budget = shared_budget(device, c.blocks);
+  if (t.shared_bytes > budget) {
+    return beyond("a block's shared memory", t.shared_bytes, "the device's, for so many blocks",
+                  budget);
+  }
+  return nullptr;
+}
+
+inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile& s,
+                             const DeviceLimits& device) {
+  if (t.cluster == 0) return "statistics of streamed rows have no tile of their own";
+  if (t.stages != 1) return beyond("stages", t.stages, "with statistics of their own the most", 1);
+  if (!power_of_two(c.stats_teams)) {
+    return beyond("teams", c.stats_teams, "the least power of two", 1);
+  }
+  if (c.stats_teams > t.cluster) {
+    return beyond("teams", c.stats_teams, "the row's slices", t.cluster);
+  }
+  if (c.stats_teams * t.warps > kMaxStatsWarps) {
+    return beyond("warps of all teams", c.stats_teams * t.warps, "the kernel's most",
+                  kMaxStatsWarps);
+  }
+  if (c.stats_ring > kMaxRing) return beyond("ring", c.stats_ring, "the kernel's most", kMaxRing);
+  if (c.stats_ring < c.stats_teams) {
+    return beyond("ring", c.stats_ring, "the least, a buffer a team,", c.stats_teams);
+  }
+  if (c.stats_blocks < 1) return beyond("blocks", c.stats_blocks, "the least", 1);
+  const int64_t budget = shared_budget(device, c.stats_blocks);
+  if (s.shared_bytes > budget) {
+    return beyond("a block's shared memory", s.shared_bytes, "the device's, for so many blocks",
+                  budget);
+  }
+  return nullptr;
+}
+
+}  // namespace choice
+
+// The tiles of rows of `columns`: the ones asked for, and what is left open derived.
+inline Chosen choose(const TileChoice& asked, int64_t columns, int element_bytes,
+                     const DeviceLimits& device) {
+  Chosen chosen = {};
+  if (asked.kernel == kStreamed) {
+    chosen.tile = stream_tile(columns, element_bytes);
+  } else if (asked.cluster != 0) {
+    // Numbers that are no tile must not reach its arithmetic.
+    const bool sane = asked.cluster > 0 && asked.stages > 0 && asked.ring > 0 && asked.warps > 0;
+    if (sane && asked.cluster <= kMaxCluster && asked.ring <= kMaxRing) {
+      chosen.tile = make_tile(columns, element_bytes, asked.cluster, asked.warps, asked.stages,
+                              asked.ring, asked.blocks);
+    }
+    chosen.error = choice::why_unfit(asked, chosen.tile, device);
+  } else {
+    chosen.tile = derived_tile(columns, element_bytes, device);
+    if (asked.kernel == kOnChip && chosen.tile.cluster == 0) {
+      chosen.error = device.max_cluster == 0
+                         ? "the device has no clusters: its rows are streamed"
+                         : choice::beyond("columns", columns, "of bytes of shared memory a block",
+                                          device.shared_per_block);
+    }
+  }
+  if (chosen.error != nullptr || asked.stats == kStatsByClusters) return chosen;
+  if (asked.stats == 0) {
+    chosen.stats = derived_stats_tile(chosen.tile, device);
+    return chosen;
+  }
+  chosen.stats = make_stats_tile(chosen.tile, asked.stats_teams, asked.stats_ring,
+                                 asked.stats_blocks, asked.stats == kStatsAlways ? 0 : kStatsRounds);
+  chosen.error = choice::why_unfit(asked, chosen.tile, chosen.stats, device);
+  return chosen;
+}
+
+}  // namespace cuda
+}  // namespace papo

@@ -1,0 +1,169 @@
+// The sums of a slice that lies in shared memory, by the warps of a team. Each warp reads its words
+// twice: for their largest element, and for the sums about it. The second read costs less than
+// looking at a running maximum would, and the words need not wait in registers.
+#pragma once
+
+#include "row_reduce.cuh"
+
+namespace papo {
+namespace cuda {
+
+// The warp of a team that this one is, see rounds_of().
+struct TeamWarp {
+  int warp, lane, log_threads;
+
+  PAPO_DEVICE int first_word() const { return 32 * warp + lane; }
+  PAPO_DEVICE int threads() const { return 1 << log_threads; }
+};
+
+// The elements of a slice in one buffer.
+template <typename T>
+struct Stage {
+  SharedRow<T> row;
+  int count;
+
+  PAPO_DEVICE int words() const {
+    return static_cast<int>(static_cast<uint32_t>(count + kPerWord<T> - 1) / kPerWord<T>);
+  }
+  // Word i; what lies behind the last element is `fill`.
+  PAPO_DEVICE Word last_word(int i, uint32_t fill) const {
+    const int within = i < words() ? i : words() - 1;
+    return keep_first<T>(row.word(within), count - i * kPerWord<T>, fill);
+  }
+};
+
+// ---- the largest element ------------------------------------------------------------------------
+
+// Meets the words first, first + threads, ... of which there are `rounds`, in fours.
+template <typename T>
+PAPO_DEVICE void meet_words(LaneTop<T>& top, const SharedRow<T>& row, int first, int threads,
+                            int rounds) {
+#pragma unroll 1
+  for (; rounds >= 4; rounds -= 4, first += 4 * threads) {
+    Word w[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) w[u] = row.aligned_word(first + u * threads);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) top.meet(w[u]);
+  }
+#pragma unroll 1
+  for (; rounds > 0; --rounds, first += threads) top.meet(row.aligned_word(first));
+}
+
+// A round's 32 words are one run of elements. Where it starts off a 16-byte boundary, 31 aligned
+// words lie within it; the parts of a word at its two ends are met round by round, a lane each.
+template <typename T>
+PAPO_DEVICE void meet_unaligned(LaneTop<T>& top, const SharedRow<T>& row, const TeamWarp& t,
+                                int rounds) {
+  const SharedRow<T> floor = {row.address & ~15u};
+  const int before = static_cast<int>(row.address & 15u) / T::kBytes;
+  // Lane 0 meets its neighbour's word again.
+  const int inner = 32 * t.warp + (t.lane > 0 ? t.lane : 1);
+  meet_words(top, floor, inner, t.threads(), rounds);
+#pragma unroll 1
+  for (int round = t.lane; round < rounds; round += 32) {
+    const int run = 32 * t.warp + (round << t.log_threads);
+    top.meet(drop_first<T>(floor.aligned_word(run), before));
+    top.meet(keep_first<T>(floor.aligned_word(run + 32), before, T::kMasked));
+  }
+}
+
+template <typename T>
+PAPO_DEVICE void meet_stage(LaneTop<T>& top, const Stage<T>& stage, const TeamWarp& t) {
+  const int rounds = rounds_of(stage.words(), t.warp, t.log_threads);
+  if (rounds == 0) return;
+  if (stage.row.aligned()) {
+    meet_words(top, stage.row, t.first_word(), t.threads(), rounds - 1);
+  } else {
+    meet_unaligned(top, stage.row, t, rounds - 1);
+  }
+  top.meet(stage.last_word(t.first_word() + ((rounds - 1) << t.log_threads), T::kMasked));
+}
+
+// ---- the sums -----------------------------------------------------------------------------------
+
+template <bool kAligned, bool kRaised, int kWords, typename T>
+PAPO_DEVICE void add_words(WarpScan<T>& sums, const SharedRow<T>& row, int first, int threads) {
+  Word w[kWords];
+#pragma unroll
+  for (int u = 0; u < kWords; ++u) {
+    const int i = first + u * threads;
+    w[u] = kAligned ? row.aligned_word(i) : row.word(i);
+  }
+  sums.template add<kRaised>(w);
+}
+
+template <bool kAligned, bool kRaised, typename T>
+PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t,
+                           uint32_t low_bits) {
+  const int threads = t.threads();
+  int left = rounds_of(stage.words(), t.warp, t.log_threads) - 1;
+  if (left < 0) return;
+  int i = t.first_word();
+#pragma unroll 1
+  for (; left >= kScanWords; left -= kScanWords, i += kScanWords * threads) {
+    add_words<kAligned, kRaised, kScanWords>(sums, stage.row, i, threads);
+  }
+#pragma unroll 1
+  for (; left > 0; --left, i += threads) {
+    add_words<kAligned, kRaised, 1>(sums, stage.row, i, threads);
+  }
+  // Behind the last element: too far below the maximum to count.
+  Word last[1] = {stage.last_word(i, low_bits)};
+  sums.template add<kRaised>(last);
+}
+
+template <typename T>
+PAPO_DEVICE void add_stage_carefully(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t) {
+  const int rounds = rounds_of(stage.words(), t.warp, t.log_threads);
+  int i = t.first_word();
+#pragma unroll 1
+  for (int round = 1; round <= rounds; ++round, i += t.threads()) {
+    Word w[1] = {round < rounds ? stage.row.word(i) : stage.last_word(i, T::kMasked)};
+    sums.add_careful(w);
+  }
+}
+
+template <bool kRaised, typename T, typename At>
+PAPO_DEVICE void add_stages(WarpScan<T>& sums, int stages, const At& at, const TeamWarp& t,
+                            uint32_t low_bits) {
+#pragma unroll 1
+  for (int s = 0; s < stages; ++s) {
+    const Stage<T> stage = at(s);
+    if (stage.row.aligned()) {
+      add_stage<true, kRaised>(sums, stage, t, low_bits);
+    } else {
+      add_stage<false, kRaised>(sums, stage, t, low_bits);
+    }
+  }
+}
+
+// The slice in the buffers at(0) ... at(stages - 1), all of which hold their elements once
+// wait(s) has returned. `masked`: whether the warp expects -inf among them; kept from row to row, as
+// one row with masked logits is followed by others.
+template <typename T, typename Wait, typename At>
+PAPO_DEVICE void scan_slice(WarpScan<T>& sums, int stages, const Wait& wait, const At& at,
+                            const TeamWarp& t, uint32_t low_bits, bool& masked) {
+  LaneTop<T> top;
+#pragma unroll 1
+  for (int s = 0; s < stages; ++s) {
+    wait(s);
+    meet_stage(top, at(s), t);
+  }
+  if (!sums.start(top.largest())) return;
+  if (sums.careful()) {
+#pragma unroll 1
+    for (int s = 0; s < stages; ++s) add_stage_carefully(sums, at(s), t);
+    return;
+  }
+  if (!masked) {
+    add_stages<false>(sums, stages, at, t, low_bits);
+    masked = sums.met_masked();
+    if (!masked) return;
+    sums.restart();
+  }
+  add_stages<true>(sums, stages, at, t, low_bits);
+}
+
+}  // namespace cuda
+}  // namespace papo

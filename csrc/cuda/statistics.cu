@@ -1,0 +1,224 @@
+// Rows without a gradient, many of them: a block takes all slices of a row in turn.
+//
+// The slices, the warps' words within them and the order of merges are those of the kernel in
+// fused_loss.cu, and so are the bits of every result. But nothing crosses blocks, a row is finished
+// once and not by a cluster of blocks, and there are more warps to hide what one waits for.
+//   copy      one warp: fills free buffers with slices, row after row
+//   compute   teams of tile.warps warps: team t sums the slices t, t + teams, ... of a row
+//   finish    one warp: merges a row's sums and writes its outputs
+// They talk through barriers in shared memory:
+//   full[buffer]    copy -> compute      the bytes have landed
+//   empty[buffer]   compute -> copy      every warp is done with them, or has passed them by
+//   partial         compute -> finish    every warp's sums of all its slices of a row
+//   taken           finish -> compute    the messages with them have been read
+#include "buffers.cuh"
+#include "launch.cuh"
+#include "slice_scan.cuh"
+
+namespace papo {
+namespace cuda {
+namespace {
+
+#if defined(PAPO_HAS_CLUSTERS)
+
+template <typename In>
+class StatsRows {
+ public:
+  PAPO_DEVICE explicit StatsRows(const RowsCall& call)
+      : call_(call),
+        tile_(call.tile),
+        stats_(call.stats_tile),
+        layout_(make_stats_layout(tile_.cluster, tile_.warps, stats_.ring, tile_.stage_bytes)),
+        shared_(machine::shared_base()),
+        warp_(machine::broadcast(machine::thread_index() / 32, 0)),
+        lane_(machine::thread_index() % 32),
+        log_warps_(log2_of(tile_.warps)) {}
+
+  PAPO_DEVICE void run() {
+    if (machine::thread_index() == 0) init_barriers();
+    machine::block_sync();
+    if (warp_ < stats_.teams * tile_.warps) {
+      compute();
+    } else if (warp_ == stats_.teams * tile_.warps) {
+      copy();
+    } else {
+      finish_rows();
+    }
+  }
+
+ private:
+  // ---- barriers and places -----------------------------------------------------------------------
+
+  PAPO_DEVICE uint32_t barrier(int i) const {
+    return shared_ + static_cast<uint32_t>(layout_.barriers + i * kBarrierBytes);
+  }
+  PAPO_DEVICE uint32_t full(int buffer) const { return barrier(buffer); }
+  PAPO_DEVICE uint32_t empty(int buffer) const { return barrier(stats_.ring + buffer); }
+  PAPO_DEVICE uint32_t partial() const { return barrier(2 * stats_.ring); }
+  PAPO_DEVICE uint32_t taken() const { return barrier(2 * stats_.ring + 1); }
+  static PAPO_DEVICE uint32_t parity(int k) { return static_cast<uint32_t>(k) & 1u; }
+
+  PAPO_DEVICE void init_barriers() const {
+    for (int i = 0; i < stats_.ring; ++i) {
+      machine::barrier_init(full(i), 1);
+      machine::barrier_init(empty(i), stats_.teams * tile_.warps);
+    }
+    machine::barrier_init(partial(), stats_.teams * tile_.warps);
+    machine::barrier_init(taken(), 1);
+    machine::barrier_init_fence();
+  }
+
+  PAPO_DEVICE uint32_t buffer_address(int buffer) const {
+    return shared_ + static_cast<uint32_t>(buffer * tile_.stage_bytes);
+  }
+  PAPO_DEVICE uint32_t message(int slice, int warp) const {
+    const int index = (slice << log_warps_) + warp;
+    return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
+  }
+  PAPO_DEVICE RowQueue rows() const {
+    return RowQueue(call_, machine::block_index(), machine::grid_blocks(), lane_);
+  }
+  PAPO_DEVICE Span slice_of(int slice) const {
+    return span_of(slice, tile_.slice, call_.columns());
+  }
+
+  // ---- copy ------------------------------------------------------------------------------------
+
+  PAPO_DEVICE void copy() const {
+    RowQueue queue = rows();
+    Cursor at;
+    for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
+      for (int slice = 0; slice < tile_.cluster; ++slice) {
+        if (lane_ == 0) {
+          machine::barrier_wait(empty(at.buffer), at.parity ^ 1u, "empty");
+          fill_buffer<In>(call_.logits, job.row, slice_of(slice), buffer_address(at.buffer),
+                          full(at.buffer));
+        }
+        machine::warp_sync();
+        at.advance(stats_.ring);
+      }
+    }
+  }
+
+  // ---- compute ---------------------------------------------------------------------------------
+
+  PAPO_DEVICE void compute() const {
+    RowQueue queue = rows();
+    const int team = warp_ >> log_warps_;
+    const TeamWarp mine = {warp_ & (tile_.warps - 1), lane_, log_warps_ + 5};
+    Cursor at;
+    bool masked = false;
+    int k = 0;
+    for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
+      for (int slice = 0; slice < tile_.cluster; ++slice) {
+        // Those of other teams too: a parity tells two phases apart, so none may be missed.
+        machine::barrier_wait(full(at.buffer), at.parity, "full");
+        if ((slice & (stats_.teams - 1)) == team) {
+          scan(job, slice, mine, at.buffer, masked, k);
+        } else if (lane_ == 0) {
+          machine::barrier_arrive(empty(at.buffer));
+        }
+        at.advance(stats_.ring);
+      }
+      machine::warp_sync();
+      if (lane_ == 0) machine::barrier_arrive(partial());
+      ++k;
+    }
+  }
+
+  PAPO_DEVICE void scan(const Job& job, int slice, const TeamWarp& mine, int buffer, bool& masked,
+                        int k) const {
+    WarpScan<In> sums(call_.scaling);
+    const Span columns = slice_of(slice);
+    const Stage<In> stage = {row_in_buffer<In>(call_.logits, job.row, buffer_address(buffer)),
+                             columns.count};
+    const auto here = [](int) {};
+    const auto only = [&](int) { return stage; };
+    scan_slice(sums, 1, here, only, mine, call_.scaling.low_bits, masked);
+    const int place = job.column - columns.begin;
+    float sampled = -infinity<float>();
+    if (mine.warp == 0 && job.column >= 0 && place >= 0 && place < columns.count) {
+      sampled = call_.scaling.capped(stage.row.element(place));
+    }
+    machine::warp_sync();
+    if (lane_ == 0) machine::barrier_arrive(empty(buffer));
+    // The finish warp may not have read the message of the row before yet.
+    if (slice < stats_.teams && k > 0) machine::barrier_wait(taken(), parity(k - 1), "taken");
+    sums.leave(message(slice, mine.warp), lane_, sampled);
+  }
+
+  // ---- finish ----------------------------------------------------------------------------------
+
+  PAPO_DEVICE void finish_rows() const {
+    RowQueue queue = rows();
+    const WeightingValues<float> weighting = load_weighting(call_.weighting);
+    int k = 0;
+    for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
+      if (job.column == kColumnInactive) {
+        if (lane_ == 0) write_nothing(call_, job.row);
+        continue;
+      }
+      const TokenNumbers numbers = load_numbers(call_, job.row);
+      machine::barrier_wait(partial(), parity(k), "partial");
+      const RowScan scan = merge_row();
+      machine::warp_sync();
+      if (lane_ == 0) machine::barrier_arrive(taken());
+      finish_row(call_, job, scan, numbers, &weighting, lane_ == 0);
+      ++k;
+    }
+  }
+
+  // Slices are merged over their warps, in groups that fill the lanes, then with each other.
+  PAPO_DEVICE RowScan merge_row() const {
+    const int group = 32 >> log_warps_;
+    RowScan parts = {};
+    for (int first = 0; first < tile_.cluster; first += group) {
+      const int slice = first + (lane_ >> log_warps_);
+      const int within = slice < tile_.cluster ? slice : first;
+      const RowScan part =
+          merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)), call_.scaling),
+                      tile_.warps);
+      // To the lane of its slice's number.
+      const RowScan moved = from_lane(part, ((lane_ - first) << log_warps_) & 31);
+      if (lane_ >= first && lane_ < first + group) parts = moved;
+    }
+    return merge_lanes(from_lane(parts, lane_ & (tile_.cluster - 1)), tile_.cluster);
+  }
+
+  const RowsCall& call_;
+  const Tile& tile_;
+  const StatsTile& stats_;
+  const StatsLayout layout_;
+  const uint32_t shared_;
+  const int warp_, lane_, log_warps_;
+};
+
+#endif  // PAPO_HAS_CLUSTERS
+
+template <typename In>
+PAPO_KERNEL(kStatsThreads, 2) stats_kernel(const PAPO_PARAM RowsCall call) {
+#if defined(PAPO_HAS_CLUSTERS)
+  StatsRows<In>(call).run();
+#endif
+}
+
+}  // namespace
+
+// ---- launch -------------------------------------------------------------------------------------
+
+Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Launch& launch, bool* ran) {
+  const StatsTile& stats = call.stats_tile;
+  return with_types(call.logits, Matrix{}, [&](auto in, auto) -> Status {
+    const auto kernel = stats_kernel<decltype(in)>;
+    LaunchShape shape = {0, 32 * (stats.teams * call.tile.warps + kServiceWarps), 1,
+                         exclusive_bytes(limits, stats.blocks, stats.shared_bytes)};
+    const int blocks = resident_clusters(kernel, shape, launch.device, kClusterPtx);
+    *ran = blocks > 0 && call.logits.rows >= static_cast<int64_t>(stats.rounds) * blocks;
+    if (!*ran) return Status::success();
+    shape.blocks = smaller(blocks, call.logits.rows);
+    return launch_kernel(kernel, shape, launch.stream, call);
+  });
+}
+
+}  // namespace cuda
+}  // namespace papo

@@ -100,6 +100,9 @@ PAPO_DEVICE uint32_t to_bf16x2(Pair x) {
   return y;
 }
 
+// 2^n for -1022 <= n <= 1023.
+PAPO_DEVICE double power_of_two(int n) { return __hiloint2double((1023 + n) << 20, 0); }
+
 PAPO_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 PAPO_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 

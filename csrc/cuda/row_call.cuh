@@ -216,7 +216,7 @@ PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan
                                    const TokenNumbers& numbers,
                                    const WeightingValues<float>* weighting, bool writes) {
   if (job.column == kColumnInvalid) scan.state = RowState<double>::bad();
-  const RowStats<double> stats = finish(scan.state, scan.target_u);
+  const RowStats<double> stats = finish(scan.state, scan.target_u, exp_of_distance);
   Upstream<double> up = {numbers.x[0], numbers.x[1], numbers.x[2]};
   if (call.task == RowTask::kPolicyLoss) {
     TokenIn<float> in = {};

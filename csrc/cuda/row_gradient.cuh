@@ -69,30 +69,40 @@ PAPO_DEVICE Word word_grad(const WordIn<In, Out>& in, const ElementGrad& g, cons
   return out;
 }
 
-// `words` words at the aligned `out`. kUnroll loads of a thread are in flight together.
+// Words first, first + step, ... of the gradient at the aligned `out`, kWords of them: their loads
+// are in flight together.
+template <GradMode kMode, bool kAligned, int kWords, typename In, typename Out, typename Row>
+PAPO_DEVICE void write_some(const Row& row, int first, int step, char* out, const ElementGrad& g,
+                            const Scaling& s) {
+  constexpr int kIn = kWordsIn<In, Out>;
+  WordIn<In, Out> in[kWords];
+#pragma unroll
+  for (int u = 0; u < kWords; ++u) {
+    const int i = first + u * step;
+#pragma unroll
+    for (int k = 0; k < kIn; ++k) {
+      in[u].w[k] = kAligned ? row.aligned_word(kIn * i + k) : row.word(kIn * i + k);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kWords; ++u) {
+    machine::store_global(out + static_cast<int64_t>(first + u * step) * kWordBytes,
+                          word_grad<kMode, In, Out>(in[u], g, s));
+  }
+}
+
 template <GradMode kMode, bool kAligned, int kUnroll, typename In, typename Out, typename Row>
 PAPO_DEVICE void write_words(const Row& row, int words, char* out, const ElementGrad& g,
                              const Scaling& s, Share share) {
-  constexpr int kIn = kWordsIn<In, Out>;
+  const int step = share.threads;
+  int i = share.thread;
 #pragma unroll 1
-  for (int base = share.thread; base < words; base += kUnroll * share.threads) {
-    WordIn<In, Out> in[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * share.threads;
-      if (i >= words) continue;
-#pragma unroll
-      for (int k = 0; k < kIn; ++k) {
-        in[u].w[k] = kAligned ? row.aligned_word(kIn * i + k) : row.word(kIn * i + k);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * share.threads;
-      if (i >= words) continue;
-      machine::store_global(out + static_cast<int64_t>(i) * kWordBytes,
-                            word_grad<kMode, In, Out>(in[u], g, s));
-    }
+  for (; i + (kUnroll - 1) * step < words; i += kUnroll * step) {
+    write_some<kMode, kAligned, kUnroll, In, Out>(row, i, step, out, g, s);
+  }
+  if constexpr (kUnroll > 1) {
+#pragma unroll 1
+    for (; i < words; i += step) write_some<kMode, kAligned, 1, In, Out>(row, i, step, out, g, s);
   }
 }
 
@@ -159,6 +169,7 @@ PAPO_DEVICE void write_zeros(char* out, int count, Share share) {
 template <typename Out>
 PAPO_DEVICE void write_zero_columns(const RowsCall& call, int64_t i, int64_t begin, int part,
                                     int parts, Share share) {
+  if (begin >= call.dlogits.cols) return;
   const Span span = span_between(begin, call.dlogits.cols, part, parts, kPerWord<Out>);
   if (span.count > 0) {
     write_zeros<Out>(element_at<Out>(call.dlogits, i, span.begin), span.count, share);

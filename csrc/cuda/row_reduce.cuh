@@ -26,6 +26,19 @@ PAPO_DEVICE double exp2_near_zero(double x) {
   return 1.0 + t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6)));
 }
 
+// e^x to 6e-9 for x <= 0, and exactly 1 for 0; what float outputs need, and a third of the time of
+// exp(): every row waits for one of these after the other.
+PAPO_DEVICE double exp_of_distance(double x) {
+  const double y = x * kLog2e;
+  if (y < -1000.0) return 0.0;
+  const double whole = rint(y);
+  const double t = (y - whole) * kLn2;
+  const double t2 = t * t;
+  const double low = (1.0 + t) + t2 * (1.0 / 2 + t * (1.0 / 6));
+  const double high = (1.0 / 24 + t * (1.0 / 120)) + t2 * (1.0 / 720 + t * (1.0 / 5040));
+  return (low + t2 * t2 * high) * machine::power_of_two(static_cast<int>(whole));
+}
+
 // RowParams as the inner loops need them.
 struct Scaling {
   float unit;
@@ -338,7 +351,7 @@ PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
     scan.target_u = target_u > scan.target_u ? target_u : scan.target_u;
   }
   // A bad part compares false with everything; its NaN reaches every lane through the sums.
-  RowState<double> r = scan.state.rescaled(top);
+  RowState<double> r = scan.state.rescaled(top, exp_of_distance);
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
     r.Z += machine::shuffle_xor(r.Z, mask);
     r.T += machine::shuffle_xor(r.T, mask);

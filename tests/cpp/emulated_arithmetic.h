@@ -38,6 +38,7 @@ inline float exp2_fast(float x) {
   return as_float(as_bits(y) + hash % 5u - 2u);
 }
 inline float product(float a, float b) { return a * b; }
+inline double power_of_two(int n) { return ldexp(1.0, n); }
 inline float max_nan(float a, float b) {
   return a != a || b != b ? as_float(0x7fffffffu) : fmaxf(a, b);
 }

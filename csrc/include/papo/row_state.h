@@ -16,13 +16,14 @@ struct RowState {
   static PAPO_HD RowState empty() { return {-infinity<A>(), A(0), A(0), A(0), A(0)}; }
 
   // The same sums about another maximum, new_max >= max. A part without mass has nothing to move,
-  // and its -inf maximum would turn 0 * inf into NaN.
-  PAPO_HD RowState rescaled(A new_max) const {
+  // and its -inf maximum would turn 0 * inf into NaN. `exp` is e^x, however it is computed.
+  template <typename Exp>
+  PAPO_HD RowState rescaled(A new_max, const Exp& exp) const {
     if (max == -infinity<A>() && Z == A(0)) return {new_max, A(0), A(0), A(0), A(0)};
     if (max == new_max) return *this;
     const A shift = max - new_max;
-    const A alpha = exp_of(shift);
-    // exp underflows long before shift * 0 could matter; -inf * 0 would be NaN.
+    const A alpha = exp(shift);
+    // e^x underflows long before shift * 0 could matter; -inf * 0 would be NaN.
     if (alpha == A(0)) return {new_max, A(0), A(0), A(0), A(0)};
     const A alpha2 = alpha * alpha;
     return {new_max, alpha * Z, alpha * (T + shift * Z), alpha2 * Z2, alpha2 * (T2 + shift * Z2)};
@@ -40,8 +41,9 @@ struct RowState {
       return;
     }
     const A new_max = other.max > max ? other.max : max;
-    const RowState a = rescaled(new_max);
-    const RowState b = other.rescaled(new_max);
+    const auto exp = [](A x) { return exp_of(x); };
+    const RowState a = rescaled(new_max, exp);
+    const RowState b = other.rescaled(new_max, exp);
     *this = {new_max, a.Z + b.Z, a.T + b.T, a.Z2 + b.Z2, a.T2 + b.T2};
   }
 
@@ -65,9 +67,9 @@ struct RowStats {
   A p_a, s_a, mu, Q, S, one_minus_p_a;
 };
 
-// target_u: scaled logit of the sampled token, -inf if it is masked.
-template <typename A>
-PAPO_HD RowStats<A> finish(const RowState<A>& state, A target_u) {
+// target_u: scaled logit of the sampled token, -inf if it is masked. `exp` is e^x.
+template <typename A, typename Exp>
+PAPO_HD RowStats<A> finish(const RowState<A>& state, A target_u, const Exp& exp) {
   RowStats<A> r;
   if (state.has_no_distribution()) {
     const A nan = quiet_nan<A>();
@@ -78,7 +80,7 @@ PAPO_HD RowStats<A> finish(const RowState<A>& state, A target_u) {
   const A inv_Z = A(1) / state.Z;
   const A d = target_u - state.max;
   const bool masked = target_u == -infinity<A>();
-  const A e = masked ? A(0) : exp_of(d);
+  const A e = masked ? A(0) : exp(d);
   r.mu = state.T * inv_Z;
   r.Q = state.Z2 * inv_Z * inv_Z;
   r.S = (state.T2 * inv_Z) * inv_Z - r.mu * r.Q;
@@ -90,6 +92,11 @@ PAPO_HD RowStats<A> finish(const RowState<A>& state, A target_u) {
   r.one_minus_p_a = (state.Z - e) * inv_Z;
   r.unit_polarity = r.S - r.p_a * r.s_a;
   return r;
+}
+
+template <typename A>
+PAPO_HD RowStats<A> finish(const RowState<A>& state, A target_u) {
+  return finish(state, target_u, [](A x) { return exp_of(x); });
 }
 
 }  // namespace papo

@@ -60,7 +60,9 @@ class Build:
     def __init__(self, root: Path = ROOT, cache: Path | None = None) -> None:
         self.root = root
         self.sources = sorted((root / "csrc/cuda").glob("*.cu"))
-        inputs = [p for p in sorted((root / "csrc").rglob("*")) if p.suffix in (".cu", ".cuh", ".h")]
+        inputs = [
+            p for p in sorted((root / "csrc").rglob("*")) if p.suffix in (".cu", ".cuh", ".h")
+        ]
         capture = Path(__file__).with_name("capture.cpp")
         digest = hashlib.sha256(" ".join(FLAGS).encode())
         for path in [*inputs, capture]:
@@ -99,8 +101,11 @@ class Build:
         command = [str(self.folder / "capture"), str(self.folder / "registers"), task, dtype, out]
         found = []
         for line in _run([*command, str(rows), str(columns)]).splitlines():
-            symbol, *numbers, parameters = line.split()
-            found.append(Launch(symbol, *map(int, numbers), bytes.fromhex(parameters)))
+            symbol, *fields, parameters = line.split()
+            blocks, threads, cluster, shared, each = map(int, fields)
+            found.append(
+                Launch(symbol, blocks, threads, cluster, shared, each, bytes.fromhex(parameters))
+            )
         return found
 
     def listing(self, symbol: str) -> str:

@@ -229,7 +229,7 @@ def f2f(ins: Instruction) -> Run:
     return lambda w, m: put(w, get(w).astype(F64), m)
 
 
-INTEGER = {
+INTEGER: dict[str, tuple[Any, Callable[[str], Getter]]] = {
     "U32": (U32, bits), "S32": (np.int32, bits), "U64": (U64, wide), "S64": (np.int64, wide)
 }  # fmt: skip
 

@@ -206,8 +206,10 @@ def shf(ins: Instruction) -> Run:
         s = s & U64(63 if wide_type else 31) if wrap else np.minimum(s, U64(63))
         if left:
             x = x << s
+        elif signed:
+            x = (x.view(I64) >> s.astype(I64)).view(U64)
         else:
-            x = (x.view(I64) >> s.astype(I64)).view(U64) if signed else x >> s
+            x = x >> s
         out(w, ((x >> HALF) if take_high else (x & LOW)).astype(U32), m)
 
     return run

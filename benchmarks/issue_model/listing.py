@@ -40,7 +40,7 @@ class Instruction:
 
 @dataclass
 class Listing:
-    """A kernel: its instructions in order, and the index that every label and address stands for."""
+    """A kernel: its instructions, and the index that a label or an address stands for."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .integer_ops import Builder, Run
 from .listing import Instruction
-from .operands import U32, U64, Array, Getter, bits, put_bits, register, wide
+from .operands import U32, U64, Array, Getter, bits, put_bits, put_wide, register, wide
 
 SHARED_BYTES = 233472
 WINDOW = 0xFFFFFF  # a shared address holds its block's rank in the cluster above these bits
@@ -228,8 +228,6 @@ def store_global(ins: Instruction) -> Run:
 def load_constant(ins: Instruction) -> Run:
     size = access_bytes(ins)
     if size == 8:
-        from .operands import put_wide
-
         put_two, get_two = put_wide(ins.operands[0]), wide(ins.operands[1])
         return lambda w, m: put_two(w, get_two(w), m)
     put = put_bits(ins.operands[0])
@@ -316,5 +314,5 @@ def send(ins: Instruction) -> Run:
 
 BUILDERS: dict[str, Builder] = {
     "LDS": load_shared, "STS": store_shared, "LDG": load_global, "STG": store_global,
-    "LDC": load_constant, "UBLKCP": bulk_copy, "STAS": send,
+    "LDC": load_constant, "UBLKCP": bulk_copy, "EXCH": barrier_exchange, "ARRIVE": barrier_arrive, "STAS": send,
 }  # fmt: skip

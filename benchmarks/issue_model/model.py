@@ -4,17 +4,18 @@ they come to on a device."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from .build import Build, Launch
 from .listing import Listing, parse
-from .machine import Cluster, Step
+from .machine import Cluster
 from .memory_ops import GlobalMemory
 from .scheduler import Multiprocessor, Result, cost_of
 from .source_map import SourceMap
+from .warps import Step
 
 # The arrays of a call, in the order of capture.cpp.
 ARRAYS = (
@@ -22,9 +23,11 @@ ARRAYS = (
     "advantages", "token_weight", "old_logp", "token_loss", "weight", "ratio", "clipped",
 )  # fmt: skip
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Functions whose instructions are counted by the element; all others are once a row.
+# Functions whose instructions are counted by the element, by the first phase that has one of the
+# functions an instruction lies in; all others are once a row.
 PHASES = {
-    "sums": ("scan_stage", "scan_words", "scan_slice", "batch"),
+    "maximum": ("meet_stage", "largest"),
+    "sums": ("scan_stage", "add_stages", "add_stage_carefully", "batch"),
     "gradient": ("write_gradient",),
 }
 
@@ -102,9 +105,24 @@ class Trace:
     memory: GlobalMemory = field(repr=False)
 
 
+def shortened(build: Build, call: Call, rows: int) -> Launch:
+    """The call's launch with another number of rows in its parameters: the kernel is that of the
+    whole call. The number's places are those that follow it from one call to another."""
+
+    def launch_of(count: int) -> Launch:
+        return build.launches(call.task, call.dtype, call.out, count, call.columns)[0]
+
+    launch, other = launch_of(call.rows), launch_of(call.rows + 1)
+    words = np.frombuffer(launch.parameters, np.int64).copy()
+    words[(words == call.rows) & (np.frombuffer(other.parameters, np.int64) == call.rows + 1)] = (
+        rows
+    )
+    return replace(launch, parameters=words.tobytes())
+
+
 def trace(build: Build, call: Call, rows: int, listing: Listing | None = None) -> Trace:
-    """Runs the call's kernel on `rows` rows with one cluster."""
-    launch = build.launches(call.task, call.dtype, call.out, rows, call.columns)[0]
+    """Runs the call's kernel, but on `rows` rows with one cluster."""
+    launch = shortened(build, call, rows)
     listing = listing or parse(build.listing(launch.symbol))
     few = Call(call.task, rows, call.columns, call.dtype, call.out)
     cluster = Cluster(listing, launch, memory_of(few))
@@ -114,72 +132,85 @@ def trace(build: Build, call: Call, rows: int, listing: Listing | None = None) -
     return Trace(launch, listing, rows, [w.steps for w in block.warps], barriers, cluster.memory)
 
 
-def time_of(t: Trace, blocks: int, bytes_per_cycle: float) -> Result:
-    """Cycles of `blocks` such blocks on one multiprocessor."""
-    costs = [cost_of(i) for i in t.listing.instructions]
-    return Multiprocessor(costs, [t.steps] * blocks, t.barriers, bytes_per_cycle).run()
+@dataclass
+class Pace:
+    """Cycles on one multiprocessor: a row of each of its blocks in the steady state; `rows` rows of
+    each, from the start; and, of the steady state, the share of issue slots and of every unit that
+    is used."""
+
+    row: float
+    start: float
+    issue: float
+    units: dict[str, float]
+
+
+def pace(long: Trace, short: Trace | None, blocks: int, bytes_per_cycle: float) -> Pace:
+    """The steady state is what the longer trace takes more than the shorter one."""
+    costs = [cost_of(i) for i in long.listing.instructions]
+
+    def run(t: Trace) -> Result:
+        return Multiprocessor(costs, [t.steps] * blocks, t.barriers, bytes_per_cycle).run()
+
+    a = run(long)
+    b = run(short) if short else Result(0.0, 0, Counter(), [])
+    span = a.cycles - b.cycles
+    used = {unit: (n - b.busy[unit]) / span for unit, n in a.busy.items()}
+    units = {unit: used.get(unit, 0.0) / 4 for unit in ("alu", "xu", "lsu", "fp64")}
+    units["fma"] = (used["fma"] + used["heavy"]) / 8
+    units["shared"] = used.get("shared", 0.0)
+    rows = long.rows - (short.rows if short else 0)
+    return Pace(span / rows, a.cycles, (a.issued - b.issued) / span / 4, units)
 
 
 @dataclass
 class Modelled:
-    """cycles are per row of one cluster, in its steady state."""
+    """floor: bytes at the copy rate; compute: as if memory were free but for its latency; modelled:
+    with the multiprocessor's share of the copy rate. ms of the whole call without its launch, and
+    cycles per row of a cluster."""
 
     call: Call
     launch: Launch
     registers: int
     clusters: int
-    floor_ms: float
-    model_ms: float
-    compute_ms: float
-    cycles: float
-    compute_cycles: float
-    floor_cycles: float
-    utilisation: float
-    busy: dict[str, float]
+    ms: dict[str, float]
+    cycles: dict[str, float]
+    compute: Pace
     per_warp: list[float]
     per_element: dict[str, float]
     once_a_row: list[float]
     tree: Counter[tuple[str, ...]]
 
 
-def model(build: Build, call: Call, device: Device, rows: int = 6) -> Modelled:
+def model(build: Build, call: Call, device: Device, rows: int) -> Modelled:
     """rows: how many a cluster is followed for; the steady state is that of the second half."""
     launch = build.launches(call.task, call.dtype, call.out, call.rows, call.columns)[0]
     clusters = launch.blocks // launch.cluster
-    mine = -(-call.rows // clusters)
-    rows = min(rows, mine)
-    half = rows // 2
+    rounds, left = divmod(call.rows, clusters)
+    rows = min(rows, rounds)
     long = trace(build, call, rows)
-    short = trace(build, call, half, long.listing) if half else None
+    short = trace(build, call, rows // 2, long.listing) if rows > 1 else None
     on_one = min(launch.blocks_per_multiprocessor, -(-launch.blocks // device.multiprocessors))
     active = min(device.multiprocessors, launch.blocks // on_one)
-    rate = device.copy_rate / device.clock / active
-
-    def cycles(bytes_per_cycle: float) -> tuple[float, float, Result, Result | None]:
-        a = time_of(long, on_one, bytes_per_cycle)
-        b = time_of(short, on_one, bytes_per_cycle) if short else None
-        each = (a.cycles - b.cycles) / (rows - half) if b else a.cycles
-        return each, a.cycles + each * (mine - rows), a, b
-
-    each, total, *_ = cycles(rate)
-    alone, total_alone, a, b = cycles(float("inf"))
-    span = a.cycles - (b.cycles if b else 0.0)
-    issued = a.issued - (b.issued if b else 0)
-    busy = {
-        unit: (count - (b.busy[unit] if b else 0)) / span / (1 if unit == "shared" else 4)
-        for unit, count in a.busy.items()
-        if unit not in ("memory", "other")
-    }
+    share = device.copy_rate / device.clock / active
     floor = call.bytes_moved() / device.copy_rate
+    ms = {"floor": floor * 1e3}
+    cycles = {"floor": floor * device.clock * clusters / call.rows}
+    # Rows left over after the last whole round: few blocks, with the memory to themselves.
+    last = pace(long, short, 1, float("inf")).row if left else 0.0
+    paces = {
+        "compute": pace(long, short, on_one, float("inf")),
+        "modelled": pace(long, short, on_one, share),
+    }
+    for name, p in paces.items():
+        cycles[name] = p.row
+        ms[name] = (p.start + p.row * (rounds - rows) + last) / device.clock * 1e3
     per_row = counts(build, long, short)
-    elements = min(call.columns, -(-call.columns // launch.cluster))
+    elements = -(-call.columns // launch.cluster)
     per_element, once = by_phase(per_row, elements)
+    per_warp = [float(sum(c.values())) for c in per_row]
     return Modelled(
-        call, launch, int(build.registers[launch.symbol]), clusters, floor * 1e3,
-        total / device.clock * 1e3, total_alone / device.clock * 1e3, each, alone,
-        floor * device.clock / mine, issued / span / 4, busy,
-        [sum(c.values()) for c in per_row], per_element, once,
-        sum(per_row, Counter()),
+        call, launch, int(build.registers[launch.symbol]), clusters, ms, cycles, paces["compute"],
+        per_warp, per_element, once, sum(per_row, Counter()),
     )  # fmt: skip
 
 
@@ -190,9 +221,9 @@ def counts(build: Build, long: Trace, short: Trace | None) -> list[Counter[tuple
     rows = long.rows - (short.rows if short else 0)
     found = []
     for w, steps in enumerate(long.steps):
-        total = Counter(paths[s.index] for s in steps)
+        total = Counter(paths[s.at] for s in steps)
         if short:
-            total.subtract(Counter(paths[s.index] for s in short.steps[w]))
+            total.subtract(Counter(paths[s.at] for s in short.steps[w]))
         found.append(Counter({k: v / rows for k, v in total.items() if v}))
     return found
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .listing import Instruction
-from .machine import Step
+from .warps import Step
 
 # Unit: cycles that an instruction occupies it in its scheduler. "fma" is two half-rate pipes, of
-# which integer multiplications use one.
+# which "heavy", integer multiplications, use one.
 UNITS = {"fma": 2, "heavy": 2, "alu": 2, "xu": 8, "fp64": 2, "lsu": 2, "other": 0}
 LATENCY = {
     "MUFU": 20, "LDS": 28, "SHFL": 24, "F2F": 22, "SYNCS": 28, "LDG": 700, "LDC": 28, "F2I": 22,
@@ -138,7 +138,8 @@ class Multiprocessor:
         self.warps = [_Warp(b, steps) for b, warps in enumerate(blocks) for steps in warps if steps]
         self.queues = [[w for i, w in enumerate(self.warps) if i % 4 == s] for s in range(4)]
         self.barriers = [{k: _Barrier(n, n) for k, n in barriers.items()} for _ in blocks]
-        self.syncs: list[dict[Any, list[float]]] = [{} for _ in blocks]
+        self.syncs: list[dict[str, list[float]]] = [{} for _ in blocks]
+        self.asleep: dict[tuple[int, str], list[_Warp]] = {}
         self.rate, self.latency = bytes_per_cycle, memory_latency
         self.memory = self.shared = 0.0
         self.free = [dict.fromkeys([*UNITS, "fma2"], 0.0) for _ in range(4)]
@@ -183,7 +184,7 @@ class Multiprocessor:
     def _when(self, s: int, warp: _Warp, now: float) -> float:
         when = warp.ready
         step = warp.steps[warp.at]
-        cost = self.costs[step.index]
+        cost = self.costs[step.at]
         for b in cost.waits:
             when = max(when, warp.scoreboard[b])
         unit, free = cost.unit, self.free[s]
@@ -220,7 +221,7 @@ class Multiprocessor:
 
     def _issue(self, s: int, warp: _Warp, now: float) -> None:
         step = warp.steps[warp.at]
-        cost = self.costs[step.index]
+        cost = self.costs[step.at]
         free, unit = self.free[s], cost.unit
         start = now
         if unit == "fma":
@@ -270,10 +271,10 @@ class Multiprocessor:
 
     def _sync(self, warp: _Warp, event: Any, arrivals: list[float]) -> None:
         """The last to arrive lets the others go on."""
-        waiting = self.syncs[warp.block].setdefault(("waiting", event[1]), [])
-        waiting.append(warp)  # type: ignore[arg-type]
+        waiting = self.asleep.setdefault((warp.block, event[1]), [])
+        waiting.append(warp)
         warp.ready = float("inf")
         if len(waiting) == event[2]:
             for w in waiting:
-                w.ready = max(arrivals) + WAKE  # type: ignore[attr-defined]
+                w.ready = max(arrivals) + WAKE
             waiting.clear()

@@ -274,9 +274,11 @@ def f2i(ins: Instruction) -> Run:
 
 
 def frnd(ins: Instruction) -> Run:
-    put, get = _put_single(ins.operands[0]), single(ins.operands[1])
     modes = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
     rounding = next((modes[n] for n in modes if n in ins.modifiers), np.rint)
+    wide_type = "F64" in ins.modifiers
+    put = _put_double(ins.operands[0]) if wide_type else _put_single(ins.operands[0])
+    get = double(ins.operands[1]) if wide_type else single(ins.operands[1])
     return lambda w, m: put(w, rounding(get(w)), m)
 
 

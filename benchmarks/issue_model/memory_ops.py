@@ -314,5 +314,6 @@ def send(ins: Instruction) -> Run:
 
 BUILDERS: dict[str, Builder] = {
     "LDS": load_shared, "STS": store_shared, "LDG": load_global, "STG": store_global,
-    "LDC": load_constant, "UBLKCP": bulk_copy, "EXCH": barrier_exchange, "ARRIVE": barrier_arrive, "STAS": send,
+    "LDC": load_constant, "UBLKCP": bulk_copy, "STAS": send, "EXCH": barrier_exchange,
+    "ARRIVE": barrier_arrive,
 }  # fmt: skip

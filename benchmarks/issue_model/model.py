@@ -78,6 +78,13 @@ def logits_of(call: Call, seed: int = 0) -> Any:
     return (x.view(np.uint32) >> 16).astype(np.uint16)
 
 
+def numbers_of(call: Call, logits: Any) -> Any:
+    """Logits in the bits of their type as float64."""
+    if call.dtype == "bf16":
+        logits = (logits.astype(np.uint32) << 16).view(np.float32)
+    return logits.astype(np.float64)
+
+
 def memory_of(call: Call) -> GlobalMemory:
     """The arrays of a call: random logits and targets, advantages +-1, weights 1."""
     rng = np.random.default_rng(1)
@@ -91,6 +98,21 @@ def memory_of(call: Call) -> GlobalMemory:
     arrays[name["token_weight"]] = as_bytes(np.ones(call.rows, np.float32))
     arrays[name["old_logp"]] = as_bytes(np.full(call.rows, -12.0, np.float32))
     return GlobalMemory(arrays)
+
+
+def check(call: Call, memory: GlobalMemory) -> None:
+    """Raises ArithmeticError where the run's log-probabilities are not those of its logits: then
+    an instruction was misread, and the branches taken mean nothing."""
+    if call.task == "state":
+        return
+    x = numbers_of(call, logits_of(call))
+    targets = memory.arrays[ARRAYS.index("targets")].view(np.int64)[: call.rows]
+    top = x.max(axis=1)
+    total = top + np.log(np.exp(x - top[:, None]).sum(axis=1))
+    want = x[np.arange(call.rows), targets] - total
+    got = memory.arrays[ARRAYS.index("logp")].view(np.float32)[: call.rows]
+    if not np.allclose(got, want, rtol=1e-5, atol=1e-5):
+        raise ArithmeticError(f"log-probabilities {got}, expected {want}")
 
 
 @dataclass
@@ -124,9 +146,10 @@ def trace(build: Build, call: Call, rows: int, listing: Listing | None = None) -
     """Runs the call's kernel, but on `rows` rows with one cluster."""
     launch = shortened(build, call, rows)
     listing = listing or parse(build.listing(launch.symbol))
-    few = Call(call.task, rows, call.columns, call.dtype, call.out)
+    few = replace(call, rows=rows)
     cluster = Cluster(listing, launch, memory_of(few))
     cluster.run()
+    check(few, cluster.memory)
     block = cluster.blocks[0]
     barriers = {at: b.expected for at, b in block.shared.barriers.items()}
     return Trace(launch, listing, rows, [w.steps for w in block.warps], barriers, cluster.memory)

@@ -67,7 +67,12 @@ def vote(ins: Instruction) -> Any:
 def reduce(ins: Instruction) -> Any:
     put, get = put_bits(ins.operands[0]), bits(ins.operands[1])
     kind = np.int32 if "S32" in ins.modifiers else U32
-    names = {"MAX": np.max, "MIN": np.min, "OR": np.bitwise_or.reduce, "SUM": np.sum}
+    names: dict[str, Callable[..., Any]] = {
+        "MAX": np.max,
+        "MIN": np.min,
+        "OR": np.bitwise_or.reduce,
+        "SUM": np.sum,
+    }
     fold = next((f for n, f in names.items() if n in ins.modifiers), np.sum)
 
     def run(w: Warp, m: Any) -> None:

@@ -51,6 +51,17 @@ def _run(command: list[str], folder: Path | None = None) -> str:
     return done.stdout + done.stderr
 
 
+def disassembled(cubin: Path, symbol: str) -> str:
+    """nvdisasm's text of the kernel of this name, with encodings and line information."""
+    tool = binary_tool("nvdisasm")
+    if tool is None:
+        raise RuntimeError("no nvdisasm, in triton's package or on PATH")
+    for part in _run([tool, "-c", "-hex", "-gi", str(cubin)]).split("\n.text.")[1:]:
+        if part.startswith(f"{symbol}:"):
+            return part
+    raise KeyError(symbol)
+
+
 class Build:
     """The kernels of one source tree, compiled into a folder that is named by their content.
 
@@ -110,14 +121,7 @@ class Build:
 
     def listing(self, symbol: str) -> str:
         """nvdisasm's text of one kernel, with encodings and line information."""
-        tool = binary_tool("nvdisasm")
-        if tool is None:
-            raise RuntimeError("no nvdisasm, in triton's package or on PATH")
         for cubin in sorted(self.folder.glob("*.cubin")):
-            if symbol.encode() not in cubin.read_bytes():
-                continue
-            text = _run([tool, "-c", "-hex", "-gi", str(cubin)])
-            for part in text.split("\n.text.")[1:]:
-                if part.startswith(f"{symbol}:"):
-                    return part
+            if symbol.encode() in cubin.read_bytes():
+                return disassembled(cubin, symbol)
         raise KeyError(symbol)

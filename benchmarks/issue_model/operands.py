@@ -18,7 +18,7 @@ Getter = Callable[[Any], Array]
 
 REGISTER = re.compile(r"^(U?)R(Z|\d+)(?:\.(\w+))?$")
 PREDICATE = re.compile(r"^(U?)P(T|\d+)$")
-CONSTANT = re.compile(r"^c\[0x0\]\[(0x[0-9a-f]+)\]$")
+CONSTANT = re.compile(r"^c\[0x0\]\[(0x[0-9a-f]+|RZ)\]$")
 SPECIAL = {"+INF": np.inf, "-INF": -np.inf, "+QNAN": np.nan, "-QNAN": np.nan, "INF": np.inf}
 ZERO = 255
 UNIFORM_ZERO = 63
@@ -95,7 +95,7 @@ def bits(text: str) -> Getter:
 
 def _raw(name: str) -> Getter:
     if match := CONSTANT.match(name):
-        offset = int(match[1], 16) // 4
+        offset = 0 if match[1] == "RZ" else int(match[1], 16) // 4
         return lambda w: w.constants[offset : offset + 1]
     found = register(name)
     assert found is not None, name

@@ -74,8 +74,11 @@ def active_rows(ignored: Tensor) -> Active:
 def _even(total: int, most: int) -> int:
     """Rows of each of the fewest pieces of at most `most` rows, whole tiles of a product where that
     fits: a product of 129 rows takes as long as one of 256."""
-    size = -(-total // max(1, -(-total // most)))
-    return min(total, most, -(-size // _TILE_ROWS) * _TILE_ROWS)
+    if total <= most:
+        return total
+    most -= most % _TILE_ROWS if most > _TILE_ROWS else 0
+    size = -(-total // -(-total // most))
+    return min(most, -(-size // _TILE_ROWS) * _TILE_ROWS)
 
 
 class Plan(NamedTuple):

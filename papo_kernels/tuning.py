@@ -148,18 +148,20 @@ def forced() -> ForcedTile:
     kernel = os.environ.get("PAPO_KERNEL") or None
     if kernel not in (None, *_KERNELS):
         raise ValueError(f"PAPO_KERNEL: expected one of {_KERNELS}, got {kernel!r}")
-    tile, stats = _numbers("PAPO_TILE", _TILE), _numbers("PAPO_STATS_TILE", _STATS_TILE)
+    tile, stats = _numbers("PAPO_TILE", _TILE, 1), _numbers("PAPO_STATS_TILE", _STATS_TILE, 0)
     if kernel == "streamed" and (tile or stats):
         name = "PAPO_TILE" if tile else "PAPO_STATS_TILE"
         raise ValueError(f"{name}: expected none with PAPO_KERNEL=streamed, got {tile or stats}")
     return ForcedTile(kernel, tile, stats)
 
 
-def _numbers(variable: str, names: tuple[str, ...]) -> tuple[int, ...] | None:
+def _numbers(variable: str, names: tuple[str, ...], least: int) -> tuple[int, ...] | None:
     value = os.environ.get(variable)
     if not value:
         return None
-    parts = value.split(",")
-    if len(parts) != len(names) or not all(p.strip().isdecimal() for p in parts):
-        raise ValueError(f"{variable}: expected {','.join(names)} as integers, got {value!r}")
+    parts = [part.strip() for part in value.split(",")]
+    counted = len(parts) == len(names) and all(part.isdecimal() for part in parts)
+    if not counted or min(map(int, parts)) < least:
+        expected = f"{','.join(names)} as integers from {least} on"
+        raise ValueError(f"{variable}: expected {expected}, got {value!r}")
     return tuple(map(int, parts))

@@ -30,6 +30,13 @@ struct Stage {
     const int within = i < words() ? i : words() - 1;
     return keep_first<T>(row.word(within), count - i * kPerWord<T>, fill);
   }
+  PAPO_DEVICE int whole_rounds(const TeamWarp& t) const {
+    return whole_rounds_of(static_cast<int>(static_cast<uint32_t>(count) / kPerWord<T>), t.warp,
+                           t.log_threads);
+  }
+  PAPO_DEVICE int rounds(const TeamWarp& t) const {
+    return rounds_of(words(), t.warp, t.log_threads);
+  }
 };
 
 // ---- the largest element ------------------------------------------------------------------------
@@ -46,8 +53,14 @@ PAPO_DEVICE void meet_words(LaneTop<T>& top, const SharedRow<T>& row, int first,
 #pragma unroll
     for (int u = 0; u < 4; ++u) top.meet(w[u]);
   }
-#pragma unroll 1
-  for (; rounds > 0; --rounds, first += threads) top.meet(row.aligned_word(first));
+  // A word may be met twice.
+  if (rounds == 0) return;
+  const int last = first + (rounds - 1) * threads;
+  Word w[3];
+#pragma unroll
+  for (int u = 0; u < 3; ++u) w[u] = row.aligned_word(u + 1 < rounds ? first + u * threads : last);
+#pragma unroll
+  for (int u = 0; u < 3; ++u) top.meet(w[u]);
 }
 
 // A round's 32 words are one run of elements. Where it starts off a 16-byte boundary, 31 aligned
@@ -55,6 +68,7 @@ PAPO_DEVICE void meet_words(LaneTop<T>& top, const SharedRow<T>& row, int first,
 template <typename T>
 PAPO_DEVICE void meet_unaligned(LaneTop<T>& top, const SharedRow<T>& row, const TeamWarp& t,
                                 int rounds) {
+  if (rounds == 0) return;
   const SharedRow<T> floor = {row.address & ~15u};
   const int before = static_cast<int>(row.address & 15u) / T::kBytes;
   // Lane 0 meets its neighbour's word again.
@@ -70,14 +84,14 @@ PAPO_DEVICE void meet_unaligned(LaneTop<T>& top, const SharedRow<T>& row, const 
 
 template <typename T>
 PAPO_DEVICE void meet_stage(LaneTop<T>& top, const Stage<T>& stage, const TeamWarp& t) {
-  const int rounds = rounds_of(stage.words(), t.warp, t.log_threads);
-  if (rounds == 0) return;
+  const int whole = stage.whole_rounds(t);
   if (stage.row.aligned()) {
-    meet_words(top, stage.row, t.first_word(), t.threads(), rounds - 1);
+    meet_words(top, stage.row, t.first_word(), t.threads(), whole);
   } else {
-    meet_unaligned(top, stage.row, t, rounds - 1);
+    meet_unaligned(top, stage.row, t, whole);
   }
-  top.meet(stage.last_word(t.first_word() + ((rounds - 1) << t.log_threads), T::kMasked));
+  if (stage.rounds(t) == whole) return;
+  top.meet(stage.last_word(t.first_word() + (whole << t.log_threads), T::kMasked));
 }
 
 // ---- the sums -----------------------------------------------------------------------------------
@@ -96,10 +110,8 @@ PAPO_DEVICE void add_words(WarpScan<T>& sums, const SharedRow<T>& row, int first
 template <bool kAligned, bool kRaised, typename T>
 PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t,
                            uint32_t low_bits) {
-  const int threads = t.threads();
-  int left = rounds_of(stage.words(), t.warp, t.log_threads) - 1;
-  if (left < 0) return;
-  int i = t.first_word();
+  const int threads = t.threads(), whole = stage.whole_rounds(t);
+  int left = whole, i = t.first_word();
 #pragma unroll 1
   for (; left >= kScanWords; left -= kScanWords, i += kScanWords * threads) {
     add_words<kAligned, kRaised, kScanWords>(sums, stage.row, i, threads);
@@ -108,6 +120,7 @@ PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamW
   for (; left > 0; --left, i += threads) {
     add_words<kAligned, kRaised, 1>(sums, stage.row, i, threads);
   }
+  if (stage.rounds(t) == whole) return;
   // Behind the last element: too far below the maximum to count.
   Word last[1] = {stage.last_word(i, low_bits)};
   sums.template add<kRaised>(last);
@@ -115,7 +128,7 @@ PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamW
 
 template <typename T>
 PAPO_DEVICE void add_stage_carefully(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t) {
-  const int rounds = rounds_of(stage.words(), t.warp, t.log_threads);
+  const int rounds = stage.rounds(t);
   int i = t.first_word();
 #pragma unroll 1
   for (int round = 1; round <= rounds; ++round, i += t.threads()) {

@@ -124,11 +124,15 @@ PAPO_HD Span span_between(int64_t begin, int64_t end, int part, int parts, int p
 }
 
 // A warp's part of a run of words in shared memory: word 32 warp + lane, and then every
-// 2^log_threads-th. rounds_of() is how many of them some lane of it has. All but the last are whole
-// words for every lane.
+// 2^log_threads-th. rounds_of() is how many of them some lane of it has.
 PAPO_HD int rounds_of(int words, int warp, int log_threads) {
   const int left = words - 32 * warp;
   return left <= 0 ? 0 : ((left - 1) >> log_threads) + 1;
+}
+// The rounds in which every lane has one of the `whole` first words. After them there is one round
+// more or none, where no more than one word follows those.
+PAPO_HD int whole_rounds_of(int whole, int warp, int log_threads) {
+  return rounds_of(whole - 31, warp, log_threads);
 }
 
 PAPO_HD int log2_of(int x) {

@@ -114,10 +114,12 @@ void check_rounds() {
       std::vector<int> seen(static_cast<size_t>(words));
       for (int warp = 0; warp < warps; ++warp) {
         const int rounds = rounds_of(words, warp, log_threads);
+        const int whole = whole_rounds_of(words - 1, warp, log_threads);
+        CHECK(whole <= rounds && rounds <= whole + 1, "%d of %d", whole, rounds);
         for (int lane = 0; lane < 32; ++lane) {
           for (int r = 0; r < rounds; ++r) {
             const int i = 32 * warp + lane + r * threads;
-            CHECK(r + 1 == rounds || i < words - 1, "whole, but for the last round");
+            CHECK(r >= whole || i < words - 1, "round %d of %d whole ones", r, whole);
             if (i < words) ++seen[static_cast<size_t>(i)];
           }
           CHECK(32 * warp + lane + rounds * threads >= words, "a word is left out");

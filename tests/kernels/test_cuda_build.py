@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a", "100")
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-# Registers per thread. resident: two blocks of 320 threads share a multiprocessor, or one of 576 has
-# it; stats: two of 320; streamed: two of 256; gradient: three of 256.
+# Registers per thread. resident: two blocks of 320 threads share a multiprocessor, or one of 576
+# has it; stats: two of 320; streamed: two of 256; gradient: three of 256.
 REGISTERS = {
     "resident": 96,
     "stats": 96,

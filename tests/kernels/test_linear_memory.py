@@ -142,6 +142,9 @@ def test_plans_stay_within_their_budget(operand):
                 assert plan.slabs == -(-rows // max(1, plan.slab_rows))
                 assert plan.slabs <= 1 or not sum_bytes or plan.slab_rows < rows
                 assert min(rows, 1) <= plan.chunk_rows <= plan.slab_rows <= rows
+                # A product of 129 rows takes a GPU as long as one of 256.
+                for size, whole in ((plan.slab_rows, rows), (plan.chunk_rows, plan.slab_rows)):
+                    assert size == whole or size < 128 or size % 128 == 0
                 held = plan.chunk_rows * plan.pitch * logits.itemsize
                 if plan.narrow:
                     held += plan.slab_rows * plan.pitch * operand.itemsize

@@ -284,6 +284,16 @@ def vimnmx(ins: Instruction) -> Run:
     return lambda w, m: out(w, _smaller_or_larger(unsigned, a(w), b(w), p(w)), m)
 
 
+def vimnmx3(ins: Instruction) -> Run:
+    out, (a, b, c) = put_bits(ins.operands[0]), (bits(t) for t in ins.operands[1:4])
+    p, unsigned = predicate_getter(ins.operands[4]), "U32" in ins.modifiers
+    return lambda w, m: out(
+        w,
+        _smaller_or_larger(unsigned, _smaller_or_larger(unsigned, a(w), b(w), p(w)), c(w), p(w)),
+        m,
+    )
+
+
 def viaddmnmx(ins: Instruction) -> Run:
     out, (a, b, c) = put_bits(ins.operands[0]), (bits(t) for t in ins.operands[1:4])
     p, unsigned = predicate_getter(ins.operands[4]), "U32" in ins.modifiers
@@ -366,7 +376,7 @@ def r2p(ins: Instruction) -> Run:
 
 BUILDERS: dict[str, Builder] = {
     "IADD3": iadd3, "VIADD": viadd, "IMAD": imad, "LEA": lea, "LOP3": lop3, "PLOP3": plop3,
-    "SHF": shf, "ISETP": isetp, "SEL": select, "MOV": move, "VIMNMX": vimnmx,
+    "SHF": shf, "ISETP": isetp, "SEL": select, "MOV": move, "VIMNMX": vimnmx, "VIMNMX3": vimnmx3,
     "VIADDMNMX": viaddmnmx, "IABS": iabs, "POPC": popc, "FLO": flo, "BREV": brev, "PRMT": prmt,
     "P2R": p2r, "R2P": r2p,
 }  # fmt: skip

@@ -2,7 +2,8 @@
 # make test     set up .venv and run the whole test suite
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
-# make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv)
+# make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
+#                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels
 #
 # PYTHON=...  the interpreter .venv is made from        VENV=...    where
 # CONFIG=...  another config for `make train`           ARGS="--set a.b=c --resume auto"    its arguments
@@ -49,7 +50,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy papo papo_kernels
 
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(if $(CALL),--call $(CALL)) $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf $(VENV) build runs

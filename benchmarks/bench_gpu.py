@@ -1,13 +1,15 @@
 """GPU kernels beside their peers: ``python -m benchmarks.bench_gpu``; README.md has the protocol.
 
 Every figure carries GB/s over the bytes the operation must move, and that as a share of the copy
-rate measured in the same run.
+rate measured in the same run. `make gpu-check` runs this last.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +17,27 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Case, environment, produced, time_on_gpu, write_json
-from benchmarks.shapes import GPU_LINEAR_SHAPES, GPU_MAIN, GPU_SHAPES, LinearShape, Shape
-from papo_kernels import PolarityWeighting, linear_policy_loss, policy_loss, token_stats
-from papo_kernels import backend as backends
+from benchmarks.gpu_workload import GPU, LinearWorkload, Workload, able_backends, rates
+from benchmarks.harness import (
+    Case,
+    GpuStopwatch,
+    Stopwatch,
+    environment,
+    measure,
+    one_line,
+    write_json,
+)
+from benchmarks.shapes import (
+    GPU_COMPILED,
+    GPU_LINEAR_SHAPES,
+    GPU_MAIN,
+    GPU_SHAPES,
+    LinearShape,
+    Shape,
+)
 
 # Reads and writes of the logits that each kind of case needs.
 PASSES = {"fwd": 1, "fwd+bwd": 3, "loss+dlogits": 2}
-
-
-class Workload:
-    """Inputs of one shape; ``scratch`` is a copy of the logits that in-place cases may spoil."""
-
-    def __init__(self, shape: Shape) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        self.logits = torch.empty(shape.rows, shape.vocab, dtype=shape.dtype, device="cuda")
-        self.logits.normal_(0, 2, generator=generator)
-        self.scratch = torch.empty_like(self.logits)
-        rows = (shape.rows,)
-        self.targets = torch.randint(shape.vocab, rows, generator=generator, device="cuda")
-        self.advantages = torch.randn(rows, generator=generator, device="cuda")
-        self.token_weight = torch.full(rows, 1 / shape.rows, device="cuda")
-        self.old_logp = token_stats(self.logits, self.targets).logp
-        one = torch.ones((), device="cuda")
-        self.weighting = PolarityWeighting(0.5, one * 0.3, sigma=one, scale=one)
-
-    def restore(self) -> None:
-        self.scratch.copy_(self.logits)
-
-    def stats(self, backend: str) -> Any:
-        with torch.no_grad():
-            return token_stats(self.logits, self.targets, backend=backend)
-
-    def stats_backward(self, backend: str) -> Tensor | None:
-        leaf = self.logits.detach().requires_grad_()
-        out = token_stats(leaf, self.targets, backend=backend)
-        (out.logp.sum() + out.entropy.sum() + out.unit_polarity.sum()).backward()
-        return leaf.grad
-
-    def loss(self, backend: str) -> Tensor:
-        out = policy_loss(
-            produced(self.scratch),
-            self.targets,
-            self.advantages,
-            self.token_weight,
-            old_logp=self.old_logp,
-            weighting=self.weighting,
-            inplace=True,
-            backend=backend,
-        )
-        out.loss.backward()
-        return self.scratch
-
-
-def able_backends(dtype: torch.dtype) -> list[str]:
-    """The GPU backends that this machine can run."""
-    able = []
-    for name in ("cuda", "triton"):
-        try:
-            backends.choose(name, torch.device("cuda", 0), dtype)
-            able.append(name)
-        except ValueError as error:
-            print(error)
-    return able
 
 
 def own_cases(work: Workload, backend: str) -> list[Case]:
@@ -95,88 +55,99 @@ def passes_of(name: str) -> int:
     return next((n for kind, n in reversed(PASSES.items()) if kind in name), 1)
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """One shape: every figure in ms, GB/s, share of the copy rate and MiB."""
-    work = Workload(shape)
-    cases = [Case("copy", work.restore)]
-    for backend in able_backends(shape.dtype):
-        cases += own_cases(work, backend)
-    cases += peers.logits_cases(work.logits, work.targets)
-    measured = time_on_gpu(cases, rounds)
-    torch.compiler.reset()
-    copy_rate = 2 * shape.bytes / measured[0].ms
-    figures: dict[str, Any] = {}
-    for case in measured:
-        rate = (2 if case.name == "copy" else passes_of(case.name)) * shape.bytes / case.ms
-        figures[case.name] = {
-            "ms": case.ms,
-            "GB/s": rate / 1e6,
-            "of copy rate": rate / copy_rate,
-            "peak MiB": case.peak_mib,
+class Bench:
+    """The comparison on one device.
+
+    Args:
+        device: where the tensors live.
+        backends: ours, that are compared.
+        compiled: the shapes at which torch.compile is measured too.
+        rounds: of the shapes of logits; a quarter of them from hidden states.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        stopwatch: Stopwatch,
+        backends: list[str],
+        compiled: tuple[Shape, ...],
+        rounds: int,
+    ) -> None:
+        self.device, self.stopwatch, self.backends = device, stopwatch, backends
+        self.compiled, self.rounds = compiled, rounds
+
+    def logits(self, shape: Shape) -> dict[str, Any]:
+        """One shape: every figure in ms, GB/s, share of the copy rate and MiB."""
+        work = Workload(shape, self.device)
+        cases = [Case("copy", work.restore)]
+        for backend in self.backends:
+            cases += own_cases(work, backend)
+        cases += peers.logits_cases(work.logits, work.targets, shape in self.compiled)
+        measured = measure(cases, self.rounds, self.stopwatch)
+        torch.compiler.reset()
+        figures: dict[str, Any] = {}
+        for case in measured:
+            passes = 2 if case.name == "copy" else passes_of(case.name)
+            rate = rates(case.ms, passes * shape.bytes, measured[0].ms, 2 * shape.bytes)
+            figures[case.name] = {**case.spread, **rate, "peak MiB": case.peak_mib}
+        return {"figures": figures, "failures": _failures(cases)}
+
+    def linear(self, shape: LinearShape) -> dict[str, Any]:
+        """Loss and all gradients from hidden states beside the three bare products."""
+        work = LinearWorkload(shape, self.device)
+        cases = [
+            Case("three bare products", work.products),
+            Case("papo linear_policy_loss", work.loss),
+        ]
+        cases += peers.linear_cases(work.hidden, work.weight, work.targets)
+        measured = measure(cases, max(5, self.rounds // 4), self.stopwatch)
+        figures = {
+            case.name: {
+                **case.spread,
+                "TFLOP/s": 3 * shape.flops / case.ms / 1e9,
+                "of bare products": case.ms / measured[0].ms,
+                "peak MiB": case.peak_mib,
+            }
+            for case in measured
         }
-    failures = {case.name: case.failure for case in cases if case.failure}
-    return {"figures": figures, "failures": failures}
+        return {"figures": figures, "failures": _failures(cases)}
+
+    def attempt(self, shape: Shape | LinearShape) -> dict[str, Any]:
+        """One shape; an error that is no single case's, such as too little memory, is its
+        result."""
+        try:
+            return self.logits(shape) if isinstance(shape, Shape) else self.linear(shape)
+        except Exception as error:
+            return {"figures": {}, "failures": {"the shape": one_line(error)}}
+
+    def host_overhead(self, calls: int = 2000) -> dict[str, float]:
+        """Microseconds of host time that a call of `token_stats` on one small row takes, and an
+        empty torch operation beside it; the device is never the limit."""
+        work = Workload(Shape(1, 128, torch.bfloat16), self.device)
+        flag = torch.zeros((), device=self.device)
+        runs: dict[str, Callable[[], Any]] = {"torch add_": lambda: flag.add_(1)}
+        runs |= {f"papo {b} stats fwd": lambda b=b: work.stats(b) for b in self.backends}
+        return {name: _microseconds(run, calls) for name, run in runs.items()}
 
 
-def measure_linear(shape: LinearShape, rounds: int) -> dict[str, Any]:
-    """Loss and all gradients from hidden states beside the three bare products."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        out = torch.empty(size, dtype=shape.dtype, device="cuda")
-        return out.normal_(0, std, generator=generator)
-
-    hidden = normal(shape.rows, shape.hidden)
-    weight = normal(shape.vocab, shape.hidden, std=shape.hidden**-0.5)
-    targets = torch.randint(shape.vocab, (shape.rows,), generator=generator, device="cuda")
-    advantages = torch.randn(shape.rows, generator=generator, device="cuda")
-    token_weight = torch.full((shape.rows,), 1 / shape.rows, device="cuda")
-
-    def products() -> Any:
-        logits = hidden @ weight.T
-        return logits @ weight, logits.T @ hidden
-
-    def ours() -> Any:
-        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        linear_policy_loss(h, w, targets, advantages, token_weight).loss.backward()
-        return h.grad, w.grad
-
-    cases = [Case("three bare products", products), Case("papo linear_policy_loss", ours)]
-    cases += peers.linear_cases(hidden, weight, targets)
-    measured = time_on_gpu(cases, rounds)
-    bare = measured[0].ms
-    figures = {
-        case.name: {
-            "ms": case.ms,
-            "TFLOP/s": 3 * shape.flops / case.ms / 1e9,
-            "of bare products": case.ms / bare,
-            "peak MiB": case.peak_mib,
-        }
-        for case in measured
-    }
-    return {
-        "figures": figures,
-        "failures": {case.name: case.failure for case in cases if case.failure},
-    }
+def _failures(cases: list[Case]) -> dict[str, str]:
+    return {case.name: case.failure for case in cases if case.failure}
 
 
-def host_overhead(calls: int = 2000) -> dict[str, float]:
-    """Microseconds of host time that a call of `token_stats` on one small row takes, and an empty
-    torch operation beside it; the device is never the limit."""
-    work = Workload(Shape(1, 128, torch.bfloat16))
-    flag = torch.zeros((), device="cuda")
-    figures = {}
-    runs = {f"papo {b} stats fwd": lambda b=b: work.stats(b) for b in able_backends(torch.bfloat16)}
-    for name, run in {"torch add_": lambda: flag.add_(1), **runs}.items():
-        for _ in range(100):
-            run()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        figures[name] = (time.perf_counter() - begin) / calls * 1e6
-        torch.cuda.synchronize()
-    return figures
+def _microseconds(run: Callable[[], Tensor], calls: int) -> float:
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    for _ in range(calls // 20 + 1):
+        run()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    seconds = time.perf_counter() - begin
+    wait()
+    return seconds / calls * 1e6
 
 
 def print_table(shape: str, result: dict[str, Any]) -> None:
@@ -188,50 +159,47 @@ def print_table(shape: str, result: dict[str, Any]) -> None:
         print(f"  {name:<52}not measured: {reason}")
 
 
-def attempt(shape: Shape | LinearShape, rounds: int) -> dict[str, Any]:
-    """One shape; an error that is no single case's, such as too little memory, is its result."""
-    try:
-        if isinstance(shape, Shape):
-            return measure(shape, rounds)
-        return measure_linear(shape, max(5, rounds // 4))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {"figures": {}, "failures": {"the shape": reason}}
+def able() -> list[str]:
+    """Our backends that this machine can run; the reasons of the others are printed."""
+    reasons = able_backends(torch.bfloat16)
+    for reason in filter(None, reasons.values()):
+        print(reason)
+    return [name for name, reason in reasons.items() if not reason]
 
 
-def run(rounds: int, only: str, path: Path | None) -> Path:
-    """Every shape whose name contains `only`, the main ones first, printed and saved as it comes,
-    so that a run that is stopped leaves what it has measured."""
-    record: dict[str, Any] = {"environment": environment(), "rounds": rounds, "results": {}}
-    saved = write_json("gpu", record, path)
+def ordered() -> list[Shape | LinearShape]:
+    """The main shapes first, so that a run that is stopped has them."""
     first, *more = GPU_SHAPES
-    shapes: list[Shape | LinearShape] = [first, GPU_LINEAR_SHAPES[0]]
-    for shape in (*shapes, *more, *GPU_LINEAR_SHAPES[1:]):
-        if only not in shape.name:
-            continue
-        record["results"][shape.name] = attempt(shape, rounds)
-        record["unavailable peers"] = peers.unavailable
-        write_json("gpu", record, path)
-        print_table(shape.name, record["results"][shape.name])
-        torch.cuda.empty_cache()
-        if shape == GPU_MAIN:
-            record["host overhead, us"] = host_overhead()
-            print("\nhost overhead, us:", record["host overhead, us"])
-            write_json("gpu", record, path)
-    for module, reason in peers.unavailable.items():
-        print(f"not measured: {module}: {reason}")
-    return saved
+    rest = [shape for shape in more if shape not in GPU_COMPILED]
+    compiled = [shape for shape in GPU_COMPILED if shape != first]
+    return [first, GPU_LINEAR_SHAPES[0], *compiled, *GPU_LINEAR_SHAPES[1:], *rest]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", default="", help="a substring of the shapes to run")
-    parser.add_argument("--json", type=Path, help="the result file, instead of one in results/")
+    parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu needs a CUDA device; benchmarks.bench_cpu runs on the CPU")
-    print("wrote", run(args.rounds, args.only, args.json))
+    if args.wheels is not None:
+        peers.use_wheels(args.wheels, Path(tempfile.mkdtemp()))
+    bench = Bench(GPU, GpuStopwatch(), able(), GPU_COMPILED, args.rounds)
+    record: dict[str, Any] = {"environment": environment(), "rounds": args.rounds, "results": {}}
+    for shape in ordered():
+        if args.only in shape.name:
+            record["results"][shape.name] = bench.attempt(shape)
+            print_table(shape.name, record["results"][shape.name])
+            torch.cuda.empty_cache()
+        if shape == GPU_MAIN:
+            record["host overhead, us"] = bench.host_overhead()
+            print("\nhost overhead, us:", record["host overhead, us"])
+        record["unavailable peers"] = peers.unavailable
+        saved = write_json("gpu", record)
+    for module, reason in peers.unavailable.items():
+        print(f"not measured: {module}: {reason}")
+    print("wrote", saved)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("triton", "transformers", "trl", "liger-kernel", "quack-kernels", "cut-cross-entropy")
 PACKAGES = ("setuptools", *PEERS)
 BUSY_CYCLES = 2_000_000  # of a GPU: about 1 ms
@@ -31,6 +32,7 @@ class Case:
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None = None
     times: list[float] = field(default_factory=list)
+    mhz: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     failure: str = ""
 
@@ -38,6 +40,13 @@ class Case:
     def ms(self) -> float:
         """Median of the measured rounds, in milliseconds."""
         return statistics.median(self.times)
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Median and quartiles of the measured rounds, in milliseconds."""
+        few = len(self.times) < 2
+        q1, _, q3 = self.times * 3 if few else statistics.quantiles(self.times, method="inclusive")
+        return {"ms": self.ms, "q1": q1, "q3": q3}
 
 
 class CacheFlusher:
@@ -75,50 +84,90 @@ def time_interleaved(
         gc.enable()
 
 
-def time_on_gpu(cases: Sequence[Case], rounds: int, warmup: int = 3) -> list[Case]:
-    """The same with CUDA events, the L2 cache overwritten before every run.
+class GpuStopwatch:
+    """Times a call with CUDA events, from cold caches, and the clock the multiprocessors ran at.
 
     The device is busy while the host launches a case, up to about a millisecond of the host's time,
     or a small case would be timed with the gaps between its launches. A case that makes the host
     wait still shows its gaps.
+    """
+
+    def __init__(self) -> None:
+        count = 2 * torch.cuda.get_device_properties(0).L2_cache_size // 4
+        self._written = torch.zeros(count, device="cuda")
+        self._read = torch.zeros(count, device="cuda")
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """Milliseconds and MHz."""
+        self._written.zero_()
+        self._read.sum()  # or the lines just written would be written back while the case runs
+        idle, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        idle.record()
+        torch.cuda._sleep(BUSY_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), BUSY_CYCLES / idle.elapsed_time(start) / 1e3
+
+
+class HostStopwatch:
+    """Times a call on the host by the wall clock; for rehearsals, from warm caches."""
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """Milliseconds, and 0 for a clock that is not known."""
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3, 0.0
+
+
+Stopwatch = Callable[[Callable[[], Any]], tuple[float, float]]
+
+
+def measure(
+    cases: Sequence[Case], rounds: int, stopwatch: Stopwatch, warmup: int = 3
+) -> list[Case]:
+    """Fills every case's ``times`` (ms) and ``mhz``: one run of each case per round, after
+    ``warmup`` runs that also compile.
 
     A case that raises is left out of what is returned, its reason in ``failure``; the others are
     still measured.
     """
-    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8)
-    flush = flush.cuda()
     alive = [case for case in cases if _survives(case, warmup)]
     for _ in range(rounds):
         for case in alive:
             if case.prepare is not None:
                 case.prepare()
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(BUSY_CYCLES)
-            start.record()
-            case.run()
-            end.record()
-            end.synchronize()
-            case.times.append(start.elapsed_time(end))
+            ms, mhz = stopwatch(case.run)
+            case.times.append(ms)
+            case.mhz.append(mhz)
     return alive
 
 
 def _survives(case: Case, warmup: int) -> bool:
     """Warms a case up and notes its peak of memory beyond what it starts with."""
+    on_gpu = torch.cuda.is_available()
     try:
         for _ in range(warmup):
             if case.prepare is not None:
                 case.prepare()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            if on_gpu:
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
             case.run()
-            torch.cuda.synchronize()
-            case.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+            if on_gpu:
+                torch.cuda.synchronize()
+                case.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
     except Exception as error:
-        case.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        case.failure = one_line(error)
         return False
     return True
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its text."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 class Produced(torch.autograd.Function):
@@ -166,8 +215,12 @@ def environment() -> dict[str, str]:
     device = {}
     if torch.cuda.is_available():
         device = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return {**device, **host_environment()}
+
+
+def host_environment() -> dict[str, str]:
+    """The same without the device, which is left untouched."""
     return {
-        **device,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": _cpu_name(),
@@ -184,11 +237,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_json(name: str, record: dict[str, Any], path: Path | None = None) -> Path:
-    """Writes `path`, or ``results/<name>-<date>.json``, and returns it. What was there before is
-    replaced at once: a reader, or who stops the writer, never finds half a file."""
+def write_json(name: str, record: dict[str, Any]) -> Path:
+    """Writes ``results/<name>-<date>.json`` and returns it."""
     RESULTS.mkdir(exist_ok=True)
-    path = path or RESULTS / f"{name}-{datetime.date.today().isoformat()}.json"
-    part = path.with_suffix(".part")
+    return save_json(RESULTS / f"{name}-{datetime.date.today().isoformat()}.json", record)
+
+
+def save_json(path: Path, record: dict[str, Any]) -> Path:
+    """Writes `path`. What was there before is replaced at once: a reader, or who stops the writer,
+    never finds half a file."""
+    part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     return part.replace(path)

@@ -10,7 +10,10 @@ computes the polarity; what each does compute is in its case's name.
 from __future__ import annotations
 
 import importlib
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,18 @@ from benchmarks.harness import Case
 
 # The error by module, of the peers that were asked for and could not be imported.
 unavailable: dict[str, str] = {}
+
+
+def use_wheels(wheels: Path, into: Path) -> list[str]:
+    """Unpacks a folder's wheels into `into`, from where they are then imported, in preference to
+    what is installed; their file names. Nothing that they need besides is looked for."""
+    found = sorted(wheels.glob("*.whl"))
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(into)
+    sys.path.insert(0, str(into))
+    importlib.invalidate_caches()
+    return [wheel.name for wheel in found]
 
 
 def _imported(module: str, name: str) -> Any:
@@ -120,10 +135,11 @@ def quack_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     )
 
 
-def logits_cases(logits: Tensor, targets: Tensor) -> list[Case]:
-    """Every peer that starts from logits [N, V]."""
+def logits_cases(logits: Tensor, targets: Tensor, compiled: bool = True) -> list[Case]:
+    """Every peer that starts from logits [N, V]; torch.compile only where `compiled`."""
     makers = (torch_cases, trl_cases, liger_cases, quack_cases)
-    return [case for make in makers for case in make(logits, targets)]
+    cases = [case for make in makers for case in make(logits, targets)]
+    return [case for case in cases if compiled or "torch.compile" not in case.name]
 
 
 # ---- from hidden states -------------------------------------------------------------------------

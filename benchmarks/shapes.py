@@ -47,6 +47,17 @@ GPU_SHAPES = (
     Shape(8192, 151937, torch.bfloat16),
 )
 
+# What gpu-check times and tunes: the main shape, Llama 3's vocabulary, few rows, many
+# short ones.
+GPU_TIMED = (
+    GPU_MAIN,
+    Shape(4096, 128256, torch.bfloat16),
+    Shape(64, 151936, torch.bfloat16),
+    Shape(32768, 32000, torch.bfloat16),
+)
+# Where torch.compile is measured too, which takes it 10 s or so a shape.
+GPU_COMPILED = (GPU_MAIN, Shape(64, 151936, torch.bfloat16))
+
 
 @dataclass(frozen=True)
 class LinearShape:

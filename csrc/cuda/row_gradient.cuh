@@ -100,9 +100,14 @@ PAPO_DEVICE void write_words(const Row& row, int words, char* out, const Element
   for (; i + (kUnroll - 1) * step < words; i += kUnroll * step) {
     write_some<kMode, kAligned, kUnroll, In, Out>(row, i, step, out, g, s);
   }
+  if constexpr (kUnroll > 2) {
+    if (i + step < words) {
+      write_some<kMode, kAligned, 2, In, Out>(row, i, step, out, g, s);
+      i += 2 * step;
+    }
+  }
   if constexpr (kUnroll > 1) {
-#pragma unroll 1
-    for (; i < words; i += step) write_some<kMode, kAligned, 1, In, Out>(row, i, step, out, g, s);
+    if (i < words) write_some<kMode, kAligned, 1, In, Out>(row, i, step, out, g, s);
   }
 }
 

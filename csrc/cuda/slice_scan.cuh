@@ -116,9 +116,13 @@ PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamW
   for (; left >= kScanWords; left -= kScanWords, i += kScanWords * threads) {
     add_words<kAligned, kRaised, kScanWords>(sums, stage.row, i, threads);
   }
-#pragma unroll 1
-  for (; left > 0; --left, i += threads) {
+  if ((left & 2) != 0) {
+    add_words<kAligned, kRaised, 2>(sums, stage.row, i, threads);
+    i += 2 * threads;
+  }
+  if ((left & 1) != 0) {
     add_words<kAligned, kRaised, 1>(sums, stage.row, i, threads);
+    i += threads;
   }
   if (stage.rounds(t) == whole) return;
   // Behind the last element: too far below the maximum to count.

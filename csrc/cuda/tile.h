@@ -111,9 +111,11 @@ struct Span {
   int begin, count;
 };
 
+// Part `part` of `total` columns in parts of `size`; part * size is below 2^31, as there are at most
+// 2^30 columns.
 PAPO_HD Span span_of(int part, int size, int total) {
-  const int64_t begin = smaller(static_cast<int64_t>(part) * size, total);
-  return {static_cast<int>(begin), static_cast<int>(smaller(size, total - begin))};
+  const int begin = part * size < total ? part * size : total;
+  return {begin, size < total - begin ? size : total - begin};
 }
 
 // Part `part` of the columns [begin, end) of a row, cut into `parts` of whole words.

@@ -67,7 +67,7 @@ RowState<A> merge_flat(const std::vector<RowState<A>>& parts) {
   for (const RowState<A>& s : parts) top = s.max > top ? s.max : top;
   RowState<A> sum = {top, 0, 0, 0, 0};
   for (const RowState<A>& s : parts) {
-    const RowState<A> r = s.rescaled(top);
+    const RowState<A> r = s.rescaled(top, [](A x) { return papo::exp_of(x); });
     sum = {top, sum.Z + r.Z, sum.T + r.T, sum.Z2 + r.Z2, sum.T2 + r.T2};
   }
   return sum;

@@ -1,6 +1,7 @@
 """What only a device can show: streams, graphs, host syncs, 64-bit offsets and repeatability.
 
-`make gpu-check` runs them; test_small_cases_of_every_kernel also under compute-sanitizer.
+`make gpu-check` runs them. Its smoke stage, which compute-sanitizer runs too, has small cases of
+every kernel without pytest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats, tuning
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats, plain_token_stats
 
@@ -45,10 +46,24 @@ def loss_of(logits: Tensor, targets: Tensor, backend: str, **more):
     return policy_loss(logits, targets, ones, ones / n, backend=backend, **more)
 
 
-@GPU
-@pytest.mark.parametrize("n,v", [(n, v) for n, v, _ in SMALL])
-def test_small_cases_of_every_kernel(name, n, v):
+@pytest.fixture(params=["resident", "streamed", "triton"])
+def family(request, monkeypatch):
+    """The backend of a family of kernels, which it is made to use."""
+    name = "triton" if request.param == "triton" else "cuda"
     require(name)
+    if request.param == "resident" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs thread block clusters")
+    if name == "cuda":
+        monkeypatch.setenv("PAPO_KERNEL", request.param)
+    tuning.forced.cache_clear()
+    yield name
+    monkeypatch.undo()
+    tuning.forced.cache_clear()
+
+
+@pytest.mark.parametrize("n,v", [(n, v) for n, v, _ in SMALL])
+def test_small_cases_of_every_kernel(family, n, v):
+    name = family
     for dtype in (torch.bfloat16, torch.float32):
         more = {"dtype": dtype, "device": "cuda"}
         check_token_stats(make_case("normal", n, v, **more), name)

@@ -1,0 +1,144 @@
+"""What the two calls run, in which order and within which limits.
+
+What tells most comes first. A group's limit is kept for it whatever the groups before it do; the
+limits of a call add up to its budget.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check import rehearsal
+from benchmarks.gpu_check.counted import CASES as COUNTED
+from benchmarks.gpu_check.facts import beside_nvcc
+from benchmarks.gpu_check.runner import Stage, worker_command
+from benchmarks.gpu_check.target import FAMILIES
+
+BUDGETS = {1: 270.0, 2: 300.0}  # seconds
+PATIENCE = 8  # of a rehearsal, in which nothing is measured, as a factor on limits and budgets
+SMOKE_TESTS = "tests/kernels/test_gpu.py"
+# The kernels without bulk copies: racecheck reports hazards for those, in many of its versions,
+# where there are none.
+RACECHECKED = ("streamed", "triton")
+COUNTERS_SECONDS = {"resident-loss": 14, "resident-stats": 14, "triton-stats": 12}
+# A sanitizer knows allocations: within a block of torch's cache it would see no error.
+UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+
+
+def probe() -> Stage:
+    return Stage("probe", 14, ("probe",))
+
+
+def first_call(capability: str, work: Path) -> list[Stage]:
+    """Figures: build, smoke, timings, sweeps, counters, the fused head, the device's own tests."""
+    build = Stage("build", 55, ("build", capability, "normal", "smoke"), vital=True)
+    warm = Stage("warm-triton", 50, ("warm",), together=True, required=False)
+    smoke = [
+        Stage(f"smoke-{f}", 20, ("smoke", f), environment=FAMILIES[f].variables, together=i > 0)
+        for i, f in enumerate(FAMILIES)
+    ]
+    timing = [
+        Stage(f"timing-{f}", seconds, ("timing", f), environment=FAMILIES[f].variables)
+        for f, seconds in (("resident", 10), ("triton", 12), ("streamed", 8))
+    ]
+    sweeps = [
+        Stage(f"sweep-{name}", seconds, ("sweep", name), elastic=True, restarts=True)
+        for name, seconds in (("cuda", 30), ("triton", 20))
+    ]
+    counters = [
+        Stage(f"ncu-{case}", COUNTERS_SECONDS.get(case, 11), ("counters", case), elastic=True)
+        for case in COUNTED
+    ]
+    linear = Stage("linear", 18, ("linear",))
+    tests = _tests("pytest-smoke", 32, work, (SMOKE_TESTS,))
+    return [build, warm, *smoke, *timing, *sweeps, *counters, linear, tests]
+
+
+def second_call(
+    capability: str, work: Path, wheels: Path | None, stages: dict[str, Any]
+) -> list[Stage]:
+    """Correctness at length: sanitizers, all GPU tests; then the peers. `stages`: the outcomes of
+    the first call."""
+    build = Stage("build-again", 40, ("build", capability, "normal"), vital=True)
+    kernels = ("tests/kernels", "-m", "gpu", "--ignore", SMOKE_TESTS, "--backends")
+    tests = [
+        _tests(f"tests-{backend}", seconds, work, (*kernels, backend))
+        for backend, seconds in (("cuda", 70), ("triton", 42))
+    ]
+    arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
+    peers = Stage("peers", 60, arguments, elastic=True)
+    return [build, *_sanitizers(), *tests, peers]
+
+
+def healthy(stages: dict[str, Any]) -> str:
+    """Our backends but those whose kernels failed the smoke stage: an error there would take the
+    peers with it."""
+    broken = {
+        FAMILIES[family].backend
+        for family in ("resident", "triton")
+        if not stages.get(f"smoke-{family}", {"ok": True})["ok"]
+    }
+    return ",".join(backend for backend in ("cuda", "triton") if backend not in broken)
+
+
+def _sanitizers() -> list[Stage]:
+    """The smoke cases on the measured build, each family under each check; at the same time, as no
+    time is taken."""
+    tool = beside_nvcc("compute-sanitizer")
+    if tool is None:
+        reason = "compute-sanitizer is neither on PATH nor beside nvcc"
+        return [Stage("sanitizer", 0, absent=reason, required=False)]
+    options = subprocess.run([tool, "--help"], stdout=subprocess.PIPE).stdout
+    # Renamed in 2023.3:
+    only = "--kernel-name" if b"--kernel-name" in options else "--kernel-regex"
+    found = []
+    for check, seconds, families in (
+        ("memcheck", 42, tuple(FAMILIES)),
+        ("racecheck", 32, RACECHECKED),
+    ):
+        for i, family in enumerate(families):
+            kernels = () if FAMILIES[family].backend == "triton" else (only, "kns=papo")
+            command = (tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all")
+            program = worker_command(("smoke", family, "sanitized"))
+            variables = (*UNCACHED, *FAMILIES[family].variables)
+            found.append(
+                Stage(
+                    f"{check}-{family}",
+                    seconds,
+                    command=(*command, *kernels, *program),
+                    environment=variables,
+                    together=i > 0,
+                    required=False,
+                )
+            )
+    return found
+
+
+def _tests(name: str, seconds: float, work: Path, arguments: Sequence[str]) -> Stage:
+    """pytest, in several processes if there is xdist; a test that hangs shows where it does."""
+    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.failures"]
+    options += ["-o", "faulthandler_timeout=30"]
+    if rehearsal.active():
+        options += rehearsal.pytest_arguments(work)
+    else:
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout", "40", "--timeout-method", "thread"]
+        if importlib.util.find_spec("xdist"):
+            options += ["-n", str(min(8, os.cpu_count() or 1))]
+        options += arguments
+    return Stage(name, seconds, command=(sys.executable, "-m", "pytest", *options), elastic=True)
+
+
+def rehearsed(stages: Sequence[Stage]) -> list[Stage]:
+    """The same with the limit of the stage that hangs cut short, and the others' far from what a
+    busy machine needs."""
+    return [
+        s._replace(limit=rehearsal.HANG_LIMIT if s.name == rehearsal.HANGS else s.limit * PATIENCE)
+        for s in stages
+    ]

@@ -42,9 +42,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "bulk_load": ("void()",),
     "warp_sync": ("void()",),
     "block_sync": ("void()",),
-    "cluster_sync": ("void()", "(machine::cluster_arrive(), machine::cluster_wait())"),
-    "cluster_arrive": ("void()",),
-    "cluster_wait": ("void()",),
+    "cluster_sync": ("void()",),
     "send": ("void()",),
 }
 # Calls that no kernel needs by the memory model of PTX: (file, their line, the line after), and why

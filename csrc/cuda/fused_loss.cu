@@ -49,10 +49,6 @@ class ResidentRows {
     } else {
       finish_rows();
     }
-    // No block leaves while another may still write into its shared memory. Nothing is read after
-    // it, so that nothing needs to be released.
-    machine::cluster_arrive();
-    machine::cluster_wait();
   }
 
  private:
@@ -141,7 +137,6 @@ class ResidentRows {
           fill_buffer<In>(call_.logits, job.row, stage_of(s), buffer_address(at.buffer),
                           full(at.buffer));
         }
-        machine::warp_sync();
         at.advance(tile_.ring);
       }
     }
@@ -246,8 +241,8 @@ class ResidentRows {
         const ElementGrad g = finish_row(call_, job, scan, numbers, &weighting, writes);
         if (lane_ == 0) store_plan(plan_address(k), g);
       }
-      if (lane_ == 0) machine::barrier_arrive(plan(k));
       machine::warp_sync();
+      if (lane_ == 0) machine::barrier_arrive(plan(k));
       ++k;
     }
   }
@@ -261,7 +256,6 @@ class ResidentRows {
       machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
     }
     machine::barrier_wait_cluster(exchange(k), parity(k), "exchange");
-    machine::warp_sync();
     // For row k + 2. No peer sends its part of that before it has ours of row k + 1.
     if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
   }

@@ -355,11 +355,6 @@ PAPO_DEVICE void cluster_sync() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
-// The same in two halves, without making anything visible.
-PAPO_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-PAPO_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 // Writes two doubles at the same shared address of block `rank`, and counts their 16 bytes towards
 // that block's barrier. `target` is a multiple of 16.
 PAPO_DEVICE void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {

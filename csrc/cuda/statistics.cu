@@ -94,7 +94,6 @@ class StatsRows {
           fill_buffer<In>(call_.logits, job.row, slice_of(slice), buffer_address(at.buffer),
                           full(at.buffer));
         }
-        machine::warp_sync();
         at.advance(stats_.ring);
       }
     }
@@ -115,8 +114,9 @@ class StatsRows {
         machine::barrier_wait(full(at.buffer), at.parity, "full");
         if ((slice & (stats_.teams - 1)) == team) {
           scan(job, slice, mine, at.buffer, masked, k);
-        } else if (lane_ == 0) {
-          machine::barrier_arrive(empty(at.buffer));
+        } else {
+          machine::warp_sync();
+          if (lane_ == 0) machine::barrier_arrive(empty(at.buffer));
         }
         at.advance(stats_.ring);
       }

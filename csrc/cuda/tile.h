@@ -292,7 +292,7 @@ inline StatsTile derived_stats_tile(const Tile& tile, const DeviceLimits& device
   for (int blocks = 2; blocks > 0; --blocks) {
     const int64_t most = larger(1, smaller(kMaxStatsWarps / tile.warps, tile.cluster));
     for (int teams = static_cast<int>(most); teams > 0; teams /= 2) {
-      for (int ring = teams + 2; ring > teams; --ring) {
+      for (int ring = static_cast<int>(smaller(teams + 2, kMaxRing)); ring > teams; --ring) {
         const StatsTile s = make_stats_tile(tile, teams, ring, blocks, kStatsRounds);
         if (s.shared_bytes <= shared_budget(device, blocks)) return s;
       }

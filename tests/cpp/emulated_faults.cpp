@@ -68,8 +68,6 @@ PAPO_KERNEL(64, 1) handover(const Steps steps, const char* source) {
   }
   if (steps.take("block_sync")) machine::block_sync();
   if (machine::thread_index() == 32) machine::store_shared(0, Word{});
-  if (steps.take("cluster_arrive")) machine::cluster_arrive();
-  if (steps.take("cluster_wait")) machine::cluster_wait();
 }
 
 }  // namespace cuda

@@ -75,8 +75,6 @@ struct Fiber {
   std::function<bool()> waiting_for;  // empty: runnable
   const char* awaited = "";           // its name
   int64_t awaited_at = -1;            // its address, if it has one
-  bool at_cluster = false;            // arrived there, and has not waited yet
-  uint32_t cluster_generation = 0;
   Stamp now;      // its place in its own time
   Clock known;    // what has surely happened, to this thread
   Clock fenced;   // the same, to the bulk copies that it starts

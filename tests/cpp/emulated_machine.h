@@ -138,12 +138,7 @@ inline void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint3
 }
 
 inline int cluster_rank() { return emulator::block().rank; }
-inline void cluster_sync() {
-  emulator::arrive_at_cluster(true);
-  emulator::wait_for_cluster(true);
-}
-inline void cluster_arrive() { emulator::arrive_at_cluster(false); }
-inline void cluster_wait() { emulator::wait_for_cluster(false); }
+inline void cluster_sync() { emulator::meet_cluster(); }
 inline void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
   emulator::Machine& m = emulator::machine();
   if (rank < 0 || rank >= m.cluster) emulator::fail("message to no block of the cluster");

@@ -173,21 +173,12 @@ inline void wait_phase(uint32_t address, uint32_t parity, const char* name, bool
 
 // ---- clusters -----------------------------------------------------------------------------------
 
-inline void arrive_at_cluster(bool ordered) {
-  Fiber& f = fiber();
-  if (f.at_cluster) fail("cluster_arrive twice without cluster_wait");
-  for (const auto& [address, b] : f.block->barriers) {
-    if (!b.fenced) fail("cluster_arrive before a barrier's barrier_init_fence");
+inline void meet_cluster() {
+  Block& here = block();
+  for (const auto& [address, b] : here.barriers) {
+    if (!b.fenced) fail("cluster_sync before a barrier's barrier_init_fence");
   }
-  f.at_cluster = true;
-  f.cluster_generation =
-      arrive(f.block->cluster->sync, machine().cluster * f.block->threads, ordered);
-}
-inline void wait_for_cluster(bool ordered) {
-  Fiber& f = fiber();
-  if (!f.at_cluster) fail("cluster_wait without cluster_arrive");
-  f.at_cluster = false;
-  wait(f.block->cluster->sync, f.cluster_generation, "its cluster", ordered);
+  meet(here.cluster->sync, machine().cluster * here.threads, "its cluster");
 }
 
 // ---- bulk copies and messages -------------------------------------------------------------------

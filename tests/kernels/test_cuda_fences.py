@@ -70,7 +70,7 @@ def test_every_access_is_ordered(name):
 # A step left out of the small kernel of emulated_faults.cpp, and what is said to it.
 FAULTS = {
     "expect of messages": "bytes reached a barrier that does not expect them yet",
-    "barrier_init_fence": "cluster_arrive before a barrier's barrier_init_fence",
+    "barrier_init_fence": "cluster_sync before a barrier's barrier_init_fence",
     "wait for empty": "more arrivals at a barrier than it expects",
     "fence_before_bulk": "read: no fence_before_bulk in between",
     "expect of bytes": "bytes reached a barrier that does not expect them yet",
@@ -83,7 +83,6 @@ FAULTS = {
     "was not waited for at the scope of the cluster",
     "cluster_sync": "barrier used before it was initialised",
     "block_sync": "store to shared memory at 0 that a bulk copy writes: it was not waited for",
-    "cluster_arrive": "cluster_wait without cluster_arrive",
 }
 
 

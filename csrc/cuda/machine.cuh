@@ -267,60 +267,50 @@ PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is over; acquires what was released to it within the block, or by
-// the cluster. A build with PAPO_SPIN_LIMIT gives up after so many tries, and says for what it waited:
-// a mistake in the barriers is then an error and not a hang.
-#if defined(PAPO_SPIN_LIMIT)
+// Whether the phase of this parity is over, after some time; acquires what was released to it
+// within the block, or by the cluster.
+PAPO_DEVICE bool try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;}"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+PAPO_DEVICE bool try_wait_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;}"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+// Until it is over. A build with PAPO_SPIN_LIMIT gives up after so many tries and says for what it
+// waited: a mistake in the barriers is then an error and not a hang.
 template <typename Try>
-PAPO_DEVICE void spin(const Try& over, const char* name) {
-  for (int64_t tries = 0; !over(); ++tries) {
+PAPO_DEVICE void wait_for(const Try& over, [[maybe_unused]] const char* name) {
+#if defined(PAPO_SPIN_LIMIT)
+  for (int tries = 0; !over(); ++tries) {
     if (tries >= PAPO_SPIN_LIMIT) __assert_fail(name, __FILE__, __LINE__, "barrier_wait");
   }
+#else
+  while (!over()) {
+  }
+#endif
 }
 PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
-  spin([&] {
-    uint32_t done;
-    asm volatile(
-        "{.reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, done;}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return done != 0;
-  }, name);
+  wait_for([=] { return try_wait(barrier, parity); }, name);
 }
+// The same for what other blocks of the cluster wrote.
 PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char* name) {
-  spin([&] {
-    uint32_t done;
-    asm volatile(
-        "{.reg .pred done;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, done;}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return done != 0;
-  }, name);
+  wait_for([=] { return try_wait_cluster(barrier, parity); }, name);
 }
-#else
-PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity, const char*) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char*) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-#endif
 
 // ---- bulk copies --------------------------------------------------------------------------------
 

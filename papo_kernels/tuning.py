@@ -108,6 +108,7 @@ def config(backend: str, device: torch.device, dtype: torch.dtype, columns: int)
 _KERNELS = ("resident", "streamed")
 _TILE = ("cluster", "warps", "stages", "ring", "blocks")
 _STATS_TILE = ("teams", "ring", "blocks")
+_MOST = 65_535  # beyond what any device allows
 
 
 class ForcedTile(NamedTuple):
@@ -160,8 +161,8 @@ def _numbers(variable: str, names: tuple[str, ...], least: int) -> tuple[int, ..
     if not value:
         return None
     parts = [part.strip() for part in value.split(",")]
-    counted = len(parts) == len(names) and all(part.isdecimal() for part in parts)
-    if not counted or min(map(int, parts)) < least:
-        expected = f"{','.join(names)} as integers from {least} on"
+    counted = len(parts) == len(names) and all(p.isascii() and p.isdecimal() for p in parts)
+    if not counted or not all(least <= int(part) <= _MOST for part in parts):
+        expected = f"{','.join(names)} as integers from {least} to {_MOST}"
         raise ValueError(f"{variable}: expected {expected}, got {value!r}")
     return tuple(map(int, parts))

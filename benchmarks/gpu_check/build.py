@@ -18,8 +18,8 @@ from benchmarks.gpu_check.worker import work_folder
 from benchmarks.harness import ROOT
 
 ARCHITECTURES = {"8.0": "80-real", "9.0": "90a-real", "10.0": "100-real"}
-# Tries of a wait: the longest take microseconds, and a try at least some cycles.
-SPIN_LIMIT = 200_000
+# Tries of a wait: the longest take microseconds, and a try some 20 cycles or more.
+SPIN_LIMIT = 2_000_000
 VARIANTS = {"normal": (), "smoke": (f"-DPAPO_SPIN_LIMIT={SPIN_LIMIT}",)}
 
 

@@ -1,5 +1,6 @@
 // Calls: checked, given their constants and tiles, and sent to the kernels that serve them.
 #include <math.h>
+#include <stdio.h>
 
 #include "choice.h"
 #include "launch.cuh"
@@ -74,8 +75,8 @@ Status check_call(const RowsCall& call, const Launch& launch) {
   return Status::success();
 }
 
-// Rows whose sums are still to be formed. What does not fit the device as it is now goes one way
-// further down, unless it was asked for.
+// Rows whose sums are still to be formed. Where the device cannot run a tile's clusters, all rows
+// are streamed, those of statistics too: the sums of a row have the same bits in every call.
 Status launch_rows(RowsCall call, const Launch& launch) {
   const DeviceLimits limits = device_of(launch.device).limits;
   const Chosen chosen =
@@ -83,20 +84,29 @@ Status launch_rows(RowsCall call, const Launch& launch) {
   if (chosen.error != nullptr) return {chosen.error};
   call.tile = chosen.tile;
   call.stats_tile = chosen.stats;
-  bool ran = false;
-  if (!call.wants_gradient() && chosen.stats.teams > 0) {
+  int clusters = 0;
+  if (call.tile.cluster > 0) {
+    const Status status = count_clusters(call, limits, launch, &clusters);
+    if (!status.ok()) return status;
+    if (clusters == 0 && launch.choice.cluster != 0) {
+      thread_local char text[160];
+      snprintf(text, sizeof(text),
+               "papo_kernels: the device cannot run a cluster of %d blocks with %d bytes of shared "
+               "memory each",
+               call.tile.cluster, call.tile.shared_bytes);
+      return {text};
+    }
+  }
+  if (clusters == 0) {
+    call.tile = stream_tile(call.columns(), element_bytes(call.logits.dtype));
+    return launch_streamed(call, launch);
+  }
+  if (!call.wants_gradient() && call.stats_tile.teams > 0) {
+    bool ran = false;
     const Status status = launch_stats(call, limits, launch, &ran);
     if (ran || !status.ok()) return status;
   }
-  if (chosen.tile.cluster > 0) {
-    const Status status = launch_resident(call, limits, launch, &ran);
-    if (ran || !status.ok()) return status;
-    if (launch.choice.cluster != 0) {
-      return {"papo_kernels: the device cannot run a cluster of so many blocks of this size"};
-    }
-    call.tile = stream_tile(call.columns(), element_bytes(call.logits.dtype));
-  }
-  return launch_streamed(call, launch);
+  return launch_resident(call, limits, launch, clusters);
 }
 
 Status launch_call(const RowsCall& call, const Launch& launch) {

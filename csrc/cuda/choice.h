@@ -58,11 +58,11 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
   if (c.stats_teams > t.cluster) {
     return beyond("teams", c.stats_teams, "the row's slices", t.cluster);
   }
-  if (c.stats_teams * t.warps > kMaxStatsWarps) {
-    return beyond("warps of all teams", c.stats_teams * t.warps, "the kernel's most",
-                  kMaxStatsWarps);
-  }
   if (c.stats_ring > kMaxRing) return beyond("ring", c.stats_ring, "the kernel's most", kMaxRing);
+  if (c.stats_teams * static_cast<int64_t>(t.warps) > kMaxStatsWarps) {
+    return beyond("warps of all teams", c.stats_teams * static_cast<int64_t>(t.warps),
+                  "the kernel's most", kMaxStatsWarps);
+  }
   if (c.stats_ring < c.stats_teams) {
     return beyond("ring", c.stats_ring, "the least, a buffer a team,", c.stats_teams);
   }
@@ -105,8 +105,11 @@ inline Chosen choose(const TileChoice& asked, int64_t columns, int element_bytes
     chosen.stats = derived_stats_tile(chosen.tile, device);
     return chosen;
   }
-  chosen.stats = make_stats_tile(chosen.tile, asked.stats_teams, asked.stats_ring,
-                                 asked.stats_blocks, asked.stats == kStatsAlways ? 0 : kStatsRounds);
+  if (asked.stats_ring <= kMaxRing) {
+    chosen.stats = make_stats_tile(chosen.tile, asked.stats_teams, asked.stats_ring,
+                                   asked.stats_blocks,
+                                   asked.stats == kStatsAlways ? 0 : kStatsRounds);
+  }
   chosen.error = choice::why_unfit(asked, chosen.tile, chosen.stats, device);
   return chosen;
 }

@@ -287,18 +287,30 @@ PAPO_KERNEL(kResidentThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call)
 
 // ---- launch -------------------------------------------------------------------------------------
 
-Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
-                       bool* ran) {
-  const Tile& tile = call.tile;
+namespace {
+
+LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
+  return {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
+          exclusive_bytes(limits, tile.blocks, tile.shared_bytes)};
+}
+
+}  // namespace
+
+Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                      int* clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    const auto kernel = resident_kernel<decltype(in), decltype(out)>;
-    LaunchShape shape = {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
-                         exclusive_bytes(limits, tile.blocks, tile.shared_bytes)};
-    const int clusters = resident_clusters(kernel, shape, launch.device, kClusterPtx);
-    *ran = clusters > 0;
-    if (!*ran) return Status::success();
-    shape.blocks = smaller(clusters, call.logits.rows) * tile.cluster;
-    return launch_kernel(kernel, shape, launch.stream, call);
+    *clusters = resident_clusters(resident_kernel<decltype(in), decltype(out)>,
+                                  shape_of(call.tile, limits), launch.device, kClusterPtx);
+    return Status::success();
+  });
+}
+
+Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                       int clusters) {
+  return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
+    LaunchShape shape = shape_of(call.tile, limits);
+    shape.blocks = even_grid(call.logits.rows, clusters) * call.tile.cluster;
+    return launch_kernel(resident_kernel<decltype(in), decltype(out)>, shape, launch.stream, call);
   });
 }
 

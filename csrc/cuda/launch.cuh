@@ -213,10 +213,13 @@ inline int element_bytes(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat64 ? 8 : 2;
 }
 
-// The ways to run a call, given its tiles. `ran`: whether the device can, and the rows are right
-// for it.
+// How many clusters of a call's tile the device runs at a time.
+Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                      int* clusters);
+
+// The ways to run a call, given its tiles. `ran`: whether rows are many enough for this one.
 Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
-                       bool* ran);
+                       int clusters);
 Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                     bool* ran);
 Status launch_streamed(const RowsCall& call, const Launch& launch);

@@ -215,7 +215,7 @@ Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Laun
     const int blocks = resident_clusters(kernel, shape, launch.device, kClusterPtx);
     *ran = blocks > 0 && call.logits.rows >= static_cast<int64_t>(stats.rounds) * blocks;
     if (!*ran) return Status::success();
-    shape.blocks = smaller(blocks, call.logits.rows);
+    shape.blocks = even_grid(call.logits.rows, blocks);
     return launch_kernel(kernel, shape, launch.stream, call);
   });
 }

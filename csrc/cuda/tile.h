@@ -196,10 +196,20 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
 
 // ---- the choice ---------------------------------------------------------------------------------
 
+constexpr int kRegisters = 65536;         // of a multiprocessor
+constexpr int kResidentRegisters = 96;    // of a thread that shares its row with a cluster
+constexpr int kMultiprocessorThreads = 1536;
+
+// As many of `most` workers as have equal shares of `rows`: with more, some would be idle while
+// others do their last row.
+PAPO_HD int64_t even_grid(int64_t rows, int64_t most) {
+  return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
+}
+
 // Bytes that one of `blocks` blocks on a multiprocessor may have.
 PAPO_HD int64_t shared_budget(const DeviceLimits& device, int blocks) {
   const int64_t share = device.shared_per_multiprocessor / blocks - kReservedShared;
-  return smaller(share, device.shared_per_block);
+  return larger(0, smaller(share, device.shared_per_block));
 }
 
 // What a block must ask for so that no more than `blocks` of them share a multiprocessor.
@@ -262,13 +272,25 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
   return t;
 }
 
-// Prefers two blocks on a multiprocessor, so that one computes where the other waits, and the
-// smallest cluster whose blocks hold three rows: one being finished, one being summed, one on its
-// way.
+// The same tile with as many blocks on a multiprocessor as fit: short rows leave room for more.
+inline Tile crowded(Tile t, const DeviceLimits& device) {
+  const int threads = 32 * (t.warps + kServiceWarps);
+  const auto fits = [&](int blocks) {
+    return t.shared_bytes <= shared_budget(device, blocks) &&
+           blocks * threads * kResidentRegisters <= kRegisters &&
+           blocks * threads <= kMultiprocessorThreads;
+  };
+  while (fits(t.blocks + 1)) ++t.blocks;
+  return t;
+}
+
+// Prefers two blocks or more on a multiprocessor, so that one computes where the other waits, and
+// the smallest cluster whose blocks hold three rows: one being finished, one being summed, one on
+// its way.
 inline Tile derived_tile(int64_t columns, int element_bytes, const DeviceLimits& device) {
   for (int cluster = 1; cluster <= smaller(8, device.max_cluster); cluster *= 2) {
     const Tile t = fit_tile(columns, element_bytes, cluster, kPairedWarps, device, 2, 3);
-    if (t.cluster != 0) return t;
+    if (t.cluster != 0) return crowded(t, device);
   }
   // A long row takes the multiprocessor for one block.
   for (int cluster = 8; cluster <= device.max_cluster; cluster *= 2) {

@@ -11,6 +11,7 @@ void emulated_configure(const cuda::DeviceLimits* limits, int resident, unsigned
   cuda::EmulatedDevice& d = cuda::emulated_device();
   d.device = {*limits, nullptr};
   d.resident = resident;
+  d.refuses_clusters = false;
   d.kernels_launched = 0;
   d.widest_cluster = 0;
   cuda::emulator::machine().random.seed(seed);
@@ -20,6 +21,8 @@ void emulated_configure(const cuda::DeviceLimits* limits, int resident, unsigned
 // Whether accesses to shared memory that nothing orders are errors; slow. Until the next
 // emulated_configure.
 void emulated_check_order(bool check) { cuda::emulator::machine().check_order = check; }
+
+void emulated_refuse_clusters() { cuda::emulated_device().refuses_clusters = true; }
 
 // Bytes that kernels may read, and write where `writable`.
 void emulated_allow(uintptr_t begin, int64_t bytes, bool writable) {

@@ -16,6 +16,7 @@ struct Device {
 struct EmulatedDevice {
   Device device = {};
   int resident = 2;  // clusters that run at a time
+  bool refuses_clusters = false;  // as where too few multiprocessors of a group are free
   int kernels_launched = 0;
   int widest_cluster = 0;
 };
@@ -37,7 +38,8 @@ int resident_clusters(void (*)(Args...), const LaunchShape& shape, int, int) {
   const DeviceLimits& limits = emulated_device().device.limits;
   const bool fits = shape.shared_bytes <= limits.shared_per_block &&
                     (shape.cluster == 1 || shape.cluster <= limits.max_cluster);
-  return fits ? emulated_device().resident : 0;
+  const bool refused = shape.cluster > 1 && emulated_device().refuses_clusters;
+  return fits && !refused ? emulated_device().resident : 0;
 }
 
 namespace emulator {

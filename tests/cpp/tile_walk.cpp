@@ -151,6 +151,15 @@ void check_spans() {
 
 using choice::power_of_two;
 
+// Every limit of a device.
+bool kept(const Tile& t, const DeviceLimits& device) {
+  return power_of_two(t.cluster) && t.cluster <= device.max_cluster && power_of_two(t.warps) &&
+         t.warps <= kMaxWarps && t.stages > 0 && t.ring > t.stages && t.ring <= kMaxRing &&
+         t.blocks > 0 && t.shared_bytes <= device.shared_per_block &&
+         t.blocks * (static_cast<int64_t>(t.shared_bytes) + kReservedShared) <=
+             device.shared_per_multiprocessor;
+}
+
 void check_resident(const Tile& t, int64_t columns, int bytes, const DeviceLimits& device) {
   const int v = static_cast<int>(columns), per_word = kWordBytes / bytes;
   CHECK(power_of_two(t.cluster) && t.cluster <= device.max_cluster, "cluster %d", t.cluster);
@@ -177,6 +186,20 @@ void check_resident(const Tile& t, int64_t columns, int bytes, const DeviceLimit
     }
   }
   CHECK(next == columns, "columns");
+  CHECK(kept(t, device), "blocks %d", t.blocks);
+}
+
+void check_even_grid() {
+  for (int64_t rows = 0; rows < 400; ++rows) {
+    for (int64_t most = 1; most < 50; ++most) {
+      const int64_t workers = even_grid(rows, most);
+      CHECK(workers <= most && workers <= rows, "workers");
+      if (rows == 0) continue;
+      // No more rounds than with all of them, and no worker that a round less would do without.
+      CHECK(ceil_div(rows, workers) == ceil_div(rows, most), "rounds");
+      CHECK(workers == 1 || ceil_div(rows, workers - 1) > ceil_div(rows, most), "idle");
+    }
+  }
 }
 
 void check_stats(const StatsTile& s, const Tile& t, const DeviceLimits& device) {
@@ -223,20 +246,13 @@ void check_h200() {
     CHECK(c.stats.teams == 2 && c.stats.blocks == 2, "V %d: %d teams", static_cast<int>(v),
           c.stats.teams);
   }
+  CHECK(derived_tile(4096, 2, h200).blocks == 5, "short rows leave room");
   for (const int bytes : {2, 4}) {
     for (int64_t v = 1; v <= 450000; v += 997) {
       CHECK(derived_tile(v, bytes, h200).cluster > 0, "V %d does not fit", static_cast<int>(v));
     }
   }
   CHECK(derived_tile(262144, 2, h200).ahead && derived_tile(128256, 4, h200).ahead, "long rows");
-}
-
-bool kept(const Tile& t, const DeviceLimits& device) {
-  return power_of_two(t.cluster) && t.cluster <= device.max_cluster && power_of_two(t.warps) &&
-         t.warps <= kMaxWarps && t.stages > 0 && t.ring > t.stages && t.ring <= kMaxRing &&
-         t.blocks > 0 && t.shared_bytes <= device.shared_per_block &&
-         t.blocks * (static_cast<int64_t>(t.shared_bytes) + kReservedShared) <=
-             device.shared_per_multiprocessor;
 }
 
 // Every tile that can be asked for: it keeps every limit, or names the one that it does not.
@@ -275,6 +291,7 @@ int main() {
   check_copy_range();
   check_words_across();
   check_rounds();
+  check_even_grid();
   check_spans();
   check_tiles();
   check_h200();

@@ -134,6 +134,8 @@ def test_a_row_of_the_table_that_does_not_fit_is_an_error(force, monkeypatch):
         ("PAPO_TILE", "8,4,1,3,2,1"),
         ("PAPO_TILE", "8,4,1,three,2"),
         ("PAPO_TILE", "-8,4,1,3,2"),
+        ("PAPO_TILE", "8,4,1,3,4294967297"),
+        ("PAPO_TILE", "8,4,1,3,٢"),
         ("PAPO_TILE", "0,4,1,3,2"),
         ("PAPO_TILE", "8,4,1,3,0"),
         ("PAPO_STATS_TILE", "2,3"),
@@ -263,3 +265,27 @@ def test_statistics_have_the_same_bits_however_blocks_take_their_rows(force, kin
             for a, b in zip((*loss_again, *with_gradient), (*loss, *loss), strict=True):
                 assert torch.equal(a, b)
         assert torch.equal(by_blocks[0][live], loss[1][live])
+
+
+@needs_compiler
+def test_a_device_that_refuses_clusters_streams_statistics_too(force):
+    """Or the ratio to the logp of many rows would not be 1."""
+    n, v = 20, 3001
+    logits, targets = torch.randn(n, v), torch.randint(v, (n,))
+    row, ones = RowParams(1.0, 0.0, v), torch.ones(n)
+    force()
+    with emulated() as native:
+        native.lib.emulated_refuse_clusters()
+        logp, *_ = cuda_impl.token_stats_fwd(logits, targets, row)
+        tokens = TokenInputs(ones, ones, logp, None)
+        for dlogits in (None, torch.empty_like(logits)):
+            *_, ratio, _ = cuda_impl.policy_loss_fwd(
+                logits, targets, tokens, PolicyLossParams(), None, row, dlogits
+            )
+            assert ratio.eq(1.0).all()
+        assert native.widest_cluster == 1
+    force(PAPO_TILE="2,2,1,3,1")
+    with emulated(**LARGE) as native:
+        native.lib.emulated_refuse_clusters()
+        with pytest.raises(RuntimeError, match="cannot run a cluster of 2 blocks with"):
+            cuda_impl.token_stats_fwd(logits, targets, row)

@@ -49,6 +49,7 @@ class ResidentRows {
     } else {
       finish_rows();
     }
+    // No meeting at the end: whose finish warp is through has every message that peers send it.
   }
 
  private:

@@ -24,6 +24,13 @@ import torch
 
 PATH = Path(__file__).with_name("tuning.json")
 ANY = "*"
+MOST_COLUMNS = 2**30
+_DTYPES = ("float16", "bfloat16", "float32")
+_SOURCES = [{"modelled"}, {"measured", "date", "device"}]
+_KERNELS = ("resident", "streamed")
+_TILE = ("cluster", "warps", "stages", "ring", "blocks")
+_STATS_TILE = ("teams", "ring", "blocks")
+_MOST = 65_535  # beyond what any device allows
 
 
 class Row(NamedTuple):
@@ -49,24 +56,66 @@ class Row(NamedTuple):
 
 
 def load(path: Path = PATH) -> dict[str, list[Row]]:
-    """The table of every backend."""
-    table = json.loads(path.read_text())
+    """The table of every backend.
+
+    Raises:
+        ValueError: naming the file, the row and what was expected.
+    """
+    try:
+        table = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(table, dict) or not all(isinstance(rows, list) for rows in table.values()):
+        raise ValueError(f"{path}: expected an object with a list of rows for each backend")
     return {
-        backend: [
-            Row(r["device"], r["dtype"], tuple(r["columns"]), r["config"], r["source"])
-            for r in rows
-        ]
+        backend: [_row(backend, row, f"{path}: {backend}[{i}]") for i, row in enumerate(rows)]
         for backend, rows in table.items()
     }
 
 
 def save(table: dict[str, list[Row]], path: Path = PATH) -> None:
-    """Writes a table, a line a row."""
+    """Writes a table, a line a row, in place of what was there at once."""
     backends = []
     for backend, rows in table.items():
         lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in rows)
         backends.append(f' "{backend}": [\n{lines}\n ]')
-    path.write_text("{\n" + ",\n".join(backends) + "\n}\n")
+    part = path.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(backends) + "\n}\n")
+    part.replace(path)
+
+
+def _row(backend: str, raw: Any, where: str) -> Row:
+    def expect(ok: bool, what: str, got: object) -> None:
+        if not ok:
+            raise ValueError(f"{where}: expected {what}, got {got!r}")
+
+    keys = set(raw) if isinstance(raw, dict) else raw
+    expect(keys == set(Row._fields), f"the keys {', '.join(Row._fields)}", keys)
+    row = Row(**raw)
+    expect(isinstance(row.device, str), "device to be a name", row.device)
+    expect(row.dtype in (ANY, *_DTYPES), f"dtype to be one of {(ANY, *_DTYPES)}", row.dtype)
+    columns = row.columns
+    ordered = _are_numbers(columns, 2, 1, MOST_COLUMNS) and columns[0] <= columns[1]
+    expect(ordered, f"columns to be [first, last] within [1, {MOST_COLUMNS}]", columns)
+    source = isinstance(row.source, dict) and set(row.source)
+    expect(source in _SOURCES, f"source to have the keys of one of {_SOURCES}", row.source)
+    expect(isinstance(row.config, dict), "config to be an object", row.config)
+    if backend == "cuda":
+        keys = set(row.config)
+        expect(keys == {"tile", "stats"}, "config to have the keys tile and stats", keys)
+        for name, fields, least in (("tile", _TILE, 1), ("stats", _STATS_TILE, 0)):
+            value = row.config[name]
+            fits = value is None or _are_numbers(value, len(fields), least, _MOST)
+            expect(fits, f"{name} to be null or [{', '.join(fields)}]", value)
+    return row._replace(columns=(columns[0], columns[1]))
+
+
+def _are_numbers(value: Any, count: int, least: int, most: int) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == count
+        and all(type(x) is int and least <= x <= most for x in value)
+    )
 
 
 def insert(rows: list[Row], new: Row) -> list[Row]:
@@ -104,11 +153,6 @@ def config(backend: str, device: torch.device, dtype: torch.dtype, columns: int)
 
 
 # ---- the environment ----------------------------------------------------------------------------
-
-_KERNELS = ("resident", "streamed")
-_TILE = ("cluster", "warps", "stages", "ring", "blocks")
-_STATS_TILE = ("teams", "ring", "blocks")
-_MOST = 65_535  # beyond what any device allows
 
 
 class ForcedTile(NamedTuple):
@@ -161,7 +205,9 @@ def _numbers(variable: str, names: tuple[str, ...], least: int) -> tuple[int, ..
     if not value:
         return None
     parts = [part.strip() for part in value.split(",")]
-    counted = len(parts) == len(names) and all(p.isascii() and p.isdecimal() for p in parts)
+    counted = len(parts) == len(names) and all(
+        p.isascii() and p.isdecimal() and len(p) <= len(str(_MOST)) for p in parts
+    )
     if not counted or not all(least <= int(part) <= _MOST for part in parts):
         expected = f"{','.join(names)} as integers from {least} to {_MOST}"
         raise ValueError(f"{variable}: expected {expected}, got {value!r}")

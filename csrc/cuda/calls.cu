@@ -75,6 +75,16 @@ Status check_call(const RowsCall& call, const Launch& launch) {
   return Status::success();
 }
 
+// What was asked for, and no other way taken.
+Status cannot_run(int cluster, int shared_bytes) {
+  thread_local char text[160];
+  snprintf(text, sizeof(text),
+           "papo_kernels: the device cannot run a cluster of %d blocks with %d bytes of shared "
+           "memory each",
+           cluster, shared_bytes);
+  return {text};
+}
+
 // Rows whose sums are still to be formed. Where the device cannot run a tile's clusters, all rows
 // are streamed, those of statistics too: the sums of a row have the same bits in every call.
 Status launch_rows(RowsCall call, const Launch& launch) {
@@ -88,13 +98,10 @@ Status launch_rows(RowsCall call, const Launch& launch) {
   if (call.tile.cluster > 0) {
     const Status status = count_clusters(call, limits, launch, &clusters);
     if (!status.ok()) return status;
-    if (clusters == 0 && launch.choice.cluster != 0) {
-      thread_local char text[160];
-      snprintf(text, sizeof(text),
-               "papo_kernels: the device cannot run a cluster of %d blocks with %d bytes of shared "
-               "memory each",
-               call.tile.cluster, call.tile.shared_bytes);
-      return {text};
+    const bool asked = launch.choice.cluster != 0 || launch.choice.kernel == kOnChip ||
+                       launch.choice.stats == kStatsAlways;
+    if (clusters == 0 && asked) {
+      return cannot_run(call.tile.cluster, call.tile.shared_bytes);
     }
   }
   if (clusters == 0) {
@@ -105,6 +112,7 @@ Status launch_rows(RowsCall call, const Launch& launch) {
     bool ran = false;
     const Status status = launch_stats(call, limits, launch, &ran);
     if (ran || !status.ok()) return status;
+    if (launch.choice.stats == kStatsAlways) return cannot_run(1, call.stats_tile.shared_bytes);
   }
   return launch_resident(call, limits, launch, clusters);
 }

@@ -27,19 +27,34 @@ inline const char* beyond(const char* what, int64_t value, const char* limit, in
   return text;
 }
 
+inline const char* no_power_of_two(const char* what, int value) {
+  thread_local char text[80];
+  snprintf(text, sizeof(text), "%s is %d, which is no power of two", what, value);
+  return text;
+}
+
+// What `blocks` blocks of so many warps, and the two that serve them, take of a multiprocessor.
+inline int64_t registers_of(int64_t warps, int64_t blocks) {
+  return 32 * (warps + kServiceWarps) * blocks * kOnChipRegisters;
+}
+
 inline const char* why_unfit(const TileChoice& c, const Tile& t, const DeviceLimits& device) {
   if (device.max_cluster == 0) return "the device has no clusters: its rows are streamed";
-  if (!power_of_two(c.cluster)) return beyond("cluster", c.cluster, "the least power of two", 1);
+  if (!power_of_two(c.cluster)) return no_power_of_two("cluster", c.cluster);
   if (c.cluster > device.max_cluster) {
     return beyond("cluster", c.cluster, "the device's largest", device.max_cluster);
   }
-  if (!power_of_two(c.warps)) return beyond("warps", c.warps, "the least power of two", 1);
+  if (!power_of_two(c.warps)) return no_power_of_two("warps", c.warps);
   if (c.warps > kMaxWarps) return beyond("warps", c.warps, "the kernel's most", kMaxWarps);
   if (c.stages < 1) return beyond("stages", c.stages, "the least", 1);
   if (c.ring > kMaxRing) return beyond("ring", c.ring, "the kernel's most", kMaxRing);
   if (c.ring <= c.stages) return beyond("ring", c.ring, "the least beyond its stages", c.stages + 1);
   if (c.blocks < 1) return beyond("blocks", c.blocks, "the least", 1);
-  if (t.cluster == 0) return beyond("a buffer's bytes", -1, "the most", kMostStageBytes);
+  if (registers_of(c.warps, c.blocks) > kRegisters) {
+    return beyond("what all blocks take of the registers", registers_of(c.warps, c.blocks),
+                  "a multiprocessor's", kRegisters);
+  }
+  if (t.cluster == 0) return "a buffer would hold more bytes than a barrier can count";
   const int64_t budget = shared_budget(device, c.blocks);
   if (t.shared_bytes > budget) {
     return beyond("a block's shared memory", t.shared_bytes, "the device's, for so many blocks",
@@ -52,9 +67,7 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
                              const DeviceLimits& device) {
   if (t.cluster == 0) return "statistics of streamed rows have no tile of their own";
   if (t.stages != 1) return beyond("stages", t.stages, "with statistics of their own the most", 1);
-  if (!power_of_two(c.stats_teams)) {
-    return beyond("teams", c.stats_teams, "the least power of two", 1);
-  }
+  if (!power_of_two(c.stats_teams)) return no_power_of_two("teams", c.stats_teams);
   if (c.stats_teams > t.cluster) {
     return beyond("teams", c.stats_teams, "the row's slices", t.cluster);
   }
@@ -67,6 +80,12 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
     return beyond("ring", c.stats_ring, "the least, a buffer a team,", c.stats_teams);
   }
   if (c.stats_blocks < 1) return beyond("blocks", c.stats_blocks, "the least", 1);
+  const int64_t registers =
+      registers_of(c.stats_teams * static_cast<int64_t>(t.warps), c.stats_blocks);
+  if (registers > kRegisters) {
+    return beyond("what all blocks take of the registers", registers, "a multiprocessor's",
+                  kRegisters);
+  }
   const int64_t budget = shared_budget(device, c.stats_blocks);
   if (s.shared_bytes > budget) {
     return beyond("a block's shared memory", s.shared_bytes, "the device's, for so many blocks",

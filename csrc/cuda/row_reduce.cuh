@@ -348,7 +348,9 @@ PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
     const double other = machine::shuffle_xor(top, mask);
     top = other > top ? other : top;
     const double target_u = machine::shuffle_xor(scan.target_u, mask);
-    scan.target_u = target_u > scan.target_u ? target_u : scan.target_u;
+    // NaN from either side.
+    const bool theirs = target_u > scan.target_u || target_u != target_u;
+    scan.target_u = theirs ? target_u : scan.target_u;
   }
   // A bad part compares false with everything; its NaN reaches every lane through the sums.
   RowState<double> r = scan.state.rescaled(top, exp_of_distance);

@@ -196,9 +196,8 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
 
 // ---- the choice ---------------------------------------------------------------------------------
 
-constexpr int kRegisters = 65536;         // of a multiprocessor
-constexpr int kResidentRegisters = 96;    // of a thread that shares its row with a cluster
-constexpr int kMultiprocessorThreads = 1536;
+constexpr int kRegisters = 65536;     // of a multiprocessor
+constexpr int kOnChipRegisters = 96;  // of a thread, at most, in the kernels that keep rows on chip
 
 // As many of `most` workers as have equal shares of `rows`: with more, some would be idle while
 // others do their last row.
@@ -277,8 +276,7 @@ inline Tile crowded(Tile t, const DeviceLimits& device) {
   const int threads = 32 * (t.warps + kServiceWarps);
   const auto fits = [&](int blocks) {
     return t.shared_bytes <= shared_budget(device, blocks) &&
-           blocks * threads * kResidentRegisters <= kRegisters &&
-           blocks * threads <= kMultiprocessorThreads;
+           blocks * threads * kOnChipRegisters <= kRegisters;
   };
   while (fits(t.blocks + 1)) ++t.blocks;
   return t;

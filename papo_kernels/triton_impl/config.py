@@ -46,7 +46,7 @@ _LIMITS = {
 
 def _number(key: str, text: str, source: str) -> int:
     low, high, kind = _LIMITS[key]
-    value = int(text) if text.isascii() and text.isdigit() else -1
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 9 else -1
     fits = {"a power of two": value & (value - 1) == 0, "a multiple of 8": value % 8 == 0}
     if not (low <= value <= high and fits.get(kind, True)):
         raise ValueError(f"{source}: expected {key} to be {kind} in [{low}, {high}], got {text!r}")
@@ -92,9 +92,13 @@ def _forced() -> dict[str, int]:
 def config(device: torch.device, dtype: torch.dtype, columns: int) -> Config:
     """The configuration for rows of the first `columns` of logits, and of nothing else, or the bits
     of a row's results would depend on more."""
-    source = tuning.config("triton", device, dtype, columns)
+    row = tuning.config("triton", device, dtype, columns)
+    if set(row) != set(Config._fields):
+        keys = ", ".join(Config._fields)
+        raise ValueError(f"tuning.json: expected a config with the keys {keys}, got {row}")
+    table = {key: _number(key, str(value), f"tuning.json: {row}") for key, value in row.items()}
     forced = _forced()
-    return check(Config(**{**source, **forced}), VARIABLE if forced else "tuning.json")
+    return check(Config(**{**table, **forced}), VARIABLE if forced else "tuning.json")
 
 
 def clear() -> None:

@@ -156,6 +156,7 @@ bool kept(const Tile& t, const DeviceLimits& device) {
   return power_of_two(t.cluster) && t.cluster <= device.max_cluster && power_of_two(t.warps) &&
          t.warps <= kMaxWarps && t.stages > 0 && t.ring > t.stages && t.ring <= kMaxRing &&
          t.blocks > 0 && t.shared_bytes <= device.shared_per_block &&
+         32 * (t.warps + kServiceWarps) * t.blocks * kOnChipRegisters <= kRegisters &&
          t.blocks * (static_cast<int64_t>(t.shared_bytes) + kReservedShared) <=
              device.shared_per_multiprocessor;
 }

@@ -192,3 +192,15 @@ def test_outputs_share_no_memory(host):
         pointers = {x.untyped_storage().data_ptr() for x in outputs}
         assert len(pointers) == len(outputs)
         assert not any(x._is_view() for x in outputs)
+
+
+@pytest.mark.parametrize("change", [{"lanes": 100}, {"vectors": 3}, {"maxnreg": 81}, {"warps": 4}])
+def test_a_row_of_the_table_that_cannot_work_is_an_error(host, monkeypatch, change):
+    from papo_kernels import tuning
+
+    row = tuning.load()["triton"][0].config
+    monkeypatch.setattr(tuning, "config", lambda *key: {**row, **change})
+    with pytest.raises(ValueError, match=r"tuning.json: expected") as error:
+        stats(bf16())
+    assert next(iter(change)) in str(error.value)
+    assert not host.launches

@@ -3,6 +3,7 @@ not. The kernels run on the emulated machine."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -95,6 +96,40 @@ def test_a_measured_row_goes_before_the_others_and_replaces_its_like(tmp_path):
     assert all(len(line) < 400 for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"device": 90}, "device to be a name, got 90"),
+        ({"dtype": "torch.float32"}, "dtype to be one of"),
+        ({"columns": [5000, 1]}, "columns to be"),
+        ({"columns": [0, 1]}, "columns to be"),
+        ({"columns": [1]}, "columns to be"),
+        ({"config": {"tile": None}}, "the keys tile and stats"),
+        ({"config": {"tile": [2, 2, 1, 3], "stats": None}}, "tile to be null or"),
+        ({"config": {"tile": [0, 4, 1, 3, 2], "stats": None}}, "tile to be null or"),
+        ({"config": {"tile": [2**32 + 2, 4, 1, 3, 2], "stats": None}}, "tile to be null or"),
+        ({"config": {"tile": None, "stats": []}}, "stats to be null or"),
+        ({"source": {"measured": "results/x.json"}}, "source to have the keys"),
+        ({"rows": 3}, "the keys device, dtype, columns"),
+    ],
+)
+def test_a_table_that_makes_no_sense_names_the_row(tmp_path, change, expected):
+    table = json.loads(tuning.PATH.read_text())
+    table["cuda"].append({**table["cuda"][0], **change})
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=r"tuning.json: cuda\[1\]: expected .*" + expected):
+        tuning.load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cuda": {}}'])
+def test_what_is_no_table_names_the_file(tmp_path, text):
+    path = tmp_path / "tuning.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"tuning.json: expected"):
+        tuning.load(path)
+
+
 @needs_compiler
 def test_a_row_of_the_table_cuts_rows(force, monkeypatch):
     config = {"tile": [2, 2, 1, 3, 1], "stats": [1, 2, 1]}
@@ -136,6 +171,7 @@ def test_a_row_of_the_table_that_does_not_fit_is_an_error(force, monkeypatch):
         ("PAPO_TILE", "-8,4,1,3,2"),
         ("PAPO_TILE", "8,4,1,3,4294967297"),
         ("PAPO_TILE", "8,4,1,3,٢"),
+        ("PAPO_TILE", "8,4,1,3," + 30 * "9"),
         ("PAPO_TILE", "0,4,1,3,2"),
         ("PAPO_TILE", "8,4,1,3,0"),
         ("PAPO_STATS_TILE", "2,3"),
@@ -164,7 +200,9 @@ def test_streamed_rows_have_no_tile(force):
         ({"PAPO_TILE": "16,4,1,3,2"}, "cluster is 16, the device's largest is 8"),
         ({"PAPO_TILE": "3,4,1,3,2"}, "cluster is 3"),
         ({"PAPO_TILE": "8,32,1,3,2"}, "warps is 32, the kernel's most is 16"),
-        ({"PAPO_TILE": "8,3,1,3,2"}, "warps is 3"),
+        ({"PAPO_TILE": "8,3,1,3,2"}, "warps is 3, which is no power of two"),
+        ({"PAPO_TILE": "8,16,1,3,2"}, "registers is 110592, a multiprocessor's is 65536"),
+        ({"PAPO_STATS_TILE": "1,3,100"}, "registers is .* a multiprocessor's is 65536"),
         ({"PAPO_TILE": "8,4,1,9,2"}, "ring is 9, the kernel's most is 8"),
         ({"PAPO_TILE": "8,4,2,2,2"}, "ring is 2, the least beyond its stages is 3"),
         ({"PAPO_TILE": "1,4,1,3,2"}, "shared memory is .* the device's, .* is 30976"),

@@ -389,7 +389,7 @@ def test_tiles_are_forced_on_the_kernels_themselves(rehearsing, monkeypatch, tmp
     with emulated():
         trial = sweep.Sweep(Notes(tmp_path / "notes.json"), "sweep-cuda", "cuda")
         resident = {"PAPO_KERNEL": "resident"}
-        task = sweep.Task(shape, "tile", "PAPO_TILE", ("loss",), {**resident, **sweep._OWN_STATS})
+        task = sweep.Task(shape, "tile", "PAPO_TILE", ("loss", "stats"), resident)
         best = trial.run(task, ["2,1,1,3,2", "4,1,1,3,2", "3,1,1,3,2", "nonsense"], work)
         tried = trial.notes.data["tasks"][task.name]["tried"]
         assert all("ms" in tried[name] for name in ("default", "2,1,1,3,2", "4,1,1,3,2")), tried

@@ -50,13 +50,18 @@ def linear_cross_entropy(hidden, weight, targets):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> dict[str, Any]:
-    """One rehearsal of both calls, with a peer's wheel: its output and what it wrote."""
+    """One rehearsal of both calls, with a peer's wheel and one that is none, whatever kernels the
+    user has chosen: its output and what it wrote."""
     out, wheels = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("wheels")
+    (wheels / "quack_kernels-1.0-py3-none-any.whl").write_bytes(b"no archive")
+    chosen = {"PAPO_BACKEND": "none", "PAPO_TILE": "none", "PAPO_TRITON_CONFIG": "none"}
     with zipfile.ZipFile(wheels / "cut_cross_entropy-25.1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("cut_cross_entropy/__init__.py", PEER)
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse"]
     command += ["--out", str(out), "--wheels", str(wheels)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=290, env=os.environ | chosen
+    )
     (path,) = out.glob("gpu-check-*.json")
     return {"done": done, "out": out, "record": json.loads(path.read_text())}
 
@@ -151,7 +156,10 @@ def test_what_comes_back_is_little(rehearsed):
     assert all(path.stat().st_size < 16 * 2**20 for path in found)
     with tarfile.open(rehearsed["out"] / "logs.tar.gz") as archive:
         logs = {Path(name).name for name in archive.getnames()}
+        first = archive.extractfile("logs/probe.log").read().decode()
     assert {f"{name}.log" for name in rehearsed["record"]["stages"]} <= logs
+    assert not any(str(ROOT) in text for text in (json.dumps(rehearsed["record"]), first))
+    assert first.startswith("$ python -m benchmarks.gpu_check.worker probe")
     assert "ncu-resident-loss-source.csv" in logs
 
 
@@ -159,6 +167,11 @@ def test_the_table_is_printed_last(rehearsed):
     text = (rehearsed["out"] / "gpu-check.txt").read_text()
     assert rehearsed["done"].stdout.endswith(text + "\n")
     assert len(text) < SCREEN / 2
+    stages = rehearsed["record"]["stages"].items()
+    words = {
+        name: "skipped" if "skipped" in s else "ok" if s["ok"] else "FAILED" for name, s in stages
+    }
+    assert all(f"{name} {word} " in text for name, word in words.items())
     for part in ("Rehearsed GPU", "tile [2,300] bfloat16", "ncu resident-loss", "linear FAILED"):
         assert part in text
 
@@ -175,6 +188,8 @@ def test_peers_come_from_wheels_or_are_named(rehearsed):
     figures = result["results"]["[8,16]x[64] bfloat16"]["figures"]
     assert any(name.startswith("CCE") for name in figures)
     assert any(name.startswith("liger_kernel") for name in result["unavailable"])
+    reason = result["unavailable"]["quack_kernels-1.0-py3-none-any.whl"]
+    assert reason == "BadZipFile: File is not a zip file"
     compiled = [
         name for name in result["results"]["[2,300] bfloat16"]["figures"] if "compile" in name
     ]

@@ -73,8 +73,7 @@ def second_call(
         _tests(f"tests-{backend}", seconds, work, (*kernels, "--backends", backend, *own))
         for backend, seconds, own in (
             ("cuda", 70, ("--ignore-glob", TRITON_TESTS)),
-            # By their names: those of the backend, and the files of Triton alone.
-            ("triton", 42, ("-k", "triton")),
+            ("triton", 42, ()),
         )
     ]
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))

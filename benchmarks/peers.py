@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, one_line
 
 # The error by module, of the peers that were asked for and could not be imported.
 unavailable: dict[str, str] = {}
@@ -28,14 +28,22 @@ unavailable: dict[str, str] = {}
 
 def use_wheels(wheels: Path, into: Path) -> list[str]:
     """Unpacks a folder's wheels into `into`, from where they are then imported, in preference to
-    what is installed; their file names. Nothing that they need besides is looked for."""
-    found = sorted(wheels.glob("*.whl"))
-    for wheel in found:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(into)
+    what is installed; the file names of those that could be unpacked, the others are in
+    ``unavailable``. Nothing that they need besides is looked for."""
+    unpacked = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                if bad := archive.testzip():  # before a part of it is there to be imported
+                    raise zipfile.BadZipFile(f"{bad} is damaged")
+                archive.extractall(into)
+        except Exception as error:  # the archive's, the compression's or the disk's
+            unavailable[wheel.name] = one_line(error)
+        else:
+            unpacked.append(wheel.name)
     sys.path.insert(0, str(into))
     importlib.invalidate_caches()
-    return [wheel.name for wheel in found]
+    return unpacked
 
 
 def _imported(module: str, name: str) -> Any:
@@ -44,7 +52,7 @@ def _imported(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:
-        unavailable[module] = f"{type(error).__name__}: {error}".splitlines()[0]
+        unavailable[module] = one_line(error)
         return None
 
 

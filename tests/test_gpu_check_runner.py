@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu_check import stages, table
-from benchmarks.gpu_check.runner import STOPPED, Runner, Stage
+from benchmarks.gpu_check import __main__ as check
+from benchmarks.gpu_check import facts, rehearsal, runner, stages, table
+from benchmarks.gpu_check.files import portable
+from benchmarks.gpu_check.runner import INTERRUPTED, STOPPED, Runner, Stage
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -114,3 +121,172 @@ def test_stages_together_run_at_the_same_time(tmp_path):
         ]
     )
     assert check.stages["a"]["ok"] and check.stages["b"]["ok"]
+
+
+# ---- what ends or precedes a check --------------------------------------------------------------
+
+# A stage whose processes would outlast the one that runs it.
+INTERRUPTIBLE = """
+import sys
+from pathlib import Path
+from benchmarks.gpu_check.runner import Runner, Stage, heed_signals
+heed_signals()
+work = Path(sys.argv[1])
+script = "sleep 1000 & echo $$ $! >pids; mv pids begun; wait"
+stage = Stage("one", 100, command=("sh", "-c", f"cd {work}; {script}"))
+Runner(work, work / "out", "record", 100).run([stage])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_stage_too_and_the_record_is_kept(number, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTIBLE, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        give_up = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < give_up:
+            os.sched_yield()
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    pids = [int(pid) for pid in (tmp_path / "begun").read_text().split()]
+    while any(map(alive, pids)) and time.monotonic() < give_up:
+        os.sched_yield()
+    assert len(pids) == 2 and not any(map(alive, pids))
+    (stage,) = json.loads((tmp_path / "out" / "record.json").read_text())["stages"].values()
+    assert not stage["ok"] and stage["exit"] == INTERRUPTED
+
+
+def test_a_stage_can_be_ended_by_the_signals_that_the_check_heeds(one, monkeypatch):
+    monkeypatch.setattr(runner, "_received", [])
+    before = {number: signal.getsignal(number) for number in runner._HANDLED}
+    try:
+        runner.heed_signals()
+        assert one("kill -TERM $$")["exit"] == "SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs a call whose stages are a probe, of a device of the given name, and one that passes."""
+
+    def run(number: int, device: str | None, digest: str = "same") -> tuple[int, dict[str, Any]]:
+        notes = json.dumps({"device": {"name": device, "capability": "9.0"}} if device else {})
+        script = ("sh", "-c", 'echo "$0" >"$PAPO_GPU_CHECK_NOTES"', notes)
+        passing = lambda *_: [Stage(f"stage-{number}", 20, command=("true",))]  # noqa: E731
+        monkeypatch.setattr(stages, "probe", lambda: Stage("probe", 20, command=script))
+        monkeypatch.setattr(stages, "first_call", passing)
+        monkeypatch.setattr(stages, "second_call", passing)
+        monkeypatch.setattr(facts, "sources", lambda: digest)
+        for folder in ("work", "out", "results"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        folders = tmp_path / "work", tmp_path / "out", None, tmp_path / "results"
+        status = check.run_call(number, *folders)
+        return status, json.loads((tmp_path / "work" / "record.json").read_text())["stages"]
+
+    return run
+
+
+def test_only_a_record_of_a_device_is_a_result(call, tmp_path):
+    assert call(1, None)[0] == 1
+    assert not list((tmp_path / "results").iterdir())
+    assert call(1, "NVIDIA H200")[0] == 0 == call(1, "NVIDIA A100-SXM4-80GB")[0]
+    assert call(1, None)[0] == 1
+    names = sorted(path.name[:-16] for path in (tmp_path / "results").iterdir())
+    assert names == ["gpu-check-a100-sxm4-80gb", "gpu-check-h200"]
+    for path in (tmp_path / "results").iterdir():
+        assert json.loads(path.read_text())["stages"]["probe"]["result"]["device"]
+
+
+def test_the_second_call_adds_to_what_the_same_code_gave_on_the_same_device(call, tmp_path):
+    call(1, "NVIDIA H200")
+    assert set(call(2, "NVIDIA H200")[1]) == {"probe", "stage-1", "stage-2"}
+    assert set(call(2, "NVIDIA H100")[1]) == {"probe", "stage-2"}
+    call(1, "NVIDIA H200")
+    assert set(call(2, "NVIDIA H200", digest="other")[1]) == {"probe", "stage-2"}
+
+
+@pytest.mark.parametrize("text", ['{"stages": {"probe"', "[]", "{}", '{"stages": {"probe": 1}}'])
+def test_a_record_that_is_not_whole_counts_as_none(text, call, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "record.json").write_text(text)
+    status, found = call(2, "NVIDIA H200")
+    assert status == 0 and set(found) == {"probe", "stage-2"}
+
+
+def test_sources_are_told_apart_by_their_contents(tmp_path):
+    for name in ("CMakeLists.txt", "csrc/a.cu", "papo_kernels/tuning.json", "benchmarks/a.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    seen = [facts.sources(tmp_path)]
+    (tmp_path / "benchmarks" / "result.json").write_text("{}")
+    assert facts.sources(tmp_path) == seen[0]
+    for name in ("CMakeLists.txt", "csrc/a.cu", "papo_kernels/tuning.json", "benchmarks/a.py"):
+        (tmp_path / name).write_text("changed")
+        seen.append(facts.sources(tmp_path))
+    assert len(set(seen)) == 5
+
+
+@pytest.mark.parametrize("wrong", ["--wheels", "--out"])
+def test_a_folder_that_is_none_is_an_error_before_anything_starts(wrong, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu_check", wrong, str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="2"):
+        check.arguments()
+
+
+def test_a_rehearsal_stays_off_the_folder_of_measurements(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(check, "run_call", lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(check, "heed_signals", lambda: None)
+    monkeypatch.setattr(rehearsal, "prepare", lambda *_: None)
+    monkeypatch.setattr(check.os, "environ", dict(os.environ))
+    for options in ([], ["--rehearse"]):
+        monkeypatch.setattr(sys, "argv", ["gpu_check", "--call", "2", *options])
+        assert check.main() == 0
+    (_, work, out, _, results), (_, other_work, other_out, *none) = seen
+    assert results == ROOT / "benchmarks" / "results" and not any(none)
+    assert work != other_work and out != other_out and work not in other_work.parents
+
+
+def test_one_rehearsed_call_is_judged_by_its_own_stages(monkeypatch):
+    monkeypatch.setenv(rehearsal.FAULTS, json.dumps({"smoke": "abort", "sweep|a|b": "abort"}))
+    passed, failed = {"ok": True}, {"ok": False}
+    tests = {"ok": False, "failures": ["test_that_fails"]}
+    assert rehearsal.as_planned({"peers": passed, "tests": tests})
+    assert rehearsal.as_planned({"smoke": failed})
+    assert not rehearsal.as_planned({"smoke": passed})
+    assert not rehearsal.as_planned({"smoke": failed, "peers": failed})
+
+
+def test_the_run_of_cuda_has_no_tests_of_triton_alone(monkeypatch, tmp_path):
+    """As pytest collects them."""
+    monkeypatch.setattr(stages, "beside_nvcc", lambda tool: None)
+    plan = {stage.name: stage.command for stage in stages.second_call("9.0", tmp_path, None, {})}
+    command = [*plan["tests-cuda"], "--collect-only"]
+    command += ["-n", "0"] if "-n" in command else []
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    tests = [line for line in collected.stdout.splitlines() if "::" in line]
+    assert len(tests) > 100 and all("cuda" in test for test in tests)
+
+
+def test_a_tool_that_hangs_when_asked_for_its_options_is_left(monkeypatch, tmp_path):
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\nexec sleep 1000\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(stages, "HELP_SECONDS", 0.2)
+    assert stages._help(str(tool)) == ""
+
+
+def test_paths_of_the_machine_are_left_out():
+    text = f"$ {sys.executable} -m x\n{ROOT}/a.py:1 -I{ROOT}/b {ROOT}-other in {ROOT}"
+    assert portable(text) == f"$ python -m x\n./a.py:1 -I./b {ROOT}-other in ."
+
+
+def test_outcomes_are_wrapped():
+    outcome = {"ok": False, "exit": STOPPED, "seconds": 1.0}
+    record = {"stages": {f"a-long-name-of-a-stage-{i:02}": outcome for i in range(30)}}
+    lines = table.text(record).splitlines()
+    assert all(len(line) <= table.WIDTH for line in lines)
+    for i in range(30):
+        assert f"stage-{i:02} FAILED ({STOPPED}) 1 s" in "\n".join(lines)

@@ -7,18 +7,28 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_check import facts, rehearsal, stages, table, winners
-from benchmarks.gpu_check.files import read
-from benchmarks.gpu_check.runner import Runner, clear
-from benchmarks.harness import ROOT, host_environment
+from benchmarks.gpu_check.runner import Runner, clear, heed_signals, read_record
+from benchmarks.harness import ROOT
 
 WORK = ROOT / "build" / "gpu-check"
 RESULTS = "benchmarks/results"
+# What a user may have set, and a stage sets for itself where it wants it.
+CHOICES = (
+    "PAPO_BACKEND",
+    "PAPO_KERNEL",
+    "PAPO_TILE",
+    "PAPO_STATS_TILE",
+    "PAPO_TRITON_CONFIG",
+    "TRITON_INTERPRET",
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -27,37 +37,54 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="for what is written, at most 8 files")
     parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
     parser.add_argument("--rehearse", action="store_true", help="every stage, without a GPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.wheels and not args.wheels.is_dir():
+        parser.error(f"--wheels: {args.wheels} is not a folder")
+    if args.out:
+        # The nearest part of the path that is there: folders are made behind it.
+        there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            parser.error(f"--out: {there} is not a folder")
+    return args
 
 
 def main() -> int:
     args = arguments()
+    heed_signals()
+    for name in CHOICES:
+        os.environ.pop(name, None)
     # cmake and ninja may be this interpreter's, without its being activated.
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
-    name = f"gpu-check-{datetime.date.today().isoformat()}"
-    out = args.out or WORK / "out"
     calls = (args.call,) if args.call else (1, 2)
     if not args.rehearse:
-        status = max([run_call(call, WORK, out, name, args.wheels) for call in calls])
-        if args.out is None:
-            shutil.copy(out / f"{name}.json", ROOT / RESULTS)
-        return status
+        out = args.out or WORK / "out"
+        results = ROOT / RESULTS if args.out is None else None
+        return max([run_call(call, WORK, out, args.wheels, results) for call in calls])
+    out = args.out or WORK / "rehearsal"
     with tempfile.TemporaryDirectory() as folder:
         rehearsal.prepare(Path(folder), rehearsal.DEFAULT_FAULTS)
-        return max([run_call(call, Path(folder), out, name, args.wheels) for call in calls])
+        return max([run_call(call, Path(folder), out, args.wheels) for call in calls])
 
 
-def run_call(call: int, work: Path, out: Path, name: str, wheels: Path | None) -> int:
-    """One call; 1 where a required stage failed."""
-    if call == 1 or not same_commit(work):
+def run_call(
+    call: int, work: Path, out: Path, wheels: Path | None, results: Path | None = None
+) -> int:
+    """One call; 1 where a required stage failed. With a device the record is copied to `results`
+    too."""
+    if call == 1 or not same_sources(work):
         clear(work)
     patience = stages.PATIENCE if rehearsal.active() else 1
-    runner = Runner(work, out, name, stages.BUDGETS[call] * patience)
+    today = datetime.date.today().isoformat()
+    runner = Runner(work, out, f"gpu-check-{today}", stages.BUDGETS[call] * patience)
     runner.record["environment"] = facts.environment()
+    earlier = device_of(runner)
     if not probed(runner):
         print("gpu-check needs a CUDA device that torch can use")
         return 1
-    device = runner.stages["probe"]["result"]["device"]
+    device = device_of(runner)
+    if earlier and earlier["name"] != device["name"]:
+        runner.record["stages"] = {"probe": runner.stages["probe"]}
+    runner.rename(f"gpu-check-{short_name(device['name'])}-{today}")
     if call == 1:
         planned = stages.first_call(device["capability"], work)
     else:
@@ -69,15 +96,28 @@ def run_call(call: int, work: Path, out: Path, name: str, wheels: Path | None) -
         text = "\n".join(runner.record["errors"]["table"])
     (out / "gpu-check.txt").write_text(text)
     print(text)
+    if results is not None:
+        shutil.copy(out / f"{runner.name}.json", results)
     if rehearsal.active():
         return int(not rehearsal.as_planned(runner.stages))
     return int(not all(stage["ok"] or not stage["required"] for stage in runner.stages.values()))
 
 
-def same_commit(work: Path) -> bool:
+def same_sources(work: Path) -> bool:
     """Whether the record that is there is of the code as it is."""
-    before = read(work / "record.json").get("environment", {})
-    return bool(before.get("commit") == host_environment()["commit"])
+    before = read_record(work).get("environment", {})
+    return bool(before.get("sources") == facts.sources())
+
+
+def device_of(runner: Runner) -> dict[str, Any]:
+    """What the probe has found; empty where it has found no device."""
+    device: dict[str, Any] = runner.stages.get("probe", {}).get("result", {}).get("device", {})
+    return device
+
+
+def short_name(device: str) -> str:
+    """A device's name as a part of a file's: "h200" of "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
 
 
 def probed(runner: Runner) -> bool:
@@ -85,11 +125,11 @@ def probed(runner: Runner) -> bool:
     own from then on."""
     probe = stages.rehearsed([stages.probe()]) if rehearsal.active() else [stages.probe()]
     runner.run(probe)
-    if not runner.stages["probe"].get("result", {}).get("device"):
+    if not device_of(runner):
         runner.fork = False
         runner.run(probe)
     runner.record["forked"] = runner.fork
-    return bool(runner.stages["probe"].get("result", {}).get("device"))
+    return bool(device_of(runner))
 
 
 def finished(runner: Runner, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import host_environment
+from benchmarks.harness import ROOT, host_environment
 
 _QUERIES = (
     ("gpu", "name"),
@@ -23,6 +24,12 @@ _QUERIES = (
     ("celsius", "temperature.gpu"),
     ("watts", "power.draw"),
 )
+
+_SOURCES = {
+    "csrc": (".cu", ".cuh", ".cpp", ".h", ".txt", ".cmake"),
+    "papo_kernels": (".py", ".json"),
+    "benchmarks": (".py", ".cpp"),
+}
 
 
 def output_of(command: list[str], seconds: float = 20) -> str:
@@ -47,10 +54,24 @@ def environment() -> dict[str, Any]:
     release = re.search(r"release [\d.]+, V([\d.]+)", output_of([nvcc() or "nvcc", "--version"]))
     return {
         **host_environment(),
+        "sources": sources(),
         "torch's CUDA": str(torch.version.cuda),
         "nvcc": release[1] if release else "none found",
         **gpu_now(),
     }
+
+
+def sources(root: Path = ROOT) -> str:
+    """A digest of what the figures depend on: the kernels, their table and the benchmarks. It knows
+    what a commit does not, in a tree that is not clean or without git."""
+    found = [root / "CMakeLists.txt"]
+    for folder, suffixes in _SOURCES.items():
+        found += [path for path in (root / folder).rglob("*") if path.suffix in suffixes]
+    digest = hashlib.sha256()
+    for path in sorted(found):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def nvcc() -> str | None:

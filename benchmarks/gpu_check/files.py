@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import save_json
+from benchmarks.harness import ROOT, save_json
 
 MOST_LOG = 2 * 2**20
 MOST_ARCHIVE = 14 * 2**20  # before compression; files of up to 16 MiB can be mailed anywhere
@@ -30,11 +32,19 @@ class Notes:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is no file."""
-    if not path.exists():
+    """A JSON file's object; empty where there is none, or no whole one."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
+    return data if isinstance(data, dict) else {}
+
+
+def portable(text: str) -> str:
+    """`text` without this machine's paths: "." for the checkout, "python" for the interpreter."""
+    for path, name in ((sys.executable, "python"), (str(ROOT), ".")):
+        text = re.sub(re.escape(path) + r"(?![\w-]|\.\w)", name, text)
+    return text
 
 
 def clipped(data: bytes, most: int) -> bytes:
@@ -66,7 +76,8 @@ def pack(folder: Path, archive: Path, most: int = MOST_ARCHIVE, each: int = MOST
     part = archive.with_name(archive.name + ".part")
     with tarfile.open(part, "w:gz", compresslevel=3) as tar:
         for path, limit in zip(paths, limits, strict=True):
-            data = clipped(path.read_bytes(), limit)
+            text = path.read_bytes().decode(errors="surrogateescape")
+            data = clipped(portable(text).encode(errors="surrogateescape"), limit)
             info = tarfile.TarInfo(f"{folder.name}/{path.name}")
             info.size, info.mtime = len(data), int(path.stat().st_mtime)
             tar.addfile(info, io.BytesIO(data))

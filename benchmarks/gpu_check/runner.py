@@ -9,6 +9,7 @@ with its process costs one stage and nothing else.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_check import failures, worker
-from benchmarks.gpu_check.files import clipped, pack, read
+from benchmarks.gpu_check.files import clipped, pack, portable, read
 from benchmarks.harness import ROOT, save_json
 
 STOPPED = "stopped at its limit"
+INTERRUPTED = "under way when the check was interrupted"
 LEAST = 2.0  # seconds; with less than this left a stage is not begun
 ELASTICITY = 2.0  # what an elastic stage may take, as a multiple of its limit
 PATIENCE = 5.0  # seconds that a killed process is waited for
@@ -89,6 +91,24 @@ def allowed(group: Sequence[Stage], later: float, left: float) -> float:
     return max(0.0, min(limit, left))
 
 
+# ---- signals ------------------------------------------------------------------------------------
+
+_HANDLED = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_received: list[int] = []
+
+
+def heed_signals() -> None:
+    """From here on SIGINT and SIGTERM end this process at one point only, `leave_if_told`: nothing
+    is interrupted between a child's start and its entry among those that must be ended."""
+    for number in _HANDLED:
+        signal.signal(number, lambda received, _: _received.append(received))
+
+
+def leave_if_told() -> None:
+    if _received:
+        sys.exit(128 + _received[0])
+
+
 # ---- one process --------------------------------------------------------------------------------
 
 
@@ -115,6 +135,8 @@ def start(stage: Stage, log: Path, variables: dict[str, str], fork: bool) -> int
 
 def _become(stage: Stage, log: Path, variables: dict[str, str], fork: bool) -> None:
     """What the child does."""
+    for number, handler in _HANDLED.items():
+        signal.signal(number, handler)
     os.setpgid(0, 0)
     os.chdir(ROOT)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -175,7 +197,7 @@ class Runner:
         self.logs.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + budget
-        self.record: dict[str, Any] = read(work / "record.json") or {"stages": {}}
+        self.record: dict[str, Any] = read_record(work)
         self.fork = True
 
     @property
@@ -183,6 +205,12 @@ class Runner:
         """The outcomes so far, by name."""
         stages: dict[str, dict[str, Any]] = self.record["stages"]
         return stages
+
+    def rename(self, name: str) -> None:
+        """Keeps the record in `out` under another name from here on."""
+        (self.out / f"{self.name}.json").unlink(missing_ok=True)
+        self.name = name
+        self.save()
 
     def save(self) -> None:
         """The record in both places, and the archive."""
@@ -197,27 +225,31 @@ class Runner:
             waiting.pop(0)
             later = sum(map(group_limit, waiting))
             limit = allowed(group, later, self.deadline - time.monotonic())
-            for name, outcome in self.run_group(group, limit).items():
-                self.stages[name] = outcome
-                print(_line(name, outcome), flush=True)
-                if after is not None:
-                    self.attempt(f"after {name}", after, self, name)
-            self.save()
+            try:
+                self.run_group(group, limit)
+                for stage in group:
+                    print(_line(stage.name, self.stages[stage.name]), flush=True)
+                    if after is not None:
+                        self.attempt(f"after {stage.name}", after, self, stage.name)
+            finally:
+                self.save()
 
     def attempt(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls what only digests what was found: an error in it is in the record, and no more."""
         try:
             return function(*arguments)
         except Exception:
-            self.record.setdefault("errors", {})[what] = traceback.format_exc().splitlines()
+            error = portable(traceback.format_exc()).splitlines()
+            self.record.setdefault("errors", {})[what] = error
             return None
 
-    def run_group(self, group: Sequence[Stage], limit: float) -> dict[str, dict[str, Any]]:
-        """The outcome of each stage of a group, all of them started at once."""
+    def run_group(self, group: Sequence[Stage], limit: float) -> None:
+        """Runs a group's stages, all of them started at once, and records the outcome of each."""
         if limit < LEAST:
             group = [s._replace(absent="no time is left for it") for s in group]
         if any(s.absent for s in group):
-            return {s.name: {"ok": not s.required, "skipped": s.absent} for s in group}
+            self.stages.update({s.name: {"ok": not s.required, "skipped": s.absent} for s in group})
+            return
         whole, now = group_limit(group), time.monotonic()
         # What the group gets beyond its limit is for the stages that have that limit.
         limits = {s: limit if s.limit == whole else min(limit, s.limit) for s in group}
@@ -225,6 +257,7 @@ class Runner:
         outcomes = {}
         try:
             while running:
+                leave_if_told()
                 for stage, (pid, begun, tries) in list(running.items()):
                     died = exited(pid)
                     if not died and time.monotonic() < now + limits[stage]:
@@ -243,9 +276,11 @@ class Runner:
                     outcomes[stage.name] = outcome
                 time.sleep(0.02)
         finally:
-            for pid, _, _ in running.values():  # where this process is interrupted
+            for stage, (pid, begun, tries) in running.items():  # where this process is interrupted
                 end(pid)
-        return {stage.name: outcomes[stage.name] for stage in group}
+                outcome = self._outcome(stage, INTERRUPTED, begun, limits[stage], len(tries))
+                outcomes[stage.name] = outcome
+            self.stages.update({stage.name: outcomes[stage.name] for stage in group})
 
     # ---- of one stage ----
 
@@ -285,7 +320,7 @@ class Runner:
     ) -> dict[str, Any]:
         log, notes, failed = self._paths(stage)
         lines = clipped(log.read_bytes(), 200_000).decode(errors="replace").splitlines()
-        tail = "\n".join(lines[-TAIL_LINES:]).encode()
+        tail = portable("\n".join(lines[-TAIL_LINES:])).encode()
         outcome: dict[str, Any] = {
             "ok": code == 0,
             "exit": code,
@@ -297,9 +332,9 @@ class Runner:
         if tries > 1:
             outcome["starts"] = tries
         if found := read(notes):
-            outcome["result"] = found
+            outcome["result"] = json.loads(portable(json.dumps(found)))
         if failed.exists():
-            outcome["failures"] = failed.read_text().splitlines()[:MOST_FAILURES]
+            outcome["failures"] = portable(failed.read_text()).splitlines()[:MOST_FAILURES]
         under_way = failures.running_file(failed)
         if under_way.exists() and (names := under_way.read_text().splitlines()):
             outcome["under way"] = names[:MOST_FAILURES]
@@ -315,6 +350,14 @@ def _line(name: str, outcome: dict[str, Any]) -> str:
     if not outcome["ok"]:
         line += "".join(f"\n   {text[:160]}" for text in outcome["tail"][-3:])
     return line
+
+
+def read_record(work: Path) -> dict[str, Any]:
+    """What earlier calls found; without stages where there is no whole record."""
+    record = read(work / "record.json")
+    stages, environment = record.get("stages"), record.get("environment", {})
+    whole = isinstance(stages, dict) and all(isinstance(s, dict) for s in stages.values())
+    return record if whole and isinstance(environment, dict) else {"stages": {}}
 
 
 def clear(work: Path) -> None:

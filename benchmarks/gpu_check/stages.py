@@ -23,9 +23,11 @@ from benchmarks.gpu_check.target import FAMILIES
 BUDGETS = {1: 270.0, 2: 300.0}  # seconds
 PATIENCE = 8  # of a rehearsal, in which nothing is measured, as a factor on limits and budgets
 SMOKE_TESTS = "tests/kernels/test_gpu.py"
+TRITON_TESTS = "*/test_triton_*.py"
 # The kernels without bulk copies: racecheck reports hazards for those, in many of its versions,
 # where there are none.
 RACECHECKED = ("streamed", "triton")
+HELP_SECONDS = 5
 COUNTERS_SECONDS = {"resident-loss": 14, "resident-stats": 14, "triton-stats": 12}
 # A sanitizer knows allocations: within a block of torch's cache it would see no error.
 UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -66,10 +68,13 @@ def second_call(
     """Correctness at length: sanitizers, all GPU tests; then the peers. `stages`: the outcomes of
     the first call."""
     build = Stage("build-again", 40, ("build", capability, "normal"), vital=True)
-    kernels = ("tests/kernels", "-m", "gpu", "--ignore", SMOKE_TESTS, "--backends")
+    kernels = ("tests/kernels", "-m", "gpu", "--ignore", SMOKE_TESTS)
     tests = [
-        _tests(f"tests-{backend}", seconds, work, (*kernels, backend))
-        for backend, seconds in (("cuda", 70), ("triton", 42))
+        _tests(f"tests-{backend}", seconds, work, (*kernels, "--backends", backend, *own))
+        for backend, seconds, own in (
+            ("cuda", 70, ("--ignore-glob", TRITON_TESTS)),
+            ("triton", 42, ()),
+        )
     ]
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
     peers = Stage("peers", 60, arguments, elastic=True)
@@ -94,9 +99,8 @@ def _sanitizers() -> list[Stage]:
     if tool is None:
         reason = "compute-sanitizer is neither on PATH nor beside nvcc"
         return [Stage("sanitizer", 0, absent=reason, required=False)]
-    options = subprocess.run([tool, "--help"], stdout=subprocess.PIPE).stdout
     # Renamed in 2023.3:
-    only = "--kernel-name" if b"--kernel-name" in options else "--kernel-regex"
+    only = "--kernel-name" if "--kernel-name" in _help(tool) else "--kernel-regex"
     found = []
     for check, seconds, families in (
         ("memcheck", 42, tuple(FAMILIES)),
@@ -118,6 +122,17 @@ def _sanitizers() -> list[Stage]:
                 )
             )
     return found
+
+
+def _help(tool: str) -> str:
+    """What a tool says of its options, whatever its exit status is; empty where it hangs."""
+    try:
+        done = subprocess.run(
+            [tool, "--help"], stdin=subprocess.DEVNULL, capture_output=True, timeout=HELP_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
 
 
 def _tests(name: str, seconds: float, work: Path, arguments: Sequence[str]) -> Stage:

@@ -1,8 +1,9 @@
 """Tries tiles: each candidate is forced, checked against torch and timed.
 
 The notes name the candidate under way, so that a process that dies on one is begun anew behind it.
-Of the CUDA kernels the loss's tile is found first, and the statistics' with the best of these
-forced. A candidate whose statistics and loss differ in a bit of logp is disqualified.
+Of the CUDA kernels the loss's tile is found first, by the time of loss and statistics together, as
+it decides which kernel the statistics may take; then the statistics' with the best of these forced.
+A candidate whose statistics and loss differ in a bit of logp is disqualified.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ NOISE = 0.99  # two times whose ratio is between this and 1 count as the same
 # A winner is tried at the next multiple, for padded vocabularies; the second for short rows.
 COLUMNS_STEPS = (8192, 64)
 SAMPLED_ROWS = 8
-_OWN_STATS = {"PAPO_STATS_TILE": "0,0,0"}
 
 
 class Task(NamedTuple):
@@ -41,7 +41,7 @@ class Task(NamedTuple):
         field: of the table's configuration that the candidates are values of.
         variable: that forces a candidate.
         timed: the calls whose time counts.
-        variables: forced besides.
+        variables: forced besides, for DEFAULT too.
     """
 
     shape: Shape
@@ -55,9 +55,10 @@ class Task(NamedTuple):
         return f"{self.field} {self.shape.name}"
 
     def forcing(self, candidate: str) -> dict[str, str]:
-        if candidate == DEFAULT:
-            return {}
-        return {**self.variables, self.variable: candidate}
+        """The variables of a candidate; of DEFAULT, those that the others are forced besides, so
+        that all are timed beside the same."""
+        own = {} if candidate == DEFAULT else {self.variable: candidate}
+        return {**self.variables, **own}
 
 
 def ranked(tried: dict[str, dict[str, Any]]) -> list[tuple[str, float]]:
@@ -236,7 +237,7 @@ def sweep_cuda(sweep: Sweep) -> None:
     for shape in swept_shapes():
         work = Workload(shape, target.device())
         resident = {"PAPO_KERNEL": "resident"}
-        first = Task(shape, "tile", "PAPO_TILE", ("loss",), {**resident, **_OWN_STATS})
+        first = Task(shape, "tile", "PAPO_TILE", ("loss", "stats"), resident)
         best = sweep.run(first, tiles.loss_tiles(shape.vocab, shape.dtype.itemsize), work)
         tile = {} if best == DEFAULT else {"PAPO_TILE": best}
         second = Task(shape, "stats", "PAPO_STATS_TILE", ("stats",), {**resident, **tile})

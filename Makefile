@@ -50,7 +50,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy papo papo_kernels
 
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(if $(CALL),--call $(CALL)) $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) -m benchmarks.gpu_check $(if $(CALL),--call $(CALL)) $(if $(OUT),--out $(OUT)) \
+		$(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf $(VENV) build runs

@@ -33,9 +33,21 @@ inline const char* no_power_of_two(const char* what, int value) {
   return text;
 }
 
-// What `blocks` blocks of so many warps, and the two that serve them, take of a multiprocessor.
-inline int64_t registers_of(int64_t warps, int64_t blocks) {
-  return 32 * (warps + kServiceWarps) * blocks * kOnChipRegisters;
+// What `blocks` blocks of so many warps, and the two that serve them, may not have together.
+inline const char* why_crowded(int64_t warps, int blocks, int64_t shared_bytes,
+                               const DeviceLimits& device) {
+  if (blocks < 1) return beyond("blocks", blocks, "the least", 1);
+  const int64_t registers = 32 * (warps + kServiceWarps) * blocks * kOnChipRegisters;
+  if (registers > kRegisters) {
+    return beyond("what all blocks take of the registers", registers, "a multiprocessor's",
+                  kRegisters);
+  }
+  const int64_t budget = shared_budget(device, blocks);
+  if (shared_bytes > budget) {
+    return beyond("a block's shared memory", shared_bytes, "the device's, for so many blocks",
+                  budget);
+  }
+  return nullptr;
 }
 
 inline const char* why_unfit(const TileChoice& c, const Tile& t, const DeviceLimits& device) {
@@ -49,18 +61,9 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const DeviceLim
   if (c.stages < 1) return beyond("stages", c.stages, "the least", 1);
   if (c.ring > kMaxRing) return beyond("ring", c.ring, "the kernel's most", kMaxRing);
   if (c.ring <= c.stages) return beyond("ring", c.ring, "the least beyond its stages", c.stages + 1);
-  if (c.blocks < 1) return beyond("blocks", c.blocks, "the least", 1);
-  if (registers_of(c.warps, c.blocks) > kRegisters) {
-    return beyond("what all blocks take of the registers", registers_of(c.warps, c.blocks),
-                  "a multiprocessor's", kRegisters);
-  }
-  if (t.cluster == 0) return "a buffer would hold more bytes than a barrier can count";
-  const int64_t budget = shared_budget(device, c.blocks);
-  if (t.shared_bytes > budget) {
-    return beyond("a block's shared memory", t.shared_bytes, "the device's, for so many blocks",
-                  budget);
-  }
-  return nullptr;
+  const char* crowded = why_crowded(c.warps, c.blocks, t.shared_bytes, device);
+  if (crowded != nullptr) return crowded;
+  return t.cluster == 0 ? "a buffer would hold more bytes than a barrier can count" : nullptr;
 }
 
 inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile& s,
@@ -72,26 +75,14 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
     return beyond("teams", c.stats_teams, "the row's slices", t.cluster);
   }
   if (c.stats_ring > kMaxRing) return beyond("ring", c.stats_ring, "the kernel's most", kMaxRing);
-  if (c.stats_teams * static_cast<int64_t>(t.warps) > kMaxStatsWarps) {
-    return beyond("warps of all teams", c.stats_teams * static_cast<int64_t>(t.warps),
-                  "the kernel's most", kMaxStatsWarps);
+  const int64_t warps = c.stats_teams * static_cast<int64_t>(t.warps);
+  if (warps > kMaxStatsWarps) {
+    return beyond("warps of all teams", warps, "the kernel's most", kMaxStatsWarps);
   }
   if (c.stats_ring < c.stats_teams) {
     return beyond("ring", c.stats_ring, "the least, a buffer a team,", c.stats_teams);
   }
-  if (c.stats_blocks < 1) return beyond("blocks", c.stats_blocks, "the least", 1);
-  const int64_t registers =
-      registers_of(c.stats_teams * static_cast<int64_t>(t.warps), c.stats_blocks);
-  if (registers > kRegisters) {
-    return beyond("what all blocks take of the registers", registers, "a multiprocessor's",
-                  kRegisters);
-  }
-  const int64_t budget = shared_budget(device, c.stats_blocks);
-  if (s.shared_bytes > budget) {
-    return beyond("a block's shared memory", s.shared_bytes, "the device's, for so many blocks",
-                  budget);
-  }
-  return nullptr;
+  return why_crowded(warps, c.stats_blocks, s.shared_bytes, device);
 }
 
 }  // namespace choice

@@ -1,4 +1,5 @@
-"""A run's options: the sections of options.py, the methods' presets, and DeepSpeed's own dict.
+"""A run's options: the sections of options.py and data_options.py, the methods' presets, and
+DeepSpeed's own dict.
 
 Imports neither torch nor deepspeed. `python -m papo.config` prints docs/config.md.
 """
@@ -13,13 +14,12 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from papo.config_text import ConfigError, explain, merged, read_options, reference_page
+from papo.data_options import DataConfig, EvaluationConfig, RewardConfig
 from papo.options import (
     AdvantageConfig,
     CheckpointConfig,
-    DataConfig,
     DeepSpeedConfig,
     DynamicSamplingConfig,
-    EvaluationConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
@@ -27,7 +27,6 @@ from papo.options import (
     OptimConfig,
     PhaseConfig,
     Positive,
-    RewardConfig,
     RolloutConfig,
     Section,
     WeightingConfig,

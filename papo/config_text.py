@@ -220,7 +220,7 @@ def reference_page(model: type[BaseModel], presets: Mapping[str, Mapping[str, An
         "# Options",
         "",
         "Made by `python -m papo.config > docs/config.md` from the declarations in "
-        "`papo/options.py` and `papo/config.py`; do not edit.",
+        "`papo/options.py`, `papo/data_options.py` and `papo/config.py`; do not edit.",
         "",
         "One YAML file holds a run's options; `--set section.key=value` overrides one of them "
         "(the value is read as YAML).",

@@ -1,4 +1,4 @@
-"""A step's figures over all ranks under their documented names (metrics.METRICS); the clock."""
+"""A step's figures over all ranks under their documented names (metric_names.py); the clock."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papo.checkpoint import completed
-from papo.metrics import METRICS
+from papo.metric_names import METRICS
 from tests.distributed.launch import ROOT, environment, finish, start
 from tests.trainer.tiny import build_model
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papo.data import ProblemSource
+from papo.data_options import DataConfig
 from papo.errors import PapoError
-from papo.options import DataConfig
 from tests.trainer.tiny import build_tokenizer
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

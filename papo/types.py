@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 RewardStatus = Literal["ok", "error", "timeout", "invalid"]
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -62,3 +64,7 @@ class Reward:
 
     value: float
     status: RewardStatus
+
+    def succeeds(self, threshold: float) -> bool:
+        """Whether it counts as a right answer, a sum's rounding aside; a masked one does not."""
+        return self.value >= threshold - _ROUNDING

@@ -20,10 +20,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from papo import reward
+from papo import reward, verifiers
 from papo.errors import PapoError
-from papo.reward import RewardPool, Task, choose_verifier, extract, judge, load_verifier
+from papo.reward import RewardPool
 from papo.types import Completion, Problem
+from papo.verifiers import Task, choose_verifier, judge, load_verifier
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,44 +90,6 @@ def outcome(rewards):
 SCRIPTED = f"{__name__}:scripted"
 
 
-# Extraction
-
-
-@pytest.mark.parametrize(
-    ("text", "how", "expected"),
-    [
-        ("4 + 5 = 9.", "last_number", "9"),
-        ("it is -3", "last_number", "-3"),
-        ("it is \u22123", "last_number", "-3"),
-        ("5-3", "last_number", "3"),
-        ("(2)-3", "last_number", "3"),
-        ("x=-3", "last_number", "-3"),
-        ("5 - -3", "last_number", "-3"),
-        ("total 1,234,567.5 units", "last_number", "1234567.5"),
-        ("1, 2", "last_number", "2"),
-        ("1,2", "last_number", "2"),
-        ("of .5", "last_number", ".5"),
-        ("2e-3 m", "last_number", "2e-3"),
-        ("none here", "last_number", None),
-        ("", "last_number", None),
-        (r"so \boxed{7}", "boxed", "7"),
-        (r"\boxed{1} or \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
-        (r"\boxed{1", "boxed", None),
-        ("7", "boxed", None),
-        ("a\n b \n\n", "last_line", "b"),
-        ("\n", "last_line", None),
-        (" all of it ", "none", "all of it"),
-    ],
-)
-def test_extract(text, how, expected):
-    assert extract(text, how) == expected
-
-
-def test_extract_refuses_unknown_rule():
-    with pytest.raises(ValueError, match="first_word"):
-        extract("a", "first_word")
-
-
 # Verifiers
 
 
@@ -155,7 +118,7 @@ def test_reasoning_gym_scores_the_extracted_answer():
 def test_reasoning_gym_partial_credit_is_cut_at_the_threshold():
     metadata = {"dataset": "spell_backward", "params": {}, "entry": {"answer": "abc"}}
     rule = {"verifier": "reasoning_gym", **metadata}
-    partial = reward._score_reasoning_gym("abd", "abc", metadata)
+    partial = verifiers._score_reasoning_gym("abd", "abc", metadata)
     assert 0.0 < partial < 0.99
     assert verdict("abd", "abc", **rule) == (0.0, "ok")
     assert verdict("abd", "abc", threshold=partial / 2, **rule) == (1.0, "ok")
@@ -207,7 +170,7 @@ def test_no_verdict_is_a_masked_row(text):
 
 
 def test_nan_from_a_built_in_verifier_is_a_masked_row(monkeypatch):
-    monkeypatch.setitem(reward._BUILT_IN, "exact", lambda text, answer, metadata: math.nan)
+    monkeypatch.setitem(verifiers.BUILT_IN, "exact", lambda text, answer, metadata: math.nan)
     load_verifier.cache_clear()
     value, status = verdict("x")
     load_verifier.cache_clear()

@@ -97,7 +97,7 @@ def only_number(answer: str) -> str:
     Raises:
         ValueError: it holds no number, several, or one that is part of a formula.
     """
-    text = _with_fractions(_with_ascii_numbers(_unwrapped(answer)).replace("\\%", "%"))
+    text = _with_fractions(_with_ascii_numbers(_unwrapped(answer)).replace("\\%", "%")).lstrip("+")
     found = list(_NUMBER.finditer(text))
     if len(found) != 1:
         count = len(found) or "no"

@@ -59,7 +59,9 @@ class Session:
                 self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
                 self.tokenizer = load_tokenizer(config.model)
                 self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
-                self.rewards.thinks = opens_thinking(self.tokenizer, self.problems)
+                self.rewards.thinks = opens_thinking(
+                    self.tokenizer, self.problems.batch(0, 1)[0].prompt_ids
+                )
             references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.say)
             self.engine, self.reference = self._engines()
             pad = self.tokenizer.pad_token_id
@@ -279,10 +281,9 @@ class Session:
             self.results.finish(self.run_dir / "metrics.jsonl")
 
 
-def opens_thinking(tokenizer: Any, problems: ProblemSource) -> bool:
-    """Whether the prompts end with `<think>`, as some chat templates make them."""
-    (first,) = problems.batch(0, 1)
-    return bool(tokenizer.decode(first.prompt_ids[-8:]).rstrip().endswith("<think>"))
+def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends with `<think>`, as some chat templates make it."""
+    return bool(tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
 
 
 def check_backend(name: str | None) -> None:

@@ -178,6 +178,8 @@ def judge_reference(verifier: str, how: str, threshold: float, task: Task) -> Ve
     answer = task.answer
     if verifier == "reasoning_gym" and task.metadata["entry"]["answer"] is None:
         return Verdict(1.0, "ok")  # many answers are right, none is the reference
+    if verifier in COMPARING and not normalize(answer):
+        return Verdict(0.0, "ok", "it is empty")
     boxes = how == "boxed" or (verifier == "math_verify" and how in ("none", "last_line"))
     if boxes and "\n" in answer.strip() and "\\begin" not in answer:
         lines = len(answer.strip().splitlines())

@@ -14,7 +14,8 @@ import yaml
 from papo import checkpoint, collectives
 from papo.config import TrainConfig
 from papo.errors import PapoError
-from papo.session import Session, check_backend
+from papo.session import Session, check_backend, opens_thinking
+from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 
 def session(folder: Path, resume: str = "never", **options: Any) -> Session:
@@ -132,3 +133,27 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
     monkeypatch.setenv("PAPO_BACKEND", wrong)
     with pytest.raises(PapoError, match=rf"^PAPO_BACKEND: '{wrong}' cannot serve"):
         check_backend(None)
+
+
+def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    made._explained = False
+    made._explain(reward=0.0, accuracy=0.0)
+    made._explain(reward=0.9, accuracy=0.1)
+    assert made.said == []
+    for _ in range(2):
+        made._explain(reward=0.9, accuracy=0.0)
+    (said,) = made.said
+    assert "mean reward is 0.900" in said and "reward.success=1," in said
+
+
+@pytest.mark.parametrize(
+    ("added", "opened"), [("", False), ("<think>\n", True), ("<think>\n\n</think>\n", False)]
+)
+def test_a_template_that_opens_the_thinking_is_noticed(added: str, opened: bool) -> None:
+    """Not a prompt that speaks of it."""
+    template = CHAT_TEMPLATE.replace("assistant\n{%", f"assistant\n{added}{{%")
+    tokenizer = build_tokenizer(template)
+    messages = [{"role": "user", "content": "Think in <think>"}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert opens_thinking(tokenizer, encoded["input_ids"]) is opened

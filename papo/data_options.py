@@ -59,7 +59,8 @@ class RewardConfig(Section):
     verifier: Annotated[
         str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
     ] = "auto"
-    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact`, or your own
+    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
+    what is equal to each), or your own
     `package.module:function` called as (answer text, reference answer, metadata) and returning a
     float, or None to mask the completion."""
     extract: Literal["last_number", "boxed", "last_line", "none"] = "none"

@@ -268,7 +268,8 @@ class Session:
             self._explained = True
             self.say(
                 f"the mean reward is {reward:.3f}, but no completion reached reward.success="
-                f"{self.config.reward.success:g}, from which it counts as right: accuracies are 0"
+                f"{self.config.reward.success:g}, from which it counts as right: accuracies are 0; "
+                "lower it if your verifier gives less for a right answer"
             )
 
     def say(self, text: str) -> None:

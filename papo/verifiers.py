@@ -187,7 +187,7 @@ def judge_reference(verifier: str, how: str, threshold: float, task: Task) -> Ve
     text = f"\\boxed{{{answer}}}" if boxes and "\\boxed" not in answer else answer
     verdict = judge(verifier, how, threshold, task._replace(text=text))
     if verdict.status != "ok" or verdict.value == 1.0:
-        return verdict
+        return verdict._replace(why=verdict.why.removeprefix("ValueError: "))
     nothing = extract(text, how) is None
     why = f"reward.extract={how} finds nothing in it" if nothing else "it scores 0 against itself"
     return verdict._replace(why=why)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from papo.answers import after_thinking, extract, normalize, only_number
 from papo.verifiers import Task, judge, judge_reference
@@ -254,6 +256,31 @@ def test_math_verify_treats_as_equal(how, answer, text):
 @pytest.mark.parametrize(("how", "answer", "text"), MATH_UNEQUAL)
 def test_math_verify_tells_apart(how, answer, text):
     assert not scores("math_verify", how, answer, text)
+
+
+SPELLINGS = [
+    "{0}",
+    "{0:,}",
+    "{0:,}.00",
+    "${0}",
+    r"\${0:,}",
+    "${0}$",
+    r"\boxed{{{0}}}",
+    r"{0}\%",
+    "+{0}",
+    "{0}.",
+    "{0}e0",
+]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**12), st.integers(0, 10**12), *[st.sampled_from(SPELLINGS) for _ in range(2)]
+)
+def test_whole_numbers_are_equal_where_their_values_are(a, b, one, other):
+    for n in (a, b, a + 1, 10 * a):
+        same = normalize(one.format(a)) == normalize(other.format(n))
+        assert same == (n == a)
 
 
 def test_normalizing_twice_changes_nothing():

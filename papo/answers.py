@@ -34,6 +34,7 @@ _LATEX_FRACTION = re.compile(
     r"\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])([0-9])(?![0-9]))"
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _WRAPPERS = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -48,8 +49,9 @@ _WRAPPERS = [
 _SAME_IN_LATEX = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
-    (re.compile(r"\\[!,;: ]"), ""),
-    (re.compile(r"\\%"), "%"),
+    # Spaces, but for those between digits.
+    (re.compile(r"(?<!\\)(?:(?<![0-9])\\[!,;: ]|\\[!,;: ](?![0-9]))"), ""),
+    (re.compile(r"(?<!\\)\\%"), "%"),
 ]
 # Around the number of a reference these say that it is part of a formula.
 _FORMULA = re.compile(r"[\^_+*/\\{}<>!|\u221a-]")
@@ -115,7 +117,11 @@ def normalize(text: str) -> str:
     Other text loses what surrounds it (spaces, dollar signs, a box, `\\text{}`, `**`) and LaTeX's
     variants of spacing and fractions; it keeps case, inner spaces and line breaks.
     """
-    text = _unwrapped(_with_ascii_numbers(text))
+    text = _with_ascii_numbers(text)
+    if "\\" in text:
+        for pattern, replacement in _SAME_IN_LATEX:
+            text = pattern.sub(replacement, text)
+    text = _unwrapped(text)
     number = _WHOLE_NUMBER.fullmatch(text)
     if number:
         sign = number["sign"] or number["inner_sign"] or ""
@@ -123,9 +129,6 @@ def normalize(text: str) -> str:
     fraction = _with_fractions(text)
     if _SIGNED_FRACTION.fullmatch(fraction):
         return _bare(fraction).lstrip("+")
-    if "\\" in text:
-        for pattern, replacement in _SAME_IN_LATEX:
-            text = pattern.sub(replacement, text)
     return text
 
 
@@ -167,7 +170,7 @@ def _bare(number: str) -> str:
 def _with_ascii_numbers(text: str) -> str:
     """Minus signs and thousands separators as a keyboard has them; escaped dollars are no part of
     an answer."""
-    return _SEPARATOR.sub(",", text.replace("\u2212", "-").replace("\\$", ""))
+    return _SEPARATOR.sub(",", re.sub(r"(?<!\\)\\\$", "", text.replace("\u2212", "-")))
 
 
 def _with_fractions(text: str) -> str:
@@ -208,10 +211,12 @@ def _unwrapped(text: str) -> str:
 def _boxes(text: str) -> list[tuple[int, int, str | None]]:
     """Start, end and content of every box, in order; content None where one is not closed."""
     found: list[tuple[int, int, str | None]] = []
+    closing: dict[int, int] | None = None
     for match in _BOX.finditer(text):
         begin = match.end()
         if text[begin : begin + 1] == "{":
-            end = _closing(text, begin)
+            closing = _closing_braces(text) if closing is None else closing
+            end = closing.get(begin)
             content = None if end is None else text[begin + 1 : end].strip()
             found.append((match.start(), len(text) if end is None else end + 1, content))
         else:  # `\boxed 5`
@@ -220,12 +225,13 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
     return found
 
 
-def _closing(text: str, opening: int) -> int | None:
-    """Where the brace at `opening` is closed; escaped ones do not count."""
-    depth, i = 0, opening
-    while i < len(text):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return i
-        i += 2 if text[i] == "\\" else 1
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed is closed; escaped ones are text."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for match in _BRACE.finditer(text):
+        if match.group() == "{":
+            opened.append(match.start())
+        elif match.group() == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.answers import after_thinking, extract, normalize, only_number
+from papo.answers import after_thinking, extract, for_sympy, latex, normalize, only_number
 from papo.verifiers import Task, judge, judge_reference
 
 
@@ -163,6 +163,8 @@ EQUAL = [
     ("none", r"40\%", "40"),
     ("none", r"$\frac{1}{2}$", "1/2"),
     ("none", r"\(x\)", r"\[x\]"),
+    ("none", "5", r"$\,5\ $"),
+    ("none", r"2\pi r", r"2\,\pi r"),
     ("none", "1e99999999999999999999", "1e99999999999999999999"),
 ]
 UNEQUAL = [
@@ -189,6 +191,8 @@ UNEQUAL = [
     ("none", "yes", "yes."),
     ("none", "1 0\n0 1", "1 0 0 1"),
     ("none", "0.4", "40%"),
+    ("none", "123", r"1\,23"),
+    ("none", r"1 \\ 2", r"1 \\2"),
 ]
 
 
@@ -283,10 +287,20 @@ def test_whole_numbers_are_equal_where_their_values_are(a, b, one, other):
         assert same == (n == a)
 
 
-def test_normalizing_twice_changes_nothing():
-    for _, answer, text in EQUAL + UNEQUAL:
-        for spelling in (answer, text):
-            assert normalize(normalize(spelling)) == normalize(spelling)
+PIECES = st.sampled_from(
+    [*"0123.,-+$%{}\\ /^e(*\n", "\\boxed", "\\frac", "\\text{", "\\fbox ", "\\,", "\u2212", "**"]
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(PIECES, max_size=20).map("".join))
+def test_any_text_has_a_normal_form(text):
+    """Normalizing it again changes nothing, and nothing in a text makes the functions raise."""
+    assert normalize(normalize(text)) == normalize(text)
+    for how in ("none", "boxed", "last_line", "last_number"):
+        extract(text, how)
+    for_sympy(text)
+    latex(text)
 
 
 # References

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,18 @@ class ProblemSource:
     def held_out(self) -> list[Problem]:
         """The problems that are never trained on, always in the same order."""
         return list(self._held_out)
+
+    def drop(self, uids: Collection[int]) -> None:
+        """Leave problems out, of training and of the evaluation.
+
+        Raises:
+            PapoError: none is left to train on.
+        """
+        self._held_out = [p for p in self._held_out if p.uid not in uids]
+        self._train = [p for p in self._train if p.uid not in uids]
+        self._epoch = None
+        if not self._train:
+            raise PapoError(f"all training problems are among the {len(uids)} that were dropped")
 
     def batch(self, cursor: int, n: int) -> list[Problem]:
         """Training problems number `cursor` to `cursor + n - 1` of an endless sequence of

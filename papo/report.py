@@ -190,6 +190,7 @@ def _scatter_delta(axes: Any, steps: Sequence[Mapping[str, Any]], name: str, lab
     )
     axes.axhline(0.0, color="gray", linewidth=0.8)
     axes.axvline(0.0, color="gray", linewidth=0.8)
+    axes.locator_params(axis="x", nbins=5)
     r = _correlation(steps, name)
     told = "" if math.isnan(r) else f" (Spearman {r:.2f})"
     axes.set(

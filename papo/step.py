@@ -63,7 +63,7 @@ class TokenSums:
 
 
 @dataclass(frozen=True)
-class Probe:
+class EntropyProbe:
     """Micro-batches whose entropy is measured again after the update.
 
     Before and after are passes over the same rows of the same shapes, so that what differs is the
@@ -87,7 +87,7 @@ class Probe:
         *,
         micro_batch_size: int,
         tokens: int,
-    ) -> Probe:
+    ) -> EntropyProbe:
         """For about `tokens` tokens of all ranks, 0 for all of the update's; a collective."""
         sequences = [s for piece in pieces for s in piece if s.weight > 0]
         mine = torch.tensor(sum(len(s.response_ids) for s in sequences))
@@ -134,7 +134,7 @@ class Update:
     grad_norm: float
     reason: str
     lr: float
-    probe: Probe | None = None
+    probe: EntropyProbe | None = None
     measured_delta: float | None = None
 
     @property
@@ -184,9 +184,9 @@ def update(
     total = torch.zeros(len(fields(TokenSums)), dtype=torch.float64)
     branches = torch.zeros(BranchSums.size(), dtype=torch.float64)
     pieces = _in_pieces(sequences, micro_batch_size)
-    probe: Probe | None = None
+    probe: EntropyProbe | None = None
     if probe_tokens is not None:
-        probe = Probe.of(
+        probe = EntropyProbe.of(
             engine, pieces, make_batch, micro_batch_size=micro_batch_size, tokens=probe_tokens
         )
     for i, piece in enumerate(pieces):

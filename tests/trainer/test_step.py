@@ -13,7 +13,7 @@ import torch
 
 from papo.batch import TrainingSequence, micro_batches
 from papo.config import OptimConfig
-from papo.step import Probe, TokenSums, Update, mean_entropy, spread
+from papo.step import EntropyProbe, TokenSums, Update, mean_entropy, spread
 from papo.weighting import BranchSums
 from papo_kernels import PolarityWeighting, policy_loss, token_stats
 from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
@@ -160,7 +160,7 @@ def test_a_sample_comes_from_every_micro_batch_and_never_the_first_alone() -> No
     part = weighted(*[4] * 32)
     pieces = [part[i : i + 8] for i in range(0, 32, 8)]
     engine = bigram()
-    probe = Probe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=32)
+    probe = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=32)
     (sampled,) = probe.pieces
     assert [s.group // 8 for s in sampled] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert probe.entropy == mean_entropy(engine, probe.pieces, make_batch) > 0
@@ -178,7 +178,7 @@ def test_an_update_without_a_probe_measures_nothing() -> None:
     done = Update(TokenSums(*[0.0] * 9), BranchSums(*[0.0] * 11), 0.0, "", 1e-3)
     assert done.measured(None, make_batch) is done and done.applied
     assert done.effect.measured is None
-    skipped = replace(done, reason="loss is nan", probe=Probe([]))
+    skipped = replace(done, reason="loss is nan", probe=EntropyProbe([]))
     assert not skipped.applied and skipped.measured(None, make_batch) is skipped
 
 

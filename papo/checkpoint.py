@@ -4,7 +4,8 @@ Independent of ZeRO stage and number of ranks, and free of pickles: nothing read
 
     checkpoints/step-00000010/
         state-00001.safetensors ...   weight/<name>, exp_avg/<name>, exp_avg_sq/<name>, float32
-        trainer.json                  step, data cursor, phase, weighting, optimizer steps
+        trainer.json                  step, data cursor, phase, weighting, prediction, optimizer
+                                      steps
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from papo.engine import Engine
 from papo.errors import PapoError
 from papo.models import quiet
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
 _NAME = re.compile(r"step-(\d{8})")
 

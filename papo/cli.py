@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -176,12 +177,15 @@ class Progress:
 
 
 def step_line(step: int, total: int, metrics: Mapping[str, float], eta: float) -> str:
-    """Step, reward, entropy, phase, tokens/s and the time left, in one line."""
+    """Step, reward, entropy, phase, how well entropy changes were predicted (once that is known),
+    tokens/s and the time left, in one line."""
+    correlation = metrics.get("entropy/prediction_correlation", math.nan)
+    predicted = f"dH r {correlation:+.2f}  " if math.isfinite(correlation) else ""
     return (
         f"step {step}/{total}  reward {metrics['reward/mean']:.3f}  entropy "
         f"{metrics['entropy/mean']:.3f}  "
-        f"phase {metrics['phase/phi']:+.2f}  {metrics['throughput/tokens_per_second']:.0f} tok/s "
-        f" ETA {clock_text(eta)}"
+        f"phase {metrics['phase/phi']:+.2f}  {predicted}"
+        f"{metrics['throughput/tokens_per_second']:.0f} tok/s  ETA {clock_text(eta)}"
     )
 
 

@@ -240,6 +240,11 @@ class Engine:
         named = self.policy.causal_lm.named_parameters()
         return [(name, p) for name, p in named if p.requires_grad]
 
+    @property
+    def trained_numel(self) -> int:
+        """How many numbers are trained, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trained_parameters())
+
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Whole float32 weight and moments of one parameter, on every rank (a collective)."""
         weight = safe_get_full_fp32_param(parameter)

@@ -90,6 +90,7 @@ class Loop:
             "optim/lr": s.engine.lr,
         }
         self._observe(updates)
+        metrics |= s.prediction.observe([u.effect for u in updates if u.applied])
         metrics |= {**s.phase.metrics(), **memory_metrics(), **clock.metrics(collected)}
         s.write(self.step, metrics, collected)
 
@@ -129,7 +130,7 @@ class Loop:
                     weighting=s.weighting.kernel_weighting(phase) if from_rollout is None else None,
                     controller=s.weighting,
                     lr=learning_rate(self.step * count + u, config.steps * count, config.optim),
-                    probe_tokens=config.metrics.measure_tokens if measures and u == 0 else 0,
+                    probe_tokens=config.metrics.measure_tokens if measures else None,
                 )
             with clock("measure"):
                 updates.append(done.measured(s.engine, s.make_batch))
@@ -141,9 +142,8 @@ class Loop:
         if all(u.applied for u in updates) and first.sums.tokens:
             self.s.phase.update(max(0.0, first.sums.mean(first.sums.entropy)))
             self.s.weighting.update(first.branches)
-        for u in updates:
-            if not u.applied:
-                self.s.say(f"step {self.step} skipped: {u.reason}")
+        for u in (u for u in updates if not u.applied):
+            self.s.say(f"step {self.step} skipped: {u.reason}")
 
 
 def _due(every: int, step: int) -> bool:

@@ -44,14 +44,28 @@ METRICS: dict[str, Metric] = {
         "where there are none.",
     ),
     "entropy/predicted_delta": Metric(
+        "nats times a constant",
+        "The step's entropy change as polarity predicts it, passed through AdamW (docs/method.md): "
+        "the sum over the step's updates. Compare its sign and trend, not its size, with the "
+        "measured one. Null where no update was applied.",
+    ),
+    "entropy/predicted_delta_instant": Metric(
         "nats per unit step",
-        "Mean of weight times polarity over the measured tokens: the entropy change the update "
-        "asks for, to first order, "
-        "per unit of step in logit space. Compare its sign and trend, not its size, with the "
-        "measured one.",
+        "The same from this step's gradient alone, per unit of step in logit space: sum of token "
+        "weight times w times polarity over all tokens of the step, 0 where clipped.",
     ),
     "entropy/measured_delta": Metric(
-        "nats", "Entropy after the step minus before it, mean over the same tokens."
+        "nats",
+        "Mean entropy after an update minus before it, over all its tokens (or "
+        "`metrics.measure_tokens` of them), summed over the step's updates.",
+    ),
+    "entropy/prediction_correlation": Metric(
+        "",
+        "Spearman's rank correlation of `entropy/predicted_delta` and `entropy/measured_delta` "
+        "over the last 50 measured steps; null before the 8th. `dH r` on screen.",
+    ),
+    "entropy/prediction_correlation_instant": Metric(
+        "", "The same of `entropy/predicted_delta_instant`."
     ),
     "phase/phi": Metric("", "Phase used by this step, in [-1, 1]; above 0 asks for more entropy."),
     "phase/fast": Metric("nats", "Fast average of the mean entropy, this step included."),
@@ -120,7 +134,7 @@ METRICS: dict[str, Metric] = {
         "s", "Forward passes of the old and the reference policy, where something needs them."
     ),
     "time/train": Metric("s", "Forward, backward and optimizer."),
-    "time/measure": Metric("s", "Forward pass for the measured entropy change."),
+    "time/measure": Metric("s", "Forward pass after the update for the measured entropy change."),
     "throughput/tokens_per_second": Metric(
         "tokens/s", "Sampled tokens of all ranks over the time of the step."
     ),

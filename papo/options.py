@@ -242,10 +242,10 @@ class MetricsConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     measure_entropy_every: NonNegative = 1
-    """Steps between measurements of the entropy change of the same tokens after the step; 0 is
-    off."""
-    measure_tokens: Positive = 256
-    """Tokens per rank that the measurement uses, rounded up to whole completions, of the first
-    micro-batch."""
+    """Steps between measurements of the entropy change that a step brought; 0 is off."""
+    measure_tokens: NonNegative = 0
+    """Tokens to measure that change on, over all ranks; 0 is all of the step's, at one forward
+    pass without gradient. Fewer are whole completions from every part of the batch, at two passes
+    over them."""
     completions: bool = True
     """Write every completion to completions.jsonl."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from papo.errors import PapoError
 from papo.metrics import read_rows
+from papo.prediction import rank_correlation
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -20,6 +21,12 @@ _COLUMNS = {
     "reward": "reward",
     "reward_greedy": "greedy reward",
     "truncated": "truncated",
+}
+
+# What the plot of each is called.
+_PREDICTIONS = {
+    "entropy/predicted_delta": "through the optimizer",
+    "entropy/predicted_delta_instant": "this step's gradient alone",
 }
 
 
@@ -83,8 +90,9 @@ def _write(path: Path, text: str) -> None:
 def summary(
     evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The evaluations, the change from `before` to `after`, the last step's figures and the seconds
-    of a step (median)."""
+    """The evaluations, the change from `before` to `after`, the last step's figures, the seconds of
+    a step (median), and over all steps how well entropy changes were predicted (None where it
+    cannot be told)."""
     by_label = {e["label"]: e for e in evaluations}
     seconds = sorted(s["time/step"] for s in steps if s.get("time/step") is not None)
     result: dict[str, Any] = {"evaluations": list(evaluations), "steps": len(steps)}
@@ -93,7 +101,18 @@ def summary(
     if seconds:
         result["step_seconds_median"] = seconds[len(seconds) // 2]
         result["last_step"] = dict(steps[-1])
+    if steps:
+        result["prediction_correlation"] = {
+            name.removeprefix("entropy/"): None if math.isnan(r) else r
+            for name in _PREDICTIONS
+            for r in [_correlation(steps, name)]
+        }
     return result
+
+
+def _correlation(steps: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Spearman's, of a prediction and the measured entropy change."""
+    return rank_correlation(_series(steps, name), _series(steps, "entropy/measured_delta"))
 
 
 def _change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
@@ -125,7 +144,8 @@ def print_table(evaluations: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Reward, entropy, phase, and predicted against measured entropy change, as a PNG.
+    """Reward, entropy, phase, predicted against measured entropy change (through the optimizer and
+    from the gradient alone) and their running correlation, as a PNG.
 
     Args:
         steps: rows of metrics.jsonl; a figure that is missing or null leaves a gap.
@@ -136,9 +156,9 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    reward, entropy, phase, delta = figure.subplots(2, 2).flatten()
+    reward, entropy, phase, *deltas, running = figure.subplots(2, 3).flatten()
     x = [row["step"] for row in steps]
     reward.plot(x, _series(steps, "reward/mean"))
     reward.set(title="reward", xlabel="step", ylabel="mean reward")
@@ -149,23 +169,38 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
     phase.plot(x, _series(steps, "phase/phi"))
     phase.axhline(0.0, color="gray", linewidth=0.8)
     phase.set(title="phase", xlabel="step", ylabel="φ", ylim=(-1.05, 1.05))
-    points = delta.scatter(
-        _series(steps, "entropy/predicted_delta"),
-        _series(steps, "entropy/measured_delta"),
-        c=x,
-        cmap="viridis",
-    )
-    figure.colorbar(points, ax=delta, label="step")
-    delta.axhline(0.0, color="gray", linewidth=0.8)
-    delta.axvline(0.0, color="gray", linewidth=0.8)
-    delta.set(
-        title="entropy change of a step",
-        xlabel="predicted (per unit step)",
-        ylabel="measured (nats)",
-    )
+    for axes, (name, label) in zip(deltas, _PREDICTIONS.items(), strict=True):
+        points = _scatter_delta(axes, steps, name, label)
+    figure.colorbar(points, ax=deltas[-1], label="step")
+    for suffix, label in zip(("", "_instant"), _PREDICTIONS.values(), strict=True):
+        running.plot(x, _series(steps, f"entropy/prediction_correlation{suffix}"), label=label)
+    running.axhline(0.0, color="gray", linewidth=0.8)
+    running.set(title="running correlation", xlabel="step", ylabel="Spearman", ylim=(-1.05, 1.05))
+    running.legend(loc="lower right")
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial, dpi=120)
     os.replace(partial, path)
+
+
+def _scatter_delta(axes: Any, steps: Sequence[Mapping[str, Any]], name: str, label: str) -> Any:
+    """A prediction against the measured entropy change, coloured by step."""
+    points = axes.scatter(
+        _series(steps, name),
+        _series(steps, "entropy/measured_delta"),
+        c=[row["step"] for row in steps],
+        cmap="viridis",
+    )
+    axes.axhline(0.0, color="gray", linewidth=0.8)
+    axes.axvline(0.0, color="gray", linewidth=0.8)
+    axes.locator_params(axis="x", nbins=5)
+    r = _correlation(steps, name)
+    told = "" if math.isnan(r) else f" (Spearman {r:.2f})"
+    axes.set(
+        title=f"entropy change of a step{told}",
+        xlabel=f"predicted, {label}",
+        ylabel="measured (nats)",
+    )
+    return points
 
 
 def _series(steps: Sequence[Mapping[str, Any]], name: str) -> list[float]:

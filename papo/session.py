@@ -25,6 +25,7 @@ from papo.metrics import CompletionsWriter, MetricsWriter
 from papo.models import eos_ids, load_causal_lm, load_tokenizer
 from papo.objective import Policy, loss_of
 from papo.phase import PhaseController
+from papo.prediction import EntropyPrediction
 from papo.report import Report
 from papo.reward import RewardPool
 from papo.rollout import HFSampler, SamplingParams
@@ -70,6 +71,7 @@ class Session:
             self.sampler = HFSampler(self.tokenizer, eos, self.pad_id)
             self.phase = PhaseController(config.phase)
             self.weighting = WeightController(config.weighting)
+            self.prediction = EntropyPrediction(config.optim, self.engine.trained_numel)
             self.loss_params = PolicyLossParams(
                 config.loss.clip_low,
                 config.loss.clip_high,
@@ -190,6 +192,7 @@ class Session:
             step, cursor = state["step"], state["cursor"]
             self.phase.load_state_dict(state["phase"])
             self.weighting.load_state_dict(state["weighting"])
+            self.prediction.load_state_dict(state["prediction"])
             self.results.evaluations = state["evaluations"]
             self.say(f"resumed from {self._resumed} after step {step}")
         if collectives.rank() == 0:
@@ -212,6 +215,7 @@ class Session:
             "cursor": cursor,
             "phase": self.phase.state_dict(),
             "weighting": self.weighting.state_dict(),
+            "prediction": self.prediction.state_dict(),
             "evaluations": self.results.evaluations,
         }
         checkpoint.save(self.checkpoints, step, self.engine, state, self.config.checkpoint.keep)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from papo import collectives
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
 from papo.objective import loss_of, stats_of
+from papo.prediction import UpdateEffect
 from papo.stats import pass_count
 from papo.weighting import BranchSums, WeightController, branch_sums
 from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams
@@ -33,6 +33,7 @@ class TokenSums:
     clip_high: float
     sampler_kl: float
     absolute_advantage: float
+    predicted: float
 
     @classmethod
     def of(cls, out: PolicyLossOutput, batch: MicroBatch) -> Tensor:
@@ -49,6 +50,9 @@ class TokenSums:
             # k3 estimate of KL(sampler || policy): samples come from the sampler.
             torch.expm1(-gap) + gap,
             batch.advantages.abs().double(),
+            # The first-order entropy change (papo/prediction.py), as linear in the tokens as the
+            # gradient is: with its weights.
+            batch.token_weight.double() * torch.where(out.clipped, 0.0, out.weight * out.polarity),
         )
         tokens, *rest = (torch.where(live, row, 0.0).sum() for row in rows)
         return torch.stack([tokens, out.loss.detach().double(), *rest])
@@ -59,59 +63,78 @@ class TokenSums:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Completions whose entropy is measured again after the step; the tensors are [N] tokens."""
+class EntropyProbe:
+    """Micro-batches whose entropy is measured again after the update.
 
-    sequences: Sequence[TrainingSequence]
-    live: Tensor
-    entropy: Tensor
-    predicted: Tensor
+    Before and after are passes over the same rows of the same shapes, so that what differs is the
+    weights' doing and not a product's rounding.
+
+    Attributes:
+        pieces: as many on every rank.
+        entropy: their tokens' mean entropy before, in nats over all ranks; None where they are the
+            update's own, whose forward pass gives it.
+    """
+
+    pieces: Sequence[Sequence[TrainingSequence]]
+    entropy: float | None = None
 
     @classmethod
     def of(
         cls,
-        sequences: Sequence[TrainingSequence],
-        batch: MicroBatch,
-        out: PolicyLossOutput,
+        engine: Any,
+        pieces: Sequence[Sequence[TrainingSequence]],
+        make_batch: MakeBatch,
+        *,
+        micro_batch_size: int,
         tokens: int,
-    ) -> Probe:
-        """The first completions of a micro-batch that together have at least `tokens` tokens.
+    ) -> EntropyProbe:
+        """For about `tokens` tokens of all ranks, 0 for all of the update's; a collective."""
+        sequences = [s for piece in pieces for s in piece if s.weight > 0]
+        mine = torch.tensor(sum(len(s.response_ids) for s in sequences))
+        share = tokens / max(1.0, float(collectives.all_sum(mine)))
+        if not tokens or share >= 1:
+            return cls(pieces)
+        sampled = _in_pieces(spread(sequences, share), micro_batch_size)
+        return cls(sampled, mean_entropy(engine, sampled, make_batch))
 
-        Keeps their entropy before the step and its predicted change per unit of step in logit
-        space.
-        """
-        ends = list(accumulate(len(s.response_ids) for s in sequences))
-        kept = next((i + 1 for i, end in enumerate(ends) if end >= tokens), len(sequences))
-        predicted = torch.where(out.clipped, 0.0, out.weight * out.polarity)
-        first = slice(ends[kept - 1])
-        live = batch.token_weight[first] > 0
-        return cls(sequences[:kept], live, out.entropy[first], predicted[first])
 
-    def deltas(self, engine: Any, make_batch: MakeBatch) -> tuple[float, float]:
-        """Mean predicted and measured change (nats) over the ranks' tokens; a collective."""
-        engine.train(False)
-        change = stats_of(engine, make_batch(self.sequences)).entropy - self.entropy
-        engine.train(True)
-        rows = (torch.ones_like(change), self.predicted, change)
-        sums = torch.stack([torch.where(self.live, row, 0.0).double().sum() for row in rows])
-        tokens, predicted, measured = collectives.all_sum(sums).tolist()
-        return predicted / max(1.0, tokens), measured / max(1.0, tokens)
+def spread(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:
+    """A share of `sequences`, rounded up, at equal distances from the first to the last."""
+    n = len(sequences)
+    count = math.ceil(share * n)
+    return [sequences[(2 * i + 1) * n // (2 * count)] for i in range(count)]
+
+
+def mean_entropy(
+    engine: Any, pieces: Sequence[Sequence[TrainingSequence]], make_batch: MakeBatch
+) -> float:
+    """Mean entropy in nats over all ranks' tokens that train; a collective, without gradient."""
+    total = torch.zeros(2, dtype=torch.float64)
+    engine.train(False)
+    for piece in pieces:
+        batch = make_batch(piece)
+        live = batch.token_weight > 0
+        entropy = torch.where(live, stats_of(engine, batch).entropy.double(), 0.0)
+        total += torch.stack([live.double().sum(), entropy.sum()]).cpu()
+    engine.train(True)
+    tokens, entropies = collectives.all_sum(total).tolist()
+    return entropies / max(1.0, tokens)
 
 
 @dataclass(frozen=True)
 class Update:
     """What one update did. `reason` says why a step was skipped, empty when it was applied.
 
-    `sums` and `branches` are over all ranks. `probe` is None where nothing is to be measured, the
-    deltas are None until `measured`.
+    `sums` and `branches` are over all ranks, `grad_norm` is before clipping. `probe` is None where
+    nothing is to be measured, `measured_delta` (nats) is None until `measured`.
     """
 
     sums: TokenSums
     branches: BranchSums
     grad_norm: float
     reason: str
-    probe: Probe | None
-    predicted_delta: float | None = None
+    lr: float
+    probe: EntropyProbe | None = None
     measured_delta: float | None = None
 
     @property
@@ -119,12 +142,21 @@ class Update:
         """Whether weights changed."""
         return not self.reason
 
+    @property
+    def effect(self) -> UpdateEffect:
+        """What the prediction of entropy changes learns from it."""
+        return UpdateEffect(self.sums.predicted, self.grad_norm, self.lr, self.measured_delta)
+
     def measured(self, engine: Any, make_batch: MakeBatch) -> Update:
-        """This update with the deltas of its probe, if there is one; a collective."""
-        if self.probe is None:
+        """This update with the change of its probe's entropy, if there is one and weights changed;
+        a collective."""
+        if self.probe is None or not self.applied:
             return self
-        predicted, measured = self.probe.deltas(engine, make_batch)
-        return replace(self, predicted_delta=predicted, measured_delta=measured)
+        before = self.probe.entropy
+        if before is None:
+            before = self.sums.mean(self.sums.entropy)
+        after = mean_entropy(engine, self.probe.pieces, make_batch)
+        return replace(self, measured_delta=after - before)
 
 
 def update(
@@ -137,7 +169,7 @@ def update(
     weighting: PolarityWeighting | None,
     controller: WeightController,
     lr: float,
-    probe_tokens: int = 0,
+    probe_tokens: int | None = None,
 ) -> Update:
     """Forward, backward and step over `sequences`; a collective, with as many passes on every rank.
 
@@ -146,20 +178,23 @@ def update(
             mini-batch.
         weighting: what the kernel weights with; `controller` only says what h is for the branch
             statistics.
-        probe_tokens: tokens of this rank to measure the step's entropy change on; 0 for none.
+        probe_tokens: tokens of all ranks to measure the entropy change on, 0 for all of them; None
+            measures nothing.
     """
     total = torch.zeros(len(fields(TokenSums)), dtype=torch.float64)
     branches = torch.zeros(BranchSums.size(), dtype=torch.float64)
-    probe: Probe | None = None
-    count = pass_count(sequences, micro_batch_size)
-    for i, piece in enumerate(micro_batches(sequences, micro_batch_size, count=count)):
+    pieces = _in_pieces(sequences, micro_batch_size)
+    probe: EntropyProbe | None = None
+    if probe_tokens is not None:
+        probe = EntropyProbe.of(
+            engine, pieces, make_batch, micro_batch_size=micro_batch_size, tokens=probe_tokens
+        )
+    for i, piece in enumerate(pieces):
         batch = make_batch(piece)
         out = loss_of(engine, batch, params, weighting)
-        engine.backward(out.loss, last=i == count - 1)
+        engine.backward(out.loss, last=i == len(pieces) - 1)
         total += TokenSums.of(out, batch).cpu()
         branches += _branches(out, batch, controller).cpu()
-        if i == 0 and probe_tokens:
-            probe = Probe.of(piece, batch, out, probe_tokens)
     sums = TokenSums(*collectives.all_sum(total).tolist())
     reason = "" if math.isfinite(sums.loss) else f"loss is {sums.loss}"
     if not sums.tokens:
@@ -169,7 +204,14 @@ def update(
     if not reason and not result.applied:
         reason = f"gradient norm is {result.grad_norm}"
     over_ranks = BranchSums.from_tensor(collectives.all_sum(branches))
-    return Update(sums, over_ranks, result.grad_norm, reason, probe)
+    return Update(sums, over_ranks, result.grad_norm, reason, lr, probe)
+
+
+def _in_pieces(
+    sequences: Sequence[TrainingSequence], size: int
+) -> list[Sequence[TrainingSequence]]:
+    """Micro-batches, as many on every rank; a collective."""
+    return list(micro_batches(sequences, size, count=pass_count(sequences, size)))
 
 
 def _branches(out: PolicyLossOutput, batch: MicroBatch, controller: WeightController) -> Tensor:

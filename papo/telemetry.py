@@ -102,7 +102,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         *(sum(values) for values in zip(*(vars(u.sums).values() for u in updates), strict=True))
     )
     last = updates[-1]
-    figures = {
+    return {
         "entropy/mean": merged.mean(merged.entropy) if merged.tokens else math.nan,
         "loss/policy": merged.loss / len(updates),
         "loss/advantage_abs": merged.mean(merged.absolute_advantage),
@@ -114,10 +114,6 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "optim/skipped": sum(not u.applied for u in updates),
         **updates[0].branches.metrics(),
     }
-    if updates[0].measured_delta is not None and updates[0].predicted_delta is not None:
-        figures["entropy/predicted_delta"] = updates[0].predicted_delta
-        figures["entropy/measured_delta"] = updates[0].measured_delta
-    return figures
 
 
 def memory_metrics() -> dict[str, float]:

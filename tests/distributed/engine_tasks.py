@@ -96,7 +96,7 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
         part = wide_sequences(count)
         old = token_stats_of(e, part, 64, make_batch)
         part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
-        done = step(e, part, weighting=weighting, probe_tokens=10**9).measured(e, make_batch)
+        done = step(e, part, weighting=weighting, probe_tokens=0).measured(e, make_batch)
         assert done.applied and done.measured_delta is not None
 
     used = memory(whole_step)
@@ -111,8 +111,8 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
 # ---- the probe ----------------------------------------------------------------------------------
 
 
-def run_probe(steps: int) -> list[tuple[float | None, float | None]]:
-    """(predicted, measured) mean entropy change of the same tokens, of updates of one and the same
+def run_probe(steps: int) -> list[tuple[float, float | None]]:
+    """(predicted, measured) entropy change of the same tokens, of updates of one and the same
     policy by other advantages.
     """
     pairs = []
@@ -126,8 +126,8 @@ def run_probe(steps: int) -> list[tuple[float | None, float | None]]:
         part = [
             replace(s, advantage=float(torch.randn((), generator=g)), weight=0.01) for s in part
         ]
-        done = step(e, part, probe_tokens=10**9, lr=1e-3).measured(e, make_batch)
-        pairs.append((done.predicted_delta, done.measured_delta))
+        done = step(e, part, probe_tokens=0, lr=1e-3).measured(e, make_batch)
+        pairs.append((done.sums.predicted, done.measured_delta))
     return pairs
 
 

@@ -100,7 +100,15 @@ def my_part(everything: list[TrainingSequence], split: list[int]) -> list[Traini
 
 
 def one_update(
-    e: Engine, part: list[TrainingSequence], micro: int, loss: Loss, weighted: bool, **changes: Any
+    e: Engine,
+    part: list[TrainingSequence],
+    micro: int,
+    loss: Loss,
+    weighted: bool,
+    *,
+    lr: float = 1e-2,
+    probe_tokens: int | None = None,
+    **changes: Any,
 ) -> Update:
     weighting = PolarityWeighting(strength=0.5, phase=0.7, scale=1.1) if weighted else None
     part = with_token_weights(part, loss)
@@ -114,7 +122,8 @@ def one_update(
         params=PolicyLossParams(),
         weighting=weighting,
         controller=WeightController(Weighting()),
-        lr=1e-2,
+        lr=lr,
+        probe_tokens=probe_tokens,
     )
 
 
@@ -135,10 +144,11 @@ def run_update(
 ) -> dict[str, Any]:
     """One update on `sum(split)` sequences, `split[rank]` of them here."""
     e = make_engine(stage, tied, dtype, frozen=frozen)
-    result = one_update(
-        e, my_part(sequences(sum(split)), split), micro, Loss(aggregation), weighted
-    )
+    part = my_part(sequences(sum(split)), split)
+    result = one_update(e, part, micro, Loss(aggregation), weighted, probe_tokens=0)
     return {
+        "measured": result.measured(e, make_batch).measured_delta,
+        "trained": e.trained_numel,
         "weights": whole_weights(e),
         "grad_norm": result.grad_norm,
         "sums": vars(result.sums),
@@ -157,11 +167,23 @@ def run_unfused(tied: bool, aggregation: str, frozen: bool) -> dict[str, Any]:
     causal_lm.get_output_embeddings().requires_grad_(not frozen)
     trained = [p for p in causal_lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0)
-    loss = 0.0
-    for s in with_token_weights(sequences(8), Loss(aggregation)):
+    loss = predicted = 0.0
+    part = with_token_weights(sequences(8), Loss(aggregation))
+
+    def logits_of(s: TrainingSequence) -> torch.Tensor:
+        ids = torch.tensor([s.prompt_ids + s.response_ids])
+        return causal_lm(ids).logits[0, -len(s.response_ids) - 1 : -1]
+
+    def mean_entropy() -> float:
+        with torch.no_grad():
+            logits = torch.cat([logits_of(s) for s in part])
+        return float(torch.distributions.Categorical(logits=logits.double()).entropy().mean())
+
+    before = mean_entropy()
+    for s in part:
         n = len(s.response_ids)
         out = policy_loss(
-            causal_lm(torch.tensor([s.prompt_ids + s.response_ids])).logits[0, -n - 1 : -1],
+            logits_of(s),
             torch.tensor(s.response_ids),
             torch.full((n,), s.advantage),
             torch.full((n,), s.weight),
@@ -170,10 +192,26 @@ def run_unfused(tied: bool, aggregation: str, frozen: bool) -> dict[str, Any]:
         )
         out.loss.backward()
         loss += float(out.loss)
+        predicted += s.weight * float((out.weight * out.polarity).sum())
     norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     weights = {k: p.double().flatten().tolist() for k, p in causal_lm.named_parameters()}
-    return {"weights": weights, "grad_norm": float(norm), "loss": loss}
+    return {
+        "weights": weights,
+        "grad_norm": float(norm),
+        "loss": loss,
+        "predicted": predicted,
+        "measured": mean_entropy() - before,
+        "trained": sum(p.numel() for p in trained),
+    }
+
+
+def run_still(split: list[int], micro: int, dtype: str, tokens: int) -> float | None:
+    """The entropy change that is measured where the weights do not move."""
+    e = make_engine(3, dtype=dtype)
+    part = my_part(sequences(sum(split)), split)
+    done = one_update(e, part, micro, Loss(), True, lr=0.0, probe_tokens=tokens)
+    return done.measured(e, make_batch).measured_delta
 
 
 def run_nothing(stage: int) -> dict[str, Any]:

@@ -70,6 +70,14 @@ def of_world(world: int) -> dict:
     }
     tasks["nothing"] = ("nothing", {"stage": 3})
     tasks["outside"] = ("head_outside_a_gather", {})
+    tasks |= {
+        f"still-{dtype}-{tokens}": (
+            "still",
+            {"split": [8] if world == 1 else [3, 5], "micro": 2, "dtype": dtype, "tokens": tokens},
+        )
+        for dtype in ("fp32", "bf16")
+        for tokens in (0, 9)
+    }
     if world == 2:
         tasks |= {f"fails-{rank}": ("fail_together", {"failing": rank}) for rank in (0, 1)}
     if world == 1:
@@ -102,6 +110,9 @@ def test_requirement_1_2_6_7_15_27_same_update(results, case: int) -> None:
         assert got["applied"]
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert got["sums"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["sums"]["predicted"] == pytest.approx(expected["predicted"], rel=1e-4)
+        assert got["measured"] == pytest.approx(expected["measured"], rel=1e-3)
+        assert got["trained"] == expected["trained"]
         # An update moves a weight by up to 1e-2, and with eps 1e-3 linearly in small gradients.
         assert distance(got["weights"], expected["weights"]) < 1e-5
 
@@ -111,10 +122,22 @@ def test_requirement_15_sums_do_not_depend_on_the_cut(results, case: int) -> Non
     """What the metrics, sigma and the conserving scale are made of."""
     (expected,) = results[1][f"one-pass-{CASES[case][3]}"]
     expected = {**expected["sums"], **expected["branches"]}
-    del expected["loss"]  # depends on the aggregation, see above
+    del expected["loss"], expected["predicted"]  # depend on the aggregation, see above
     for got in results[len(CASES[case][0])][f"update-{case}"]:
         sums = {**got["sums"], **got["branches"]}
         assert {k: sums[k] for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_weights_that_do_not_move_change_the_entropy_by_nothing(
+    results, world: int, dtype: str, tokens: int
+) -> None:
+    """Not by a rounding: the loss's pass and the one that measures see the same rows, of the same
+    shapes; of all tokens or a sample, also where a rank has fewer micro-batches.
+    """
+    assert results[world][f"still-{dtype}-{tokens}"] == [0.0] * world
 
 
 @pytest.mark.parametrize("case", [i for i, case in enumerate(CASES) if case[-1]])

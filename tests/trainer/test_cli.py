@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -162,6 +163,16 @@ def test_a_step_is_a_line_with_what_was_promised() -> None:
     assert step_line(3, 20, FIGURES, 65.2) == (
         "step 3/20  reward 0.500  entropy 2.250  phase -0.50  1234 tok/s  ETA 1:05"
     )
+
+
+@pytest.mark.parametrize(("r", "shown"), [(0.916, "dH r +0.92  "), (-0.5, "dH r -0.50  ")])
+def test_a_step_shows_how_well_entropy_changes_were_predicted(r: float, shown: str) -> None:
+    """Once there are steps enough to tell."""
+    name = "entropy/prediction_correlation"
+    without = step_line(3, 20, FIGURES, 65.2)
+    assert step_line(3, 20, {**FIGURES, name: math.nan}, 65.2) == without
+    expected = without.replace("1234 tok/s", f"{shown}1234 tok/s")
+    assert step_line(3, 20, {**FIGURES, name: r}, 65.2) == expected
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_the_page_lists_every_name_and_is_current() -> None:
 
 def update_of(sums: TokenSums, grad_norm: float = 0.5, **more: Any) -> Update:
     branches = BranchSums(*[1.0] * BranchSums.size())
-    return Update(sums, branches, grad_norm, more.pop("reason", ""), None, **more)
+    return Update(sums, branches, grad_norm, more.pop("reason", ""), 1e-3, **more)
 
 
 def test_requirement_11_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
@@ -307,10 +307,10 @@ def test_accuracy_counts_rewards_from_the_threshold_on(success: float, accuracy:
 
 
 def test_token_figures_are_means_over_the_tokens_of_all_updates() -> None:
-    first = TokenSums(3, 0.5, 6.0, 3.0, 1.0, 0.0, 0.3, 1.5)
-    second = TokenSums(1, -0.1, 1.0, 1.4, 0.0, 1.0, 0.1, 2.5)
+    first = TokenSums(3, 0.5, 6.0, 3.0, 1.0, 0.0, 0.3, 1.5, 0.0)
+    second = TokenSums(1, -0.1, 1.0, 1.4, 0.0, 1.0, 0.1, 2.5, 0.0)
     updates = [
-        update_of(first, 0.7, predicted_delta=0.02, measured_delta=-0.01),
+        update_of(first, 0.7),
         update_of(second, math.nan, reason="gradient norm is nan"),
     ]
     figures = update_metrics(updates)
@@ -321,16 +321,21 @@ def test_token_figures_are_means_over_the_tokens_of_all_updates() -> None:
     assert figures["loss/clip_low"] == figures["loss/clip_high"] == 0.25
     assert figures["loss/sampler_kl"] == pytest.approx(0.1)
     assert figures["optim/skipped"] == 1 and math.isnan(figures["optim/grad_norm"])
-    assert figures["entropy/predicted_delta"] == 0.02 and figures["entropy/measured_delta"] == -0.01
-    nothing = update_metrics([update_of(TokenSums(*[0.0] * 8))])
-    assert math.isnan(nothing["entropy/mean"]) and "entropy/measured_delta" not in nothing
+    nothing = update_metrics([update_of(TokenSums(*[0.0] * 9))])
+    assert math.isnan(nothing["entropy/mean"])
 
 
 def test_the_samplers_kl_is_k3_over_the_tokens_that_train() -> None:
     logp, sampler = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, torch.nan])
     zero = torch.zeros(3)
     out = SimpleNamespace(
-        logp=logp, entropy=zero, ratio=zero, clipped=zero.bool(), loss=torch.tensor(0.0)
+        logp=logp,
+        entropy=zero,
+        ratio=zero,
+        clipped=zero.bool(),
+        weight=zero,
+        polarity=zero,
+        loss=torch.tensor(0.0),
     )
     batch = SimpleNamespace(
         token_weight=torch.tensor([1.0, 1.0, 0.0]), advantages=zero, sampler_logp=sampler

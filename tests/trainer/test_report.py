@@ -52,6 +52,45 @@ def test_summary_holds_evaluations_their_change_and_the_last_step() -> None:
     assert "change" not in summary(evaluations[:1], []) and "last_step" not in summary([], [])
 
 
+def delta_rows(count: int) -> list[dict[str, Any]]:
+    """Steps whose entropy changes one prediction ranks right and the other the wrong way."""
+    return [
+        step_row(
+            k,
+            **{
+                "entropy/measured_delta": float(k),
+                "entropy/predicted_delta": float(k**3),
+                "entropy/predicted_delta_instant": -float(k),
+            },
+        )
+        for k in range(1, count + 1)
+    ]
+
+
+def test_summary_and_plot_tell_how_well_entropy_changes_were_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    rows = [*delta_rows(9), step_row(10), step_row(11, **{"entropy/measured_delta": None})]
+    assert summary([], rows)["prediction_correlation"] == {
+        "predicted_delta": pytest.approx(1.0),
+        "predicted_delta_instant": pytest.approx(-1.0),
+    }
+    few = summary([], delta_rows(7))["prediction_correlation"]
+    assert few == {"predicted_delta": None, "predicted_delta_instant": None}
+    titles: list[str] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **_: titles.extend(a.get_title() for a in self.axes)
+    )
+    monkeypatch.setattr("papo.report.os.replace", lambda *_: None)
+    plot(rows, tmp_path / "curves.png")
+    assert [t for t in titles if "entropy change" in t] == [
+        "entropy change of a step (Spearman 1.00)",
+        "entropy change of a step (Spearman -1.00)",
+    ]
+
+
 def test_an_evaluation_of_the_same_label_replaces_the_earlier_one(tmp_path: Path) -> None:
     made = report(tmp_path)
     made.add("after", 5, {**AFTER, "accuracy": 0.9})

@@ -108,6 +108,16 @@ def test_going_on_from_another_runs_checkpoint_leaves_that_run_alone(tmp_path: P
     assert "run.1" in said and marks(tmp_path) == {"run.1": "a", "other": "b"}
 
 
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Such as one without the averages of the entropy prediction."""
+    folder = finished_run(tmp_path / "run", "a")
+    (folder / "trainer.json").write_text(json.dumps({"format": 1, "step": 2}))
+    engine: Any = None  # nothing of it is touched
+    with pytest.raises(PapoError, match="format 1, this version reads 2") as caught:
+        checkpoint.load(folder, engine)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("blocked", ["run", "run/config.yaml"])
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) -> None:
     if blocked == "run":  # a file is in its place

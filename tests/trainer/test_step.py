@@ -1,20 +1,24 @@
-"""The parts of an update that need no engine: the probe's choice of tokens, its two figures."""
+"""An update's figures on a policy that needs no engine: what is predicted, what is measured."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from papo import step
-from papo.batch import TrainingSequence, collate
-from papo.step import Probe, TokenSums, Update
+from papo.batch import TrainingSequence, micro_batches
+from papo.config import OptimConfig
+from papo.step import EntropyProbe, TokenSums, Update, mean_entropy, spread
 from papo.weighting import BranchSums
-from papo_kernels import PolarityWeighting, PolicyLossParams, TokenStats, policy_loss, token_stats
+from papo_kernels import PolarityWeighting, policy_loss, token_stats
+from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
 
-V = 13
+V = VOCABULARY
 
 
 def sequences(*lengths: int) -> list[TrainingSequence]:
@@ -27,105 +31,160 @@ def sequences(*lengths: int) -> list[TrainingSequence]:
     ]
 
 
-def make_batch(part: Any) -> Any:
-    return collate(part, pad_id=0, max_row_tokens=0)
-
-
 def logits_of(n: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.randn(n, V, generator=torch.Generator().manual_seed(seed))
 
 
-def probe_of(part: list[TrainingSequence], tokens: int, **loss: Any) -> tuple[Probe, Any]:
-    """The probe of a micro-batch of `part` with made-up logits, and the loss's output."""
+def sums_of(part: list[TrainingSequence], **loss: Any) -> tuple[TokenSums, Any, Any]:
+    """The sums of a micro-batch of `part` with made-up logits, the batch and the loss's output."""
     batch = make_batch(part)
-    out = policy_loss(
-        logits_of(len(batch.targets)), batch.targets, batch.advantages, batch.token_weight, **loss
-    )
-    return Probe.of(part, batch, out, tokens), out
+    logits = loss.pop("logits", None)
+    if logits is None:
+        logits = logits_of(len(batch.targets))
+    out = policy_loss(logits, batch.targets, batch.advantages, batch.token_weight, **loss)
+    return TokenSums(*TokenSums.of(out, batch).tolist()), batch, out
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (3, 1), (4, 2), (8, 3), (9, 3), (10**9, 3)])
-def test_the_probe_takes_whole_completions_up_to_the_tokens_asked_for(
-    tokens: int, kept: int
-) -> None:
-    part = sequences(3, 2, 3)
-    probe, out = probe_of(part, tokens)
-    n = sum(len(s.response_ids) for s in part[:kept])
-    assert list(probe.sequences) == part[:kept]
-    assert len(probe.live) == len(probe.entropy) == len(probe.predicted) == n
-    assert torch.equal(probe.entropy, out.entropy[:n])
-    assert probe.live.tolist() == [True] * 3 + [False] * (n - 3) if kept < 3 else True
+def bigram(seed: int = 0, **options: Any) -> Bigram:
+    g = torch.Generator().manual_seed(seed)
+    return Bigram(OptimConfig(**options), torch.randn(VOCABULARY, VOCABULARY, generator=g))
+
+
+def weighted(*lengths: int) -> list[TrainingSequence]:
+    """Completions of these lengths that all train, each token with its part of the mean."""
+    return [replace(s, weight=1 / sum(lengths)) for s in sequences(*lengths)]
+
+
+# ---- what is predicted --------------------------------------------------------------------------
 
 
 def test_what_is_predicted_is_weighted_polarity_and_nothing_where_it_is_clipped() -> None:
-    part = sequences(4, 4, 4)
+    part = [replace(s, weight=0.25 * s.weight) for s in sequences(4, 4, 4)]
     batch = make_batch(part)
     logp = token_stats(logits_of(12), batch.targets).logp
     old = logp - torch.tensor([0.6, 0.05, -0.6]).repeat(4)  # ratios: 1.8, 1.05, 0.55
-    probe, out = probe_of(
-        part, 10**9, old_logp=old, weighting=PolarityWeighting(strength=0.5, phase=1.0)
-    )
+    weighting = PolarityWeighting(strength=0.5, phase=1.0)
+    sums, _, out = sums_of(part, old_logp=old, weighting=weighting)
     live = batch.token_weight > 0
     assert out.clipped[live].any() and not out.clipped[live].all()
     assert set(out.weight[live].tolist()) == {0.5, 1.5}
-    expected = torch.where(out.clipped, 0.0, out.weight * out.ratio * batch.advantages)
-    torch.testing.assert_close(probe.predicted, expected * out.unit_polarity)
-    assert probe.predicted[live & ~out.clipped].abs().min() > 0
+    each = out.weight * out.ratio * batch.advantages * out.unit_polarity
+    expected = 0.25 * each[live & ~out.clipped].sum().item()
+    assert sums.predicted == pytest.approx(expected, rel=1e-5) and abs(expected) > 1e-3
 
 
-def test_both_changes_are_means_over_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entropy is measured in evaluation mode, on the probe's own completions."""
-    part = sequences(3, 2, 3)
-    probe, out = probe_of(part, 10**9)
-    after = token_stats(logits_of(8, seed=1), make_batch(part).targets)
-    modes: list[bool] = []
-
-    def stats_of(engine: Any, batch: Any) -> TokenStats:
-        assert modes == [False] and len(batch.targets) == 8
-        return after
-
-    monkeypatch.setattr(step, "stats_of", stats_of)
-    engine = SimpleNamespace(train=modes.append)
-    predicted, measured = probe.deltas(engine, make_batch)
-    live = torch.tensor([True] * 3 + [False] * 2 + [True] * 3)
-    change = (after.entropy - out.entropy)[live].double()
-    assert measured == pytest.approx(change.mean().item())
-    assert predicted == pytest.approx(out.polarity[live].double().mean().item())
-    assert modes == [False, True]
-
-
-def test_without_a_live_token_both_changes_are_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the entropy of a token that does not train became, NaN included."""
-    probe, _ = probe_of(sequences(1, 4), 10**9)
-    probe = Probe(probe.sequences, torch.zeros(5, dtype=torch.bool), probe.entropy, probe.predicted)
-    stats = TokenStats(*[torch.full((5,), torch.nan)] * 4)
-    monkeypatch.setattr(step, "stats_of", lambda engine, batch: stats)
-    engine = SimpleNamespace(train=lambda mode: None)
-    assert probe.deltas(engine, make_batch) == (0.0, 0.0)
-
-
-def test_an_update_without_a_probe_measures_nothing() -> None:
-    done = Update(TokenSums(*[0.0] * 8), BranchSums(*[0.0] * 11), 0.0, "", None)
-    assert done.measured(None, make_batch) is done and done.applied
-    assert not Update(done.sums, done.branches, 0.0, "loss is nan", None).applied
+def test_what_a_token_that_does_not_train_holds_is_not_predicted_from() -> None:
+    part = sequences(3, 2, 3)  # the second has no weight
+    logits = logits_of(8)
+    expected, _, _ = sums_of(part, logits=logits)
+    logits[3:5] = torch.nan
+    assert sums_of(part, logits=logits)[0].predicted == expected.predicted != 0.0
 
 
 def test_the_prediction_is_the_entropy_change_of_a_step_in_logit_space() -> None:
     """Where every token has logits of its own (no shared weights), a small step along the loss's
-    gradient changes the entropy by exactly what the probe predicts, to first order.
+    gradient changes the entropy by exactly what is predicted, to first order; so too where
+    completions weigh differently (`loss.aggregation: sequence`).
     """
-    part = sequences(6, 1, 6)
-    batch = make_batch(part)
+    part = [replace(s, weight=w) for s, w in zip(sequences(6, 1, 6), (0.5, 0.0, 2.0), strict=True)]
     logits = logits_of(13).double().requires_grad_()
-    options = {
-        "params": PolicyLossParams(),
-        "weighting": PolarityWeighting(strength=0.5, phase=-0.7),
-    }
-    out = policy_loss(logits, batch.targets, batch.advantages, batch.token_weight, **options)
+    sums, batch, out = sums_of(
+        part, logits=logits, weighting=PolarityWeighting(strength=0.5, phase=-0.7)
+    )
     out.loss.backward()
-    probe = Probe.of(part, batch, out, 10**9)
     rate = 1e-5
     moved = token_stats(logits.detach() - rate * logits.grad, batch.targets)
-    change = (moved.entropy - out.entropy)[probe.live] / rate
-    torch.testing.assert_close(change, probe.predicted[probe.live], rtol=1e-3, atol=1e-6)
+    change = ((moved.entropy - out.entropy) / rate).detach()[batch.token_weight > 0]
+    assert sums.predicted == pytest.approx(change.sum().item(), rel=1e-3)
     assert change.abs().max() > 0.05
+
+
+def test_the_prediction_is_over_all_tokens_and_not_the_first_micro_batchs() -> None:
+    """Two micro-batches, the second of which weighs more and pulls the other way."""
+    first, second = sequences(5, 5, 5, 5)[::2]
+    first = replace(first, advantage=1.0, weight=0.02)
+    second = replace(second, response_ids=first.response_ids, advantage=-1.0, weight=0.08)
+    alone = run_update(bigram(), [first], micro_batch_size=1).sums.predicted
+    both = run_update(bigram(), [first, second], micro_batch_size=1).sums.predicted
+    assert abs(alone) > 1e-3
+    assert both == pytest.approx(alone - 4 * alone, rel=1e-5)
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, 10**9, 7])
+def test_measured_is_the_change_of_the_mean_entropy_of_the_same_tokens(tokens: int) -> None:
+    """In evaluation mode; of all tokens that train, whose entropy before is the update's own
+    pass's, or of a sample."""
+    part = [replace(s, weight=s.weight / 12) for s in sequences(4, 2, 3, 2, 5, 2)]
+    engine = bigram()
+    size = 2
+    kept = [s for s in part if s.weight]
+    if tokens == 7:  # of 12: 7/12 of three completions, rounded up, at equal distances
+        kept = spread(kept, 7 / 12)
+        assert [s.group for s in kept] == [0, 4]
+    pieces = list(micro_batches(kept, size, count=-(-len(kept) // size)))
+    before = mean_entropy(engine, pieces, make_batch)
+    done = run_update(engine, part, micro_batch_size=size, probe_tokens=tokens)
+    assert done.measured_delta is None
+    engine.evaluated.clear()
+    done = done.measured(engine, make_batch)
+    assert engine.evaluated == [True] * (1 if tokens == 7 else 3)
+    after = mean_entropy(engine, pieces, make_batch)
+    assert done.measured_delta == pytest.approx(after - before, rel=1e-4)
+    assert abs(after - before) > 1e-4
+
+
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_weights_that_do_not_move_change_the_entropy_by_exactly_nothing(tokens: int) -> None:
+    engine = bigram()
+    done = run_update(engine, weighted(4, 2, 3, 2), lr=0.0, micro_batch_size=2, probe_tokens=tokens)
+    assert done.measured(engine, make_batch).measured_delta == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 64, 100])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.125, 0.5, 0.9, 1.0])
+def test_a_sample_is_spread_over_all_of_the_batch(n: int, share: float) -> None:
+    """Every run of micro-batches as long as the distance holds one of the sample."""
+    part = [replace(s, group=i) for i, s in enumerate(sequences(*[1] * n))]
+    chosen = [s.group for s in spread(part, share)]
+    assert len(chosen) == math.ceil(share * n) == len(set(chosen))
+    distance = n / len(chosen)
+    edges = [-distance / 2, *chosen, n - 1 + distance / 2]
+    assert all(b - a <= distance + 1 for a, b in itertools.pairwise(edges))
+    assert spread([], share) == []
+
+
+def test_a_sample_comes_from_every_micro_batch_and_never_the_first_alone() -> None:
+    part = weighted(*[4] * 32)
+    pieces = [part[i : i + 8] for i in range(0, 32, 8)]
+    engine = bigram()
+    probe = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=32)
+    (sampled,) = probe.pieces
+    assert [s.group // 8 for s in sampled] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert probe.entropy == mean_entropy(engine, probe.pieces, make_batch) > 0
+
+
+def test_without_a_token_that_trains_the_entropy_is_0() -> None:
+    """Whatever the entropy of a token that does not train is, NaN included."""
+    engine = SimpleNamespace(
+        train=lambda mode: None, forward=lambda batch: (torch.full((4,), torch.nan),) * 4
+    )
+    assert mean_entropy(engine, [sequences(1, 4)[1:]], make_batch) == 0.0
+
+
+def test_an_update_without_a_probe_measures_nothing() -> None:
+    done = Update(TokenSums(*[0.0] * 9), BranchSums(*[0.0] * 11), 0.0, "", 1e-3)
+    assert done.measured(None, make_batch) is done and done.applied
+    assert done.effect.measured is None
+    skipped = replace(done, reason="loss is nan", probe=EntropyProbe([]))
+    assert not skipped.applied and skipped.measured(None, make_batch) is skipped
+
+
+def test_an_update_that_is_skipped_is_neither_measured_nor_a_step_of_adamws() -> None:
+    engine = bigram()
+    bad = [replace(weighted(4)[0], advantage=math.inf)]
+    done = run_update(engine, bad, probe_tokens=0).measured(engine, make_batch)
+    assert done.reason and done.measured_delta is None
+    assert not engine.adamw.state

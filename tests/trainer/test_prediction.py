@@ -1,0 +1,202 @@
+"""The predicted entropy change: what AdamW makes of it, how it is kept, how well it does."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from papo.batch import TrainingSequence
+from papo.config import OptimConfig
+from papo.prediction import FEWEST, WINDOW, EntropyPrediction, UpdateEffect, rank_correlation
+from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
+
+THROUGH, ALONE = "entropy/predicted_delta", "entropy/predicted_delta_instant"
+MEASURED, CORRELATION = "entropy/measured_delta", "entropy/prediction_correlation"
+
+
+def optim(**options: Any) -> OptimConfig:
+    return OptimConfig(**{"lr": 1e-2, "betas": (0.9, 0.99), "max_grad_norm": 1e9, **options})
+
+
+def effect(
+    instant: float, grad_norm: float = 2.0, lr: float = 0.1, measured: float | None = None
+) -> UpdateEffect:
+    return UpdateEffect(instant, grad_norm, lr, measured)
+
+
+def random_effects(count: int, seed: int = 0) -> list[UpdateEffect]:
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, 2, generator=g, dtype=torch.float64).tolist()
+    return [effect(p, abs(p) + 0.1, 0.1, m) for p, m in rows]
+
+
+# ---- through AdamW ------------------------------------------------------------------------------
+
+
+def test_the_first_update_is_the_rate_times_the_prediction_over_the_gradients_rms() -> None:
+    """Bias correction at k = 1 gives back this gradient and its own norm."""
+    options = optim(eps=1e-2)
+    got = EntropyPrediction(options, 9).observe([effect(0.3, grad_norm=6.0, lr=0.5)])
+    assert got == {THROUGH: pytest.approx(0.5 * 0.3 / (6.0 / 3.0 + 1e-2)), ALONE: 0.3}
+
+
+def test_the_momentum_of_a_constant_series_is_the_series() -> None:
+    prediction = EntropyPrediction(optim(), 4)
+    for _ in range(30):
+        figures = prediction.observe([effect(-0.2, grad_norm=2.0)])
+        assert figures[THROUGH] == pytest.approx(0.1 * -0.2 / 1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("bound", [1e9, 1.5])
+def test_what_adamw_does_to_the_gradient_the_prediction_goes_through(bound: float) -> None:
+    """Where all parameters have one gradient, the prediction of a quantity that is their mean is
+    what AdamW does to it: momentum, both bias corrections, clipping and epsilon, step for step.
+    """
+    options = optim(eps=1e-3, max_grad_norm=bound)
+    weights = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    adamw = torch.optim.AdamW([weights], betas=options.betas, eps=options.eps, weight_decay=0.0)
+    prediction = EntropyPrediction(options, 7)
+    g = torch.Generator().manual_seed(1)
+    clipped = 0
+    for k in range(40):
+        slope, lr = float(torch.randn((), generator=g)), 0.1 / (k + 1)
+        before = weights.detach().mean()
+        weights.grad = torch.full_like(weights, -slope)
+        norm = float(torch.nn.utils.clip_grad_norm_([weights], bound))
+        clipped += norm > bound
+        adamw.param_groups[0]["lr"] = lr
+        adamw.step()
+        moved = float(weights.detach().mean() - before)
+        figures = prediction.observe([effect(slope, norm, lr)])
+        assert figures[THROUGH] == pytest.approx(moved, rel=1e-5, abs=1e-8)
+    assert clipped == 0 if bound > 1e6 else 5 < clipped < 40
+
+
+def test_a_steps_figures_are_sums_over_its_updates() -> None:
+    together, alone = EntropyPrediction(optim(), 4), EntropyPrediction(optim(), 4)
+    effects = random_effects(2)
+    both = together.observe(effects)
+    apart = [alone.observe([e]) for e in effects]
+    for name in (THROUGH, ALONE, MEASURED):
+        assert both[name] == pytest.approx(sum(figures[name] for figures in apart))
+    assert len(together.state_dict()["points"]) == 1  # steps are compared, not updates
+
+
+def test_a_skipped_update_leaves_the_state_as_it_leaves_adamws() -> None:
+    prediction = EntropyPrediction(optim(), 4)
+    prediction.observe(random_effects(3))
+    before = prediction.state_dict()
+    figures = prediction.observe([])
+    assert prediction.state_dict() == before
+    assert math.isnan(figures[THROUGH]) and math.isnan(figures[ALONE])
+    assert math.isnan(figures[MEASURED])
+
+
+def test_a_prediction_that_is_no_number_spoils_no_later_one() -> None:
+    prediction, other = EntropyPrediction(optim(), 4), EntropyPrediction(optim(), 4)
+    figures = prediction.observe([effect(math.nan, measured=0.1)])
+    other.observe([effect(0.0, measured=0.1)])
+    assert math.isnan(figures[ALONE]) and prediction.state_dict()["points"] == []
+    assert prediction.observe([effect(0.5)]) == other.observe([effect(0.5)])
+    json.dumps(prediction.state_dict(), allow_nan=False)
+
+
+# ---- the running correlation --------------------------------------------------------------------
+
+
+def test_what_was_not_measured_has_neither_a_change_nor_a_correlation() -> None:
+    prediction = EntropyPrediction(optim(), 4)
+    for e in random_effects(FEWEST):
+        figures = prediction.observe([e])
+    assert -1.0 <= figures[CORRELATION] <= 1.0
+    assert set(prediction.observe([effect(0.5)])) == {THROUGH, ALONE}
+    assert len(prediction.state_dict()["points"]) == FEWEST
+
+
+def test_correlations_are_of_the_last_steps_and_need_some() -> None:
+    prediction, points = EntropyPrediction(optim(betas=(0.5, 0.9)), 4), []
+    for k, e in enumerate(random_effects(WINDOW + 10), start=1):
+        figures = prediction.observe([e])
+        points.append((figures[THROUGH], figures[ALONE], figures[MEASURED]))
+        through, alone, measured = zip(*points[-WINDOW:], strict=True)
+        if k < FEWEST:
+            assert math.isnan(figures[CORRELATION])
+        else:
+            assert figures[CORRELATION] == rank_correlation(through, measured)
+            assert figures[f"{CORRELATION}_instant"] == rank_correlation(alone, measured)
+    assert figures[CORRELATION] != figures[f"{CORRELATION}_instant"]
+
+
+def test_a_resumed_prediction_is_unbroken_bit_for_bit() -> None:
+    effects = random_effects(WINDOW + 20)
+    unbroken = EntropyPrediction(optim(), 4)
+    expected = [unbroken.observe([e]) for e in effects]
+    first, second = EntropyPrediction(optim(), 4), EntropyPrediction(optim(), 4)
+    got = [first.observe([e]) for e in effects[:60]]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    got += [second.observe([e]) for e in effects[60:]]
+    assert got[FEWEST:] == expected[FEWEST:]  # the first have NaN, which equals nothing
+    assert second.state_dict() == unbroken.state_dict()
+
+
+TIED = [1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 7.0, -4.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("b", "expected"),
+    [
+        ([x**3 for x in TIED], 1.0),
+        ([-math.exp(x) for x in TIED], -1.0),
+        # scipy.stats.spearmanr of the same numbers
+        ([5.0, 1.0, 1.0, 4.0, 9.0, 9.0, 2.0, 0.0, 5.0], 0.436785348634133),
+        ([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0, 5.0], -0.191369475175786),
+    ],
+)
+def test_rank_correlation_with_ties_is_spearmans(b: list[float], expected: float) -> None:
+    assert rank_correlation(TIED, b) == pytest.approx(expected, abs=1e-12)
+    assert rank_correlation(b, TIED) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rank_correlation_leaves_out_what_is_not_finite() -> None:
+    a, b = [*TIED, math.nan, 5.0, math.inf], [*map(float, range(9)), 1.0, math.nan, 2.0]
+    assert rank_correlation(a, b) == rank_correlation(TIED, b[:9])
+    assert math.isnan(rank_correlation(TIED[: FEWEST - 1], b[: FEWEST - 1]))
+    assert math.isnan(rank_correlation([1.0] * 9, b[:9]))
+    assert math.isnan(rank_correlation([], []))
+
+
+# ---- a policy under AdamW -----------------------------------------------------------------------
+
+
+def completions(seed: int) -> list[TrainingSequence]:
+    """Eight of eight tokens, each weighing one 64th."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (8, 9), generator=g).tolist()
+    advantages = torch.randn(8, generator=g).tolist()
+    return [
+        TrainingSequence((i[0],), tuple(i[1:]), (-1.0,) * 8, a, 1 / 64, n)
+        for n, (i, a) in enumerate(zip(ids, advantages, strict=True))
+    ]
+
+
+def test_the_weights_move_by_the_momentum_and_so_does_the_prediction() -> None:
+    """Advantages whose sign alternates, and drifts: gradients point to and fro, what moves the
+    policy is their average. The prediction of this step's gradient alone says less of the entropy
+    change that follows than the same number passed through AdamW.
+    """
+    options = optim(eps=1e-4)
+    start = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    engine = Bigram(options, start)
+    prediction = EntropyPrediction(options, start.numel())
+    for k in range(48):
+        sign = (-1.0) ** k + 0.3 * math.sin(k / 3)
+        part = [replace(s, advantage=sign * s.advantage) for s in completions(k)]
+        done = run_update(engine, part, probe_tokens=0, lr=1e-3).measured(engine, make_batch)
+        figures = prediction.observe([done.effect])
+    assert figures[CORRELATION] > 0.85
+    assert figures[f"{CORRELATION}_instant"] < 0.7

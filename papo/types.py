@@ -18,7 +18,8 @@ class Problem:
             problems.
         messages: the chat, `{"role": ..., "content": ...}` each, before the chat template.
         answer: the reference answer as text.
-        metadata: what the verifier needs besides the answer; survives JSON.
+        metadata: what the verifier needs besides the answer: JSON values, and whatever else a
+            Parquet column holds.
         prompt_ids: the templated prompt's token ids, generation prompt included.
     """
 
@@ -40,7 +41,8 @@ class Completion:
         sampler_logp: the sampler's own log-probability of each id (nats, at the sampling
             temperature).
         truncated: no end-of-sequence id within the token limit.
-        text: the decoded response without special tokens; for verifiers and people only.
+        text: the decoded response without its end-of-sequence token, and without other special
+            tokens where `rollout.skip_special_tokens` says so; for verifiers and people only.
     """
 
     problem: Problem

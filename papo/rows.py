@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +14,6 @@ from papo.errors import PapoError
 
 # A row may carry tests of many MiB; a file without line ends is not to fill the memory.
 _LINE_BYTES = 64 << 20
-_BATCH_ROWS = 1000
 _WANTED = "expected one JSON object a line, or one array of them"
 _FOREIGN = {
     b"PAR1": "a Parquet file: set data.source=parquet",
@@ -58,20 +58,25 @@ def open_rows(config: Any, *, held_out: bool = False) -> Rows:
         config: the config's `data` section, its source not `reasoning_gym`.
 
     Raises:
-        PapoError: the Parquet file or the dataset cannot be opened.
+        PapoError: no such file, or the Parquet file or the dataset cannot be opened.
     """
     what = name_of(config, held_out=held_out)
     if config.source == "huggingface":
         return _dataset(config, config.eval_split if held_out else config.train_split, what)
     path = config.eval_path if held_out else config.train_path
-    return _parquet(path, what) if config.source == "parquet" else Rows(_json_rows(path))
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise PapoError(f"{what}: is a folder: expected a file; data.source=huggingface reads both")
+    if not file.exists():
+        raise PapoError(f"{what}: no such file")
+    return _parquet(file, what) if config.source == "parquet" else Rows(_json_rows(file))
 
 
-def _json_rows(path: str) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(file and line, row) of a file of JSON lines, or (file and item, row) of one JSON array."""
     first = True
     try:
-        with _file(path).open("rb") as file:
+        with path.open("rb") as file:
             _skip_mark(file, path)
             for number in itertools.count(1):
                 line = file.readline(_LINE_BYTES + 1)
@@ -91,14 +96,7 @@ def _json_rows(path: str) -> Iterator[tuple[str, Any]]:
         raise PapoError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _file(path: str) -> Path:
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise PapoError(f"{path}: is a folder: expected a file; data.source=huggingface reads both")
-    return file
-
-
-def _skip_mark(file: BinaryIO, path: str) -> None:
+def _skip_mark(file: BinaryIO, path: Path) -> None:
     """Past UTF-8's byte-order mark, and no further into what is no UTF-8 at all."""
     head = file.read(4)
     foreign = next((name for mark, name in _FOREIGN.items() if head.startswith(mark)), None)
@@ -107,8 +105,8 @@ def _skip_mark(file: BinaryIO, path: str) -> None:
     file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
 
 
-def _array_rows(content: bytes, path: str) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(_parsed(content, path), start=1):
+def _array_rows(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_parsed(content, str(path)), start=1):
         yield f"{path} item {number}", row
 
 
@@ -127,45 +125,32 @@ def _parsed(content: bytes, where: str) -> Any:
         raise PapoError(f"{where}: not JSON that can be read: {error}") from error
 
 
-def _parquet(path: str, what: str) -> Rows:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        file = ParquetFile(_file(path))
-    except (OSError, ArrowException) as error:
-        raise PapoError(f"{what}: cannot be read as Parquet: {_reason(error)}") from error
-    return Rows(_arrow_rows(file.iter_batches(batch_size=_BATCH_ROWS), what), file.schema_arrow)
+def _parquet(file: Path, what: str) -> Rows:
+    # Streamed: a copy in the cache would be worth nothing for a file that is here.
+    return _loaded(
+        what,
+        lambda datasets: datasets.load_dataset(
+            "parquet", data_files=glob.escape(str(file)), split="train", streaming=True
+        ),
+    )
 
 
 def _dataset(config: Any, split: str, what: str) -> Rows:
-    """A split of a dataset: a folder, saved or of files, or the hub's.
-
-    The rows stay in Arrow files that are mapped into memory; columns nobody asked for, such as
-    images, are not decoded.
-    """
-    import datasets
-
-    folder = Path(config.dataset).expanduser()
+    """A split of a dataset: a folder, saved or of files, or the hub's."""
+    name = config.dataset
+    folder = Path(name).expanduser()
     if folder.is_file():
         raise PapoError(
-            f"{what}: a file: give it as data.train_path with data.source=jsonl or parquet"
+            f"{what}: is a file: give it as data.train_path with data.source=jsonl or parquet"
         )
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            found = _saved(datasets.load_from_disk(str(folder)), split)
-        else:
-            path = str(folder) if folder.is_dir() else config.dataset
-            found = datasets.load_dataset(path, config.dataset_config, split=split)
-        rows = found.with_format("arrow")
-    except Exception as error:  # no network, no such dataset, split or config, and more
-        raise PapoError(f"{what}: cannot be loaded: {_reason(error)}") from error
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
-    return Rows(_arrow_rows(rows.iter(batch_size=_BATCH_ROWS), what), rows.features.arrow_schema)
+    if not folder.exists() and name.startswith((".", "~", "/")):
+        raise PapoError(f"{what}: no such folder; expected a folder or a hub id")
+    if any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        return _loaded(what, lambda datasets: _saved(datasets.load_from_disk(str(folder)), split))
+    path = str(folder) if folder.is_dir() else name
+    return _loaded(
+        what, lambda datasets: datasets.load_dataset(path, config.dataset_config, split=split)
+    )
 
 
 def _saved(found: Any, split: str) -> Any:
@@ -179,19 +164,37 @@ def _saved(found: Any, split: str) -> Any:
     return found[split]
 
 
-def _arrow_rows(batches: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
+def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
+    """What `load`, given the library, returns; its rows stay in Arrow files mapped into memory."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    media = (datasets.Image, datasets.Audio, datasets.Video)
+    try:
+        found = load(datasets)
+        for name, feature in found.features.items():
+            if isinstance(feature, media):  # nobody asked for them, and decoders may be missing
+                found = found.cast_column(name, type(feature)(decode=False))
+    except Exception as error:  # no network, no such dataset, split or config, and more
+        raise PapoError(f"{what}: cannot be loaded: {_reason(error)}") from error
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+    return Rows(_numbered(found, what), found.features.arrow_schema)
+
+
+def _numbered(found: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{what} row {number}", row
-    except PapoError:
-        raise
+        for number, row in enumerate(found, start=1):
+            yield f"{what} row {number}", row
     except Exception as error:  # a damaged file shows only where it is damaged
         raise PapoError(f"{what}: cannot be read after row {number}: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of `error`, and of what caused it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    reason = lines[0] if lines else type(error).__name__
+    return reason if error.__cause__ is None else f"{reason}: {_reason(error.__cause__)}"

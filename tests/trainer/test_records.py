@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import yaml
 
 from papo import rows
 from papo.config import load_config
@@ -332,3 +333,14 @@ def test_options_are_checked_before_anything_is_read(tmp_path, overrides, expect
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "run.yaml", data)
     assert expected in str(caught.value)
+
+
+def test_every_config_on_the_page_about_data_is_valid():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    sections = [block["data"] for block in blocks]
+    assert len(sections) > 5
+    for section in sections:
+        DataConfig(
+            **({"source": "jsonl", "train_path": "x"} if "source" not in section else {}), **section
+        )

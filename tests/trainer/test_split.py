@@ -1,4 +1,4 @@
-"""Which problems are the same, what of them is dropped, and on which side of the split they come."""
+"""Which problems are the same, what of them is dropped, and on which side of the split they are."""
 
 from __future__ import annotations
 

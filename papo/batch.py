@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from papo.types import KeptIds
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class TrainingSequence:
 
     `weight` is the token weight (mask times normaliser of the aggregation) of each of its tokens,
     `old_logp` and `ref_logp` are `[len(response_ids)]` float32 or None, and so is `factor`, which
-    multiplies the advantage token by token.
+    multiplies the advantage token by token. `kept` has the ids that top-k and top-p left to draw
+    each token from, None where neither was on.
     """
 
     prompt_ids: tuple[int, ...]
@@ -35,6 +38,7 @@ class TrainingSequence:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     factor: Tensor | None = None
+    kept: KeptIds | None = None
 
 
 # Contributes exactly nothing: for ranks that have nothing to do where others have. It holds what
@@ -48,6 +52,7 @@ IDLE = TrainingSequence(
     group=-1,
     old_logp=torch.zeros(1),
     ref_logp=torch.zeros(1),
+    kept=KeptIds(torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)),
 )
 
 
@@ -65,6 +70,8 @@ class MicroBatch:
         old_logp, ref_logp: float32 [N] or None.
         factor: float32 [N] or None, polarity weights that `advantages` already contain
             (weighting.source: rollout).
+        keep_offsets: int64 [N + 1] or None, keep_ids: int64 [nnz] or None: what top-k and top-p
+            kept for each token, as `papo_kernels.KeepSet` has it.
     """
 
     input_ids: Tensor
@@ -78,6 +85,8 @@ class MicroBatch:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     factor: Tensor | None = None
+    keep_offsets: Tensor | None = None
+    keep_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
@@ -194,6 +203,19 @@ def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
         "old_logp": per_token([s.old_logp for s in sequences]),
         "ref_logp": per_token([s.ref_logp for s in sequences]),
         "factor": factor,
+        **_kept_tensors([s.kept for s in sequences]),
+    }
+
+
+def _kept_tensors(kept: Sequence[KeptIds | None]) -> dict[str, Tensor]:
+    """`keep_offsets` and `keep_ids`, or neither where the sampler cut nothing away."""
+    parts = [k for k in kept if k is not None]
+    if not parts:
+        return {}
+    counts = torch.cat([k.counts for k in parts])
+    return {
+        "keep_offsets": nn.functional.pad(counts.cumsum(0), (1, 0)),
+        "keep_ids": torch.cat([k.ids for k in parts]).to(torch.int64),
     }
 
 

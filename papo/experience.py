@@ -145,6 +145,7 @@ def to_sequences(groups: Sequence[ScoredGroup]) -> list[TrainingSequence]:
             advantage=advantage,
             weight=1.0,
             group=g,
+            kept=c.kept,
         )
         for g, group in enumerate(groups)
         for c, advantage, used in zip(group.completions, group.advantages, group.used, strict=True)

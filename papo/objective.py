@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from papo_kernels import (
+    KeepSet,
     PolarityWeighting,
     PolicyLossOutput,
     PolicyLossParams,
@@ -83,11 +84,16 @@ class Head(nn.Module):
         tokens: Mapping[str, Any] | None,
         params: PolicyLossParams | None,
         weighting: PolarityWeighting | None,
+        keep: tuple[Tensor, Tensor] | None = None,
     ) -> TokenStats | PolicyLossOutput:
-        """The statistics, or with `tokens` (the loss's per-token inputs by name) the loss."""
+        """The statistics, or with `tokens` (the loss's per-token inputs by name) the loss.
+
+        `keep`: offsets and ids of the `KeepSet` that the sampler drew from, None for all ids.
+        """
         projection: Any = self._projection[0]
         options = {
             "bias": getattr(projection, "bias", None),
+            "keep": None if keep is None else KeepSet(*keep),
             **self._options.arguments(hidden),
         }
         if tokens is None:
@@ -123,7 +129,7 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         tokens: Mapping[str, Any] | None = None,
         params: PolicyLossParams | None = None,
         weighting: PolarityWeighting | None = None,
@@ -136,10 +142,20 @@ class Policy(nn.Module):
             use_cache=False,
         ).last_hidden_state
         selected = hidden.flatten(0, 1).index_select(0, batch["logit_index"])
-        return self.head(selected, batch["targets"], tokens, params, weighting)
+        cut = batch["keep_offsets"] is not None
+        keep = (batch["keep_offsets"], batch["keep_ids"]) if cut else None
+        return self.head(selected, batch["targets"], tokens, params, weighting, keep)
 
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "logit_index", "targets")
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "logit_index",
+    "targets",
+    "keep_offsets",
+    "keep_ids",
+)
 LOSS_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp")
 
 

@@ -58,9 +58,10 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs, entropy and polarity are all taken at it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; 1 is off."""
+    """Nucleus sampling; 1 is off. Log-probs, entropy and polarity are those of what it leaves,
+    renormalised, in sampling and in training."""
     top_k: NonNegative = 0
-    """Sample from the k likeliest tokens; 0 is off."""
+    """Sample from the k likeliest tokens; 0 is off. As for `top_p`, training sees the same k."""
     batch_size: NonNegative = 0
     """Sequences per generate call and rank; 0 samples all at once."""
     skip_special_tokens: bool = True

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RewardStatus = Literal["ok", "error", "timeout", "invalid"]
 
@@ -30,6 +33,18 @@ class Problem:
     prompt_ids: tuple[int, ...]
 
 
+class KeptIds(NamedTuple):
+    """What top-k and top-p left to draw each token of a completion from, as compressed rows.
+
+    Attributes:
+        counts: int64 [T] on the CPU, ids kept for each of the T sampled tokens.
+        ids: int32 [sum of counts] on the CPU, token by token, the sampled id among its own.
+    """
+
+    counts: Tensor
+    ids: Tensor
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled answer, token ids exactly as the sampler drew them: they are never decoded and
@@ -38,11 +53,13 @@ class Completion:
     Attributes:
         problem: what was asked.
         response_ids: sampled ids, the end-of-sequence id included where it was sampled.
-        sampler_logp: the sampler's own log-probability of each id (nats, at the sampling
-            temperature).
+        sampler_logp: the sampler's own log-probability of each id (nats), in the distribution it
+            was drawn from: at the sampling temperature, renormalised over what top-k and top-p
+            kept.
         truncated: no end-of-sequence id within the token limit.
         text: the decoded response without its end-of-sequence token, and without other special
             tokens where `rollout.skip_special_tokens` says so; for verifiers and people only.
+        kept: the ids that top-k and top-p kept; None where neither was on.
     """
 
     problem: Problem
@@ -50,6 +67,7 @@ class Completion:
     sampler_logp: tuple[float, ...]
     truncated: bool
     text: str
+    kept: KeptIds | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from papo.types import Completion, Problem
+from papo.types import Completion, KeptIds, Problem
 from papo_kernels import token_stats
 
 
@@ -50,13 +50,20 @@ class _Draw(LogitsProcessor):
     fifth of the time of a CPU rollout. One uniform number per row and the cumulative distribution
     do the same. The token is known here, so its log-probability is read from the same logits.
 
+    Args:
+        params: of the sampling.
+        eos_ids: a row that has drawn one of them has ended; what it still draws is dropped.
+
     Attributes:
-        logp: float32 [B] per step, log-probability of the drawn tokens at the sampling temperature,
-            before top-k and top-p.
+        logp: float32 [B] per step, log-probability of the drawn tokens in the distribution they
+            were drawn from.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, eos_ids: Sequence[int]) -> None:
         self._temperature = params.temperature
+        self._eos = eos_ids
+        self._ended: Tensor | None = None
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._cuts: list[LogitsProcessor] = []
         if params.top_k:
             self._cuts.append(TopKLogitsWarper(params.top_k))
@@ -65,14 +72,39 @@ class _Draw(LogitsProcessor):
         self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens = scores.argmax(-1) if self._temperature == 0 else self._drawn(input_ids, scores)
-        self.logp.append(token_stats(scores, tokens, temperature=self._temperature or 1.0).logp)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-    def _drawn(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores / self._temperature
+        if self._temperature:
+            scores = scores / self._temperature
         for cut in self._cuts:
             scores = cut(input_ids, scores)
+        tokens = scores.argmax(-1) if self._temperature == 0 else self._drawn(scores)
+        self.logp.append(token_stats(scores, tokens).logp)
+        if self._cuts:
+            self._keep(scores, tokens)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def _keep(self, scores: Tensor, tokens: Tensor) -> None:
+        """Note which ids the cuts left to rows that go on, and which rows this step ends."""
+        kept = scores > -torch.inf
+        # A row of NaN keeps nothing, but what it drew is always among its own.
+        kept.scatter_(1, tokens[:, None], True)
+        if self._ended is not None:
+            kept &= ~self._ended[:, None]
+        self._kept.append((kept.sum(1).cpu(), kept.nonzero()[:, 1].to("cpu", torch.int32)))
+        ends = torch.isin(tokens, torch.tensor(self._eos, device=tokens.device))
+        self._ended = ends if self._ended is None else self._ended | ends
+
+    def kept(self, lengths: Sequence[int]) -> list[KeptIds | None]:
+        """Each row's kept ids of its first `lengths[row]` steps; None without top-k and top-p."""
+        if not self._cuts:
+            return [None] * len(lengths)
+        counts = torch.stack([c for c, _ in self._kept])
+        parts = [ids.split(c.tolist()) for c, ids in self._kept]
+        return [
+            KeptIds(counts[:n, row].clone(), torch.cat([parts[t][row] for t in range(n)]))
+            for row, n in enumerate(lengths)
+        ]
+
+    def _drawn(self, scores: Tensor) -> Tensor:
         # float64, so that rounding takes no token's probability away.
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
@@ -153,7 +185,7 @@ class HFSampler:
             mask[i, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         cache = self._prefill(model, ids, mask, copies)
-        draw = _Draw(params)
+        draw = _Draw(params, self._eos)
         out = model.generate(
             input_ids=ids.repeat_interleave(copies, 0),
             attention_mask=mask.repeat_interleave(copies, 0),
@@ -166,9 +198,11 @@ class HFSampler:
         )[:, width:]
         # generate may have looked a few tokens further than it returns.
         logp = torch.stack(draw.logp[: out.shape[1]], dim=1)
+        responses = [self._until_the_end(row) for row in out.tolist()]
+        kept = draw.kept([len(ids) for ids in responses])
         return [
             self._completion(problems[i // copies], *row)
-            for i, row in enumerate(zip(out.tolist(), logp.tolist(), strict=True))
+            for i, row in enumerate(zip(responses, logp.tolist(), kept, strict=True))
         ]
 
     @staticmethod
@@ -191,16 +225,22 @@ class HFSampler:
                 cache.batch_repeat_interleave(copies)
         return cache
 
-    def _completion(self, problem: Problem, ids: list[int], logp: list[float]) -> Completion:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
-        kept = ids if end is None else ids[:end]
-        text_ids = kept if end is None else kept[:-1]
+    def _until_the_end(self, ids: list[int]) -> list[int]:
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), len(ids))
+        return ids[:end]
+
+    def _completion(
+        self, problem: Problem, ids: list[int], logp: list[float], kept: KeptIds | None
+    ) -> Completion:
+        truncated = ids[-1] not in self._eos
+        text_ids = ids if truncated else ids[:-1]
         return Completion(
             problem=problem,
-            response_ids=tuple(kept),
-            sampler_logp=tuple(logp[: len(kept)]),
-            truncated=end is None,
+            response_ids=tuple(ids),
+            sampler_logp=tuple(logp[: len(ids)]),
+            truncated=truncated,
             text=self._tokenizer.decode(text_ids, skip_special_tokens=self._skip_special),
+            kept=kept,
         )
 
 

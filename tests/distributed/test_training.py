@@ -191,14 +191,15 @@ def test_sigterm_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) ->
 
 
 def two_rank_config(folder: Path, tiny: Path) -> Path:
-    """Dynamic sampling, two updates per rollout and a KL term: everything that makes ranks differ
-    in what they do.
+    """Dynamic sampling, two updates per rollout, a KL term and kept ids: everything that makes
+    ranks differ in what they do.
     """
     return config(
         folder,
         tiny,
         method="dapo",
         steps=3,
+        rollout={"top_p": 0.8},
         loss={"kl_coef": 0.05},
         optim={"lr": 1e-3, "micro_batch_size": 3, "updates_per_rollout": 2},
         dynamic_sampling={"max_rounds": 3},
@@ -232,6 +233,8 @@ def test_requirement_3_6_7_two_ranks(two_ranks) -> None:
     sampled = [r["rollout/rounds"] for r in steps]
     assert len(rows(folder, "completions.jsonl")) == sum(sampled) * 4 * 4
     assert all(r["optim/skipped"] == 0 for r in steps)
+    # Over the whole vocabulary it would be some 0.2, which top_p cuts away from the sampler.
+    assert all(abs(r["loss/sampler_kl"]) < 0.01 for r in steps)
     # Requirement 3: evaluated before the first training step, through the same gather.
     evaluations = json.loads((folder / "run" / "summary.json").read_text())["evaluations"]
     assert [(e["label"], e["step"], e["problems"]) for e in evaluations] == [

@@ -14,9 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from papo.data import ProblemSource
 from papo.data_options import DataConfig
 from papo.prompts import PromptEncoder
-from papo.rollout import HFSampler
+from papo.rollout import HFSampler, SamplingParams
 from papo.types import Problem
-from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
+from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer, small_llama
 
 QUESTION = ({"role": "user", "content": "2+2?"},)
 THINKING = CHAT_TEMPLATE.replace(
@@ -143,11 +143,18 @@ def test_long_messages_that_the_template_shortens_are_kept():
     assert PromptEncoder(tokenizer, 3).encode((long, *QUESTION)) is None
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_special_tokens_in_a_completions_text_are_an_option(skip):
+def test_special_tokens_in_a_completions_text_are_an_option():
     """Reward functions may look for such tokens; the end of the sequence is never among them."""
     tokenizer = build_tokenizer()
-    ids = [*tokenizer("4")["input_ids"], *tokenizer.convert_tokens_to_ids([START, END])]
-    sampler = HFSampler(tokenizer, [tokenizer.eos_token_id], 0, skip_special_tokens=skip)
-    completion = sampler._completion(Problem(0, QUESTION, "4", {}, (1,)), ids, [0.0] * 3)
-    assert completion.text == ("4" if skip else f"4{START}")
+    model = small_llama(0, vocab_size=len(tokenizer)).eval()
+    end = tokenizer.eos_token_id
+    problem = Problem(0, QUESTION, "4", {}, tuple(tokenizer("2+2?")["input_ids"]))
+    texts = {}
+    for skip in (True, False):
+        sampler = HFSampler(tokenizer, [end], end, skip_special_tokens=skip)
+        found = sampler.sample(model, [problem], 32, SamplingParams(24), seed=0)
+        texts[skip] = [c.text for c in found]
+    assert any(not c.truncated for c in found)
+    assert any(START in text for text in texts[False])
+    assert not any(END in text for text in texts[False])
+    assert [text.replace(START, "").replace("<unk>", "") for text in texts[False]] == texts[True]

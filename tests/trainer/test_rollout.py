@@ -38,12 +38,19 @@ def sample(model, copies: int, params: SamplingParams, seed: int = 0) -> list[Co
     return sampler.sample(model, problems(), copies, params, seed)
 
 
-def true_logp(model, completion: Completion, temperature: float) -> torch.Tensor:
+def true_logp(model, completion: Completion, params: SamplingParams) -> torch.Tensor:
+    """float64 [T, V]: the distributions that the tokens are drawn from, by their definition."""
     prompt, response = completion.problem.prompt_ids, completion.response_ids
     with torch.no_grad():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    logp = torch.log_softmax(logits.double() / temperature, -1)
-    return logp[range(len(response)), list(response)]
+    logits = logits.double() / params.temperature
+    order = logits.argsort(-1, descending=True)
+    ranked = logits.gather(-1, order)
+    if params.top_k:
+        ranked[:, params.top_k :] = -torch.inf
+    before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
+    ranked[before >= params.top_p] = -torch.inf
+    return torch.empty_like(logits).scatter_(-1, order, ranked.log_softmax(-1))
 
 
 @pytest.mark.parametrize("batch_size", [0, 6, 3, 1])
@@ -53,8 +60,8 @@ def true_logp(model, completion: Completion, temperature: float) -> torch.Tensor
 def test_requirement_28_29_sampler_logp_is_the_models_at_the_temperature(
     model, batch_size, params
 ) -> None:
-    """Prompts of other lengths in the same call, shared prefixes and truncated sampling leave it
-    unchanged.
+    """Prompts of other lengths in the same call and shared prefixes leave it unchanged, and with
+    top-k and top-p it is that of the distribution they leave.
     """
     from dataclasses import replace
 
@@ -62,8 +69,26 @@ def test_requirement_28_29_sampler_logp_is_the_models_at_the_temperature(
     assert [c.problem.uid for c in completions] == [g for g in range(4) for _ in range(4)]
     for c in completions:
         assert len(c.sampler_logp) == len(c.response_ids)
-        expected = true_logp(model, c, params.temperature)
+        expected = true_logp(model, c, params)[range(len(c.response_ids)), list(c.response_ids)]
         assert torch.tensor(c.sampler_logp).double().allclose(expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}], ids=["k", "p", "both"]
+)
+def test_the_ids_that_top_k_and_top_p_kept_come_with_every_token(model, cut) -> None:
+    params = SamplingParams(12, 2.0, **cut)
+    completions = sample(model, 16, params)
+    assert any(not c.truncated for c in completions)
+    for c in completions:
+        assert c.kept is not None and len(c.kept.counts) == len(c.response_ids)
+        rows = c.kept.ids.split(c.kept.counts.tolist())
+        expected = [row.nonzero().flatten() for row in true_logp(model, c, params) > -torch.inf]
+        assert [r.tolist() for r in rows] == [e.tolist() for e in expected]
+
+
+def test_sampling_from_the_whole_distribution_keeps_no_ids(model) -> None:
+    assert all(c.kept is None for c in sample(model, 2, SamplingParams(4)))
 
 
 def test_completions_end_at_the_first_eos_and_truncation_is_known(model) -> None:

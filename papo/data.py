@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,15 @@ class ProblemSource:
     def __init__(self, config: Any, tokenizer: Any, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._epoch: tuple[int, list[int]] | None = None
+        self._epoch: tuple[int, list[tuple[int, _Item]]] | None = None
         self.dropped_long = self.dropped_equal = self.dropped_held_out = self.other_answers = 0
         self._encoder = PromptEncoder(
             tokenizer, config.max_prompt_tokens, config.chat_template_args
         )
         generated = config.source == "reasoning_gym"
-        self._held_out, self._train = self._generated() if generated else self._read()
+        held_out, train = self._generated() if generated else self._read()
+        self._held_out = list(enumerate(held_out))
+        self._train = list(enumerate(train, start=len(held_out)))
         if self.dropped_long:
             log.warning(
                 "%d prompts of more than data.max_prompt_tokens=%d tokens dropped",
@@ -91,7 +93,19 @@ class ProblemSource:
 
     def held_out(self) -> list[Problem]:
         """The problems that are never trained on, always in the same order."""
-        return [item.problem(uid) for uid, item in enumerate(self._held_out)]
+        return [item.problem(uid) for uid, item in self._held_out]
+
+    def drop(self, uids: Collection[int]) -> None:
+        """Leave problems out, of training and of the evaluation.
+
+        Raises:
+            PapoError: none is left to train on.
+        """
+        self._held_out = [pair for pair in self._held_out if pair[0] not in uids]
+        self._train = [pair for pair in self._train if pair[0] not in uids]
+        self._epoch = None
+        if not self._train:
+            raise PapoError(f"all training problems are among the {len(uids)} that were dropped")
 
     def batch(self, cursor: int, n: int) -> list[Problem]:
         """Training problems number `cursor` to `cursor + n - 1` of an endless sequence of
@@ -100,14 +114,11 @@ class ProblemSource:
 
     def _at(self, position: int) -> Problem:
         epoch, index = divmod(position, len(self._train))
-        first = len(self._held_out)
         if self._epoch is None or self._epoch[0] != epoch:
-            order = sorted(
-                range(len(self._train)), key=lambda i: _digest(self._seed, epoch, first + i)
-            )
+            order = sorted(self._train, key=lambda pair: _digest(self._seed, epoch, pair[0]))
             self._epoch = (epoch, order)
-        chosen = self._epoch[1][index]
-        return self._train[chosen].problem(first + chosen)
+        uid, item = self._epoch[1][index]
+        return item.problem(uid)
 
     def _generated(self) -> tuple[list[_Item], list[_Item]]:
         """Held-out problems first, so that `train_size` does not change them."""

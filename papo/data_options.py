@@ -134,7 +134,8 @@ class RewardConfig(Section):
     verifier: Annotated[
         str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
     ] = "auto"
-    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact`, or your own
+    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
+    what is equal to each), or your own
     `package.module:function` called as (answer text, reference answer, metadata) and returning a
     float, or None to mask the completion."""
     extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
@@ -142,6 +143,13 @@ class RewardConfig(Section):
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Built-in verifiers: the reward is 1 where the score exceeds this, else 0 (reasoning-gym gives
     partial credit). What your own function returns is the reward."""
+    success: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Reward from which a completion counts as right in `reward/accuracy`, held-out accuracy and
+    pass@k. It changes no reward. Lower it where your own function gives less than 1 for a right
+    answer."""
+    on_bad_reference: Literal["error", "drop", "keep"] = "error"
+    """Where a reference answer cannot be read, or would not score 1 as a completion, by a built-in
+    verifier: stop before the model is loaded, drop the problem, or keep it. All are listed."""
     timeout_s: PositiveFloat = 5.0
     """Seconds a completion may take before its worker is killed and it scores 0."""
     workers: Positive = 2
@@ -149,7 +157,7 @@ class RewardConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Accuracy on the held-out problems."""
+    """Accuracy and mean reward on the held-out problems."""
 
     before: bool = True
     """Evaluate before the first step."""

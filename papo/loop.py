@@ -83,7 +83,7 @@ class Loop:
         updates = self._updates(experience.to_sequences(collected.groups), phase, clock)
         self.step += 1
         metrics = {
-            **rollout_metrics(collected),
+            **rollout_metrics(collected, config.reward.success),
             **update_metrics(updates),
             **s.weighting.metrics(phase),
             "phase/phi": phase,

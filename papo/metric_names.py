@@ -18,7 +18,9 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("", "Mean reward of everything sampled, masked rows left out."),
     "reward/std": Metric("", "Standard deviation of the same rewards."),
-    "reward/accuracy": Metric("share", "Completions with reward 1."),
+    "reward/accuracy": Metric(
+        "share", "Completions with a reward of `reward.success` or more, masked ones left out."
+    ),
     "reward/zero_spread_groups": Metric(
         "share",
         "Groups whose rewards are all equal (largest minus smallest <= 1e-6): advantages 0, "
@@ -127,10 +129,17 @@ METRICS: dict[str, Metric] = {
         "GiB", "Peak accelerator memory of the largest rank so far; absent on a CPU."
     ),
     "eval/accuracy": Metric(
-        "share", "Held-out problems: mean over problems and samples at temperature 1."
+        "share",
+        "Held-out problems: samples at temperature 1 with a reward of `reward.success` or more, "
+        "masked ones left out, as in all that follow.",
     ),
     "eval/pass_at_k": Metric("share", "Held-out problems solved by at least one of the samples."),
     "eval/greedy": Metric("share", "Held-out problems solved by greedy decoding."),
+    "eval/reward": Metric("", "Mean reward of the samples."),
+    "eval/reward_greedy": Metric("", "Mean reward of greedy decoding."),
+    "eval/invalid": Metric(
+        "", "Held-out completions, samples and greedy ones, whose verifier returned None or NaN."
+    ),
     "eval/truncated": Metric("share", "Held-out samples that ran into `rollout.max_new_tokens`."),
 }
 

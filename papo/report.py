@@ -17,6 +17,8 @@ _COLUMNS = {
     "accuracy": "accuracy",
     "pass_at_k": "pass@k",
     "greedy": "greedy",
+    "reward": "reward",
+    "reward_greedy": "greedy reward",
     "truncated": "truncated",
 }
 

@@ -12,208 +12,58 @@ torch at its top.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
-import math
 import multiprocessing
-import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as DeadlineError
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from papo.errors import PapoError
-from papo.types import Completion, Reward, RewardStatus
+from papo.types import Completion, Problem, Reward
+from papo.verifiers import (
+    BUILT_IN,
+    COMPARING,
+    SHOWN_CHARACTERS,
+    Judge,
+    Task,
+    Verdict,
+    judge,
+    judge_reference,
+    load_verifier,
+)
 
 if TYPE_CHECKING:
     from papo.config import RewardConfig
 
 log = logging.getLogger(__name__)
 
-Verifier = Callable[[str, str, Mapping[str, Any]], "float | None"]
-
-# A minus after a digit, a letter or a closing bracket is a subtraction, not a sign.
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])[-\u2212])?"
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?:[eE][-+]?[0-9]+)?"
-)
 _SHOWN_IN_FULL = 3  # failures of each kind that are logged with their text
-_SHOWN_CHARACTERS = 200
 _POOL_STARTS = 3
 _POLL_SECONDS = 0.5
 _ORPHAN_SECONDS = 2.0
 
 
-def extract(text: str, how: str) -> str | None:
-    """The answer in a completion.
+class BadReference(NamedTuple):
+    """A problem whose reference answer is not right by its own verifier."""
 
-    `how` is `last_number`, `boxed` (the last one's argument), `last_line` or `none` (all of it).
-    Numbers lose their thousands separators. None where there is no such part.
-
-    Raises:
-        ValueError: an unknown `how`.
-    """
-    if how == "none":
-        return text.strip()
-    if how == "last_line":
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else None
-    if how == "last_number":
-        numbers = _NUMBER.findall(text)
-        return numbers[-1].replace(",", "").replace("\u2212", "-") if numbers else None
-    if how == "boxed":
-        return _last_boxed(text)
-    raise ValueError(f"how: expected last_number, boxed, last_line or none, got {how!r}")
-
-
-def _last_boxed(text: str) -> str | None:
-    opening = "\\boxed{"
-    start = text.rfind(opening)
-    if start < 0:
-        return None
-    begin, depth = start + len(opening), 1
-    for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[begin:i].strip()
-    return None
-
-
-@lru_cache(maxsize=8)
-def _reasoning_gym_dataset(name: str, params: str) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(params))
-
-
-def _score_reasoning_gym(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    """reasoning-gym's own score, which may give partial credit and depend on the parameters.
-
-    `metadata` has the `dataset`'s name, its `params` and the problem's `entry`.
-    """
-    params = json.dumps(metadata["params"], sort_keys=True)
-    dataset = _reasoning_gym_dataset(metadata["dataset"], params)
-    return float(dataset.score_answer(text, metadata["entry"]))
-
-
-def _score_math_verify(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    """1 where the answers are equal to sympy; the reference may be plain, LaTeX or boxed."""
-    from math_verify import parse, verify
-
-    # Its own timeouts use SIGALRM, which works in the main thread only; the pool's replace them.
-    is_math = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
-    gold = parse(answer if is_math else f"${answer}$", parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"the reference answer {answer!r} cannot be parsed")
-    return float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
-
-
-def _score_exact(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    """1 where the extracted text is the reference answer, character for character."""
-    return float(text.strip() == answer.strip())
-
-
-_BUILT_IN: dict[str, Verifier] = {
-    "reasoning_gym": _score_reasoning_gym,
-    "math_verify": _score_math_verify,
-    "exact": _score_exact,
-}
-
-
-def choose_verifier(name: str, source: str) -> str:
-    """The verifier `auto` stands for: the data source's own."""
-    if name != "auto":
-        return name
-    return "reasoning_gym" if source == "reasoning_gym" else "math_verify"
-
-
-@lru_cache(maxsize=8)
-def load_verifier(name: str) -> Verifier:
-    """A built-in verifier, or the user's `package.module:function`.
-
-    The user's function is called as `function(text, answer, metadata)`: the extracted part of the
-    completion, the reference answer and the problem's metadata. Its value is the reward as it is,
-    without a threshold; None or NaN masks the completion.
-
-    Raises:
-        PapoError: no such verifier, module or function.
-    """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        known = ", ".join(_BUILT_IN)
-        raise PapoError(
-            f"reward.verifier={name!r}: expected auto, {known}, or package.module:function"
-        )
-    try:
-        verifier = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PapoError(f"reward.verifier={name!r}: {error}") from error
-    if not callable(verifier):
-        raise PapoError(
-            f"reward.verifier={name!r}: {attribute} is a {type(verifier).__name__}, not a function"
-        )
-    found: Verifier = verifier
-    return found
-
-
-class Task(NamedTuple):
-    """What a worker gets of a completion."""
-
-    text: str
+    uid: int
     answer: str
-    metadata: dict[str, Any]
+    why: str
 
 
-class Verdict(NamedTuple):
-    """What comes back: the reward's value and status, and why where it is not `ok`."""
-
-    value: float
-    status: RewardStatus
-    why: str = ""
-
-
-def judge(verifier: str, how: str, threshold: float, task: Task) -> Verdict:
-    """Score one completion; runs in a worker.
-
-    Exceptions end here: one that cannot be unpickled in the parent would break the pool.
-    """
-    try:
-        value = _value_of(verifier, how, threshold, task)
-    except (Exception, SystemExit) as error:
-        return Verdict(0.0, "error", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
-    if value is None or not math.isfinite(value):
-        return Verdict(math.nan, "invalid", f"the verifier returned {value}")
-    return Verdict(value, "ok")
-
-
-def _value_of(verifier: str, how: str, threshold: float, task: Task) -> float | None:
-    text = extract(task.text, how)
-    if text is None:
-        return 0.0
-    if verifier == "math_verify" and how == "boxed":
-        text = f"\\boxed{{{text}}}"  # bare LaTeX is not recognised as such
-    score = load_verifier(verifier)(text, task.answer, task.metadata)
-    if score is None:
-        return None
-    if verifier not in _BUILT_IN or math.isnan(score):
-        return float(score)
-    return float(score > threshold)
-
-
-def _work(timeout_s: float, verifier: str, how: str, threshold: float, task: Task) -> Verdict:
+def _work(
+    timeout_s: float, judged: Judge, verifier: str, how: str, threshold: float, task: Task
+) -> Verdict:
     # The parent kills late workers. This ends them where the parent was killed itself.
     signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_SECONDS)
     try:
-        return judge(verifier, how, threshold, task)
+        return judged(verifier, how, threshold, task)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
@@ -244,6 +94,7 @@ class RewardPool:
 
     Attributes:
         counts: completions scored so far, by status.
+        thinks: the prompts end with `<think>`, so that completions begin inside their thinking.
 
     Raises:
         PapoError: no such verifier.
@@ -253,6 +104,7 @@ class RewardPool:
         load_verifier(verifier)
         self._config = config
         self._verifier = verifier
+        self.thinks = False
         self.counts: Counter[str] = Counter()
         self._pool = self._start()
 
@@ -274,15 +126,46 @@ class RewardPool:
             PapoError: the workers themselves (not a verifier) die again and again.
         """
         tasks = {
-            i: Task(c.text, c.problem.answer, dict(c.problem.metadata))
+            i: Task(c.text, c.problem.answer, dict(c.problem.metadata), self.thinks)
             for i, c in enumerate(completions)
         }
+        verdicts = self._judged(judge, tasks)
+        self._report(tasks, verdicts)
+        return [Reward(verdicts[i].value, verdicts[i].status) for i in tasks]
+
+    @property
+    def knows_references(self) -> bool:
+        """Whether a reference can be told from its verifier: a user's function need not take its
+        reference for a completion, and is asked nothing."""
+        return self._verifier in BUILT_IN
+
+    def bad_references(self, problems: Sequence[Problem]) -> list[BadReference]:
+        """The problems whose reference answer, given as a completion, would not score 1; for
+        built-in verifiers.
+
+        Raises:
+            PapoError: as `score`.
+        """
+        compares = self._verifier in COMPARING  # the text alone, so that equal ones share a task
+        first: dict[str | int, int] = {}
+        keys = [first.setdefault(p.answer if compares else i, i) for i, p in enumerate(problems)]
+        tasks = {
+            key: Task("", p.answer, dict(p.metadata)) for key, p in zip(keys, problems, strict=True)
+        }
+        verdicts = self._judged(judge_reference, tasks)
+        return [
+            BadReference(p.uid, p.answer, verdicts[key].why)
+            for key, p in zip(keys, problems, strict=True)
+            if verdicts[key].value != 1.0
+        ]
+
+    def _judged(self, judged: Judge, tasks: Mapping[int, Task]) -> dict[int, Verdict]:
         verdicts: dict[int, Verdict] = {}
         for _ in range(_POOL_STARTS):
-            verdicts |= self._run({i: task for i, task in tasks.items() if i not in verdicts})
+            left = {key: task for key, task in tasks.items() if key not in verdicts}
+            verdicts |= self._run(judged, left)
             if len(verdicts) == len(tasks):
-                self._report(tasks, verdicts)
-                return [Reward(verdicts[i].value, verdicts[i].status) for i in tasks]
+                return verdicts
             self.close()
             self._pool = self._start()
         raise PapoError(
@@ -300,22 +183,23 @@ class RewardPool:
         _ = pool.active  # pebble starts its workers on first use
         return pool
 
-    def _run(self, tasks: Mapping[int, Task]) -> dict[int, Verdict]:
+    def _run(self, judged: Judge, tasks: Mapping[int, Task]) -> dict[int, Verdict]:
         """Verdicts of `tasks`; some are missing if the pool broke, say by a killed idle worker."""
         config = self._config
+        rules = (config.timeout_s, judged, self._verifier, config.extract, config.threshold)
         futures: dict[ProcessFuture[Verdict], int] = {}
         try:
-            for i, task in tasks.items():
-                args = (config.timeout_s, self._verifier, config.extract, config.threshold, task)
-                futures[self._pool.schedule(_work, args=args, timeout=config.timeout_s)] = i
+            for key, task in tasks.items():
+                args = (*rules, task)
+                futures[self._pool.schedule(_work, args=args, timeout=config.timeout_s)] = key
         except RuntimeError:
             return {}
         pending: set[Future[Verdict]] = set(futures)
         # A broken pool forgets tasks it had not yet sent to a worker: their futures never finish.
         while pending and self._pool.active:
             pending = wait(pending, timeout=_POLL_SECONDS).not_done
-        verdicts = {i: self._verdict(future) for future, i in futures.items() if future.done()}
-        return {i: verdict for i, verdict in verdicts.items() if verdict is not None}
+        verdicts = {key: self._verdict(future) for future, key in futures.items() if future.done()}
+        return {key: verdict for key, verdict in verdicts.items() if verdict is not None}
 
     def _verdict(self, future: ProcessFuture[Verdict]) -> Verdict | None:
         try:
@@ -327,7 +211,7 @@ class RewardPool:
         except ProcessExpired as error:
             return Verdict(0.0, "error", f"the worker died with exit code {error.exitcode}")
         except Exception as error:  # such as metadata that cannot be pickled
-            return Verdict(0.0, "error", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
+            return Verdict(0.0, "error", f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS])
 
     def _report(self, tasks: Mapping[int, Task], verdicts: Mapping[int, Verdict]) -> None:
         unshown: Counter[str] = Counter()
@@ -344,7 +228,7 @@ class RewardPool:
                 status,
                 why,
                 task.answer,
-                task.text[:_SHOWN_CHARACTERS],
+                task.text[:SHOWN_CHARACTERS],
             )
         if unshown:
             log.warning(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo import checkpoint, collectives
+from papo import checkpoint, collectives, references
 from papo.batch import IDLE, MicroBatch, TrainingSequence, collate
 from papo.cli import Progress
 from papo.config import TrainConfig
@@ -26,10 +26,11 @@ from papo.models import eos_ids, load_causal_lm, load_tokenizer
 from papo.objective import Policy, loss_of
 from papo.phase import PhaseController
 from papo.report import Report
-from papo.reward import RewardPool, choose_verifier
+from papo.reward import RewardPool
 from papo.rollout import HFSampler, SamplingParams
 from papo.schedule import seed_of
 from papo.telemetry import completion_rows
+from papo.verifiers import choose_verifier
 from papo.weighting import WeightController
 from papo_kernels import PolicyLossParams, TokenStats
 from papo_kernels import backend as backends
@@ -49,6 +50,7 @@ class Session:
         self.checkpoints = self.run_dir / "checkpoints"
         lead = collectives.rank() == 0
         self.progress = Progress(enabled=lead)
+        self._explained = False
         with contextlib.ExitStack() as stack:
             with collectives.failing_together():
                 check_backend(config.loss.backend)
@@ -57,6 +59,10 @@ class Session:
                 self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
                 self.tokenizer = load_tokenizer(config.model)
                 self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
+                self.rewards.thinks = opens_thinking(
+                    self.tokenizer, self.problems.batch(0, 1)[0].prompt_ids
+                )
+            references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.say)
             self.engine, self.reference = self._engines()
             pad = self.tokenizer.pad_token_id
             eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
@@ -232,6 +238,7 @@ class Session:
                 self.rewards.score,
                 samples=options.samples,
                 with_greedy=options.greedy,
+                success=self.config.reward.success,
                 seed=seed_of(self.config.seed, "evaluation", collectives.rank()),
             )
         self.results.add(label, step, figures)
@@ -239,7 +246,12 @@ class Session:
         with collectives.failing_together():
             self.metrics.write(step, shown)
         seconds = time.perf_counter() - begin
-        self.say(f"held-out accuracy {label}: {figures['accuracy']:.3f} ({seconds:.0f} s)")
+        masked = f", {figures['invalid']:.0f} masked" if figures["invalid"] else ""
+        self.say(
+            f"held-out accuracy {label}: {figures['accuracy']:.3f}, reward "
+            f"{figures['reward']:.3f}{masked} ({seconds:.0f} s)"
+        )
+        self._explain(figures["reward"], figures["accuracy"])
 
     def write(self, step: int, metrics: dict[str, float], collected: Collected) -> None:
         """Metrics, completions and progress of a finished step; a collective."""
@@ -250,6 +262,17 @@ class Session:
             self.completions.write(step, rows)
             self.metrics.write(step, metrics)
         self.progress.update(step, metrics)
+        self._explain(metrics["reward/mean"], metrics["reward/accuracy"])
+
+    def _explain(self, reward: float, accuracy: float) -> None:
+        """Say once why accuracies are 0 beside rewards that are not."""
+        if reward > 0.0 and accuracy == 0.0 and not self._explained:
+            self._explained = True
+            self.say(
+                f"the mean reward is {reward:.3f}, but no completion reached reward.success="
+                f"{self.config.reward.success:g}, from which it counts as right: accuracies are 0; "
+                "lower it if your verifier gives less for a right answer"
+            )
 
     def say(self, text: str) -> None:
         """A line for the user, from rank 0."""
@@ -259,6 +282,11 @@ class Session:
         """The closing table, summary.json and the plot."""
         with collectives.failing_together():
             self.results.finish(self.run_dir / "metrics.jsonl")
+
+
+def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends with `<think>`, as some chat templates make it."""
+    return bool(tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
 
 
 def check_backend(name: str | None) -> None:

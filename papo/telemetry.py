@@ -53,8 +53,12 @@ class StageClock:
         }
 
 
-def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Rewards, lengths and groups of everything sampled, what dynamic sampling drops included."""
+def rollout_metrics(collected: Collected, success: float) -> dict[str, float]:
+    """Rewards, lengths and groups of everything sampled, what dynamic sampling drops included.
+
+    Args:
+        success: the reward from which a completion counts as right.
+    """
     groups = collected.sampled
     rewards = [r for g in groups for r in g.rewards]
     finite = [r.value for r in rewards if math.isfinite(r.value)]
@@ -65,7 +69,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
                 len(finite),
                 sum(finite),
                 sum(v * v for v in finite),
-                sum(v >= 1.0 for v in finite),
+                sum(r.succeeds(success) for r in rewards),
                 len(groups),
                 sum(g.zero_spread for g in groups),
                 len(completions),

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 RewardStatus = Literal["ok", "error", "timeout", "invalid"]
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -82,3 +84,7 @@ class Reward:
 
     value: float
     status: RewardStatus
+
+    def succeeds(self, threshold: float) -> bool:
+        """Whether it counts as a right answer, a sum's rounding aside; a masked one does not."""
+        return self.value >= threshold - _ROUNDING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,19 @@ from papo.rollout import SamplingParams
 from papo.types import Completion, Problem, Reward
 
 PROBLEMS = [Problem(uid, (), "", {}, (1,)) for uid in range(3)]
-# Of problem 0, 1, 2: four samples and the greedy completion; 1 is right, `c` ran into the limit.
-SAMPLED = {0: ["1", "0", "1", "0c"], 1: ["0", "0", "0c", "0c"], 2: ["1", "1", "1", "1"]}
-GREEDY = {0: "0", 1: "1", 2: "1"}
+# Of problem 0, 1, 2: four samples and the greedy completion, by their rewards; `c` ran into the
+# limit and is masked.
+SAMPLED = {0: ["1", ".9", "1", "c"], 1: [".9", ".9", "c", "c"], 2: ["1", "1", "1", "1"]}
+GREEDY = {0: ".9", 1: "1", 2: "c"}
 ALL = {
-    "accuracy": 6 / 12,
+    "accuracy": 6 / 9,
     "pass_at_k": 2 / 3,
+    "reward": (6 + 3 * 0.9) / 9,
     "truncated": 3 / 12,
+    "invalid": 4.0,
     "problems": 3.0,
-    "greedy": 2 / 3,
+    "greedy": 1 / 2,
+    "reward_greedy": 1.9 / 2,
 }
 
 
@@ -51,22 +56,64 @@ class Sampler:
 
 
 def score(completions: Sequence[Completion]) -> list[Reward]:
-    """Partial credit is not a right answer, a masked one neither."""
-    values = {"1": 1.0, "0": 0.9, "0c": float("nan")}
-    return [Reward(values[c.text], "ok") for c in completions]
+    """What the text says; `c` is masked."""
+    return [
+        Reward(math.nan, "invalid") if "c" in c.text else Reward(float(c.text), "ok")
+        for c in completions
+    ]
 
 
 def run(problems: Sequence[Problem] = PROBLEMS, **options: Any) -> tuple[dict[str, float], Sampler]:
     sampler = Sampler()
     params = SamplingParams(24, temperature=0.6, top_p=0.9, top_k=20, batch_size=5)
-    options = {"samples": 4, "with_greedy": True, "seed": 7, **options}
+    options = {"samples": 4, "with_greedy": True, "success": 1.0, "seed": 7, **options}
     return evaluate(
         "model", sampler, problems, params, options.pop("score", score), **options
     ), sampler
 
 
-def test_accuracy_pass_at_k_truncated_and_greedy_by_hand() -> None:
+def test_accuracy_pass_at_k_reward_truncated_and_greedy_by_hand() -> None:
+    """Masked completions are counted, and are in no mean."""
     assert run()[0] == pytest.approx(ALL)
+
+
+def test_a_verifier_that_gives_less_than_1_for_a_right_answer_has_its_own_threshold() -> None:
+    """With the default its accuracy may be 0; its mean reward shows it all the same."""
+
+    def at_most_nine_tenths(completions: Sequence[Completion]) -> list[Reward]:
+        return [Reward(0.9 * r.value, r.status) for r in score(completions)]
+
+    default = run(score=at_most_nine_tenths)[0]
+    assert default["accuracy"] == default["pass_at_k"] == default["greedy"] == 0.0
+    assert default["reward"] == pytest.approx(0.9 * ALL["reward"])
+    assert default["reward_greedy"] == pytest.approx(0.9 * ALL["reward_greedy"])
+    own = run(score=at_most_nine_tenths, success=0.9)[0]
+    for name in ("accuracy", "pass_at_k", "greedy"):
+        assert own[name] == pytest.approx(ALL[name])
+
+
+@pytest.mark.parametrize(("success", "accuracy"), [(0.0, 9 / 9), (0.5, 9 / 9), (1.0, 6 / 9)])
+def test_accuracy_counts_rewards_from_the_threshold_on(success: float, accuracy: float) -> None:
+    assert run(success=success)[0]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_a_sum_of_tenths_reaches_1() -> None:
+    assert sum([0.1] * 10) < 1.0
+    assert Reward(sum([0.1] * 10), "ok").succeeds(1.0)
+    assert not Reward(0.999, "ok").succeeds(1.0)
+    assert not Reward(math.nan, "invalid").succeeds(-math.inf)
+
+
+def test_a_problem_whose_samples_are_all_masked_is_in_no_share() -> None:
+    def masks_problem_0(completions: Sequence[Completion]) -> list[Reward]:
+        return [
+            Reward(math.nan, "invalid") if c.problem.uid == 0 else r
+            for c, r in zip(completions, score(completions), strict=True)
+        ]
+
+    figures = run(score=masks_problem_0)[0]
+    assert figures["pass_at_k"] == pytest.approx(1 / 2)
+    assert figures["accuracy"] == pytest.approx(4 / 6)
 
 
 def test_samples_are_drawn_from_the_policy_itself_whatever_the_rollouts_settings() -> None:
@@ -79,7 +126,9 @@ def test_samples_are_drawn_from_the_policy_itself_whatever_the_rollouts_settings
 
 def test_without_greedy_nothing_is_decoded_greedily() -> None:
     figures, sampler = run(with_greedy=False)
-    assert figures == pytest.approx({k: v for k, v in ALL.items() if k != "greedy"})
+    assert figures == pytest.approx(
+        {k: v for k, v in ALL.items() if "greedy" not in k} | {"invalid": 3.0}
+    )
     assert len(sampler.asked) == 1
 
 

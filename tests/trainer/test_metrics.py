@@ -278,7 +278,8 @@ def test_requirement_10_12_rollout_figures_by_hand() -> None:
     """Zero-spread groups (10) and masked rewards (12) are counted; masked rows are left out of the
     mean.
     """
-    figures = rollout_metrics(collected([[1.0, 0.0, math.nan], [1.0, 1.0, 1.0], [-0.5, 0.0, 0.0]]))
+    sampled = collected([[1.0, 0.0, math.nan], [1.0, 1.0, 1.0], [-0.5, 0.0, 0.0]])
+    figures = rollout_metrics(sampled, success=1.0)
     values = [1.0, 0.0, 1.0, 1.0, 1.0, -0.5, 0.0, 0.0]
     mean = sum(values) / 8
     assert figures == {
@@ -294,6 +295,15 @@ def test_requirement_10_12_rollout_figures_by_hand() -> None:
         "rollout/rounds": 2,
     }
     assert set(figures) <= set(METRICS)
+
+
+@pytest.mark.parametrize(("success", "accuracy"), [(1.0, 0.0), (0.9, 0.75), (-1.0, 1.0)])
+def test_accuracy_counts_rewards_from_the_threshold_on(success: float, accuracy: float) -> None:
+    """A verifier that gives 0.9 for a right answer, and -1 for a wrong one."""
+    sampled = collected([[0.9, 0.9, math.nan], [0.9, -1.0, math.nan]])
+    figures = rollout_metrics(sampled, success)
+    assert figures["reward/accuracy"] == accuracy
+    assert figures["reward/mean"] == pytest.approx(1.7 / 4)
 
 
 def test_token_figures_are_means_over_the_tokens_of_all_updates() -> None:

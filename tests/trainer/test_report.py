@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from papo.errors import PapoError
-from papo.report import Report, _series, plot, summary
+from papo.report import Report, _series, plot, print_table, summary
 
 BEFORE = {"accuracy": 0.125, "pass_at_k": 0.5, "truncated": 0.25, "problems": 4.0, "greedy": 0.0}
 AFTER = {"accuracy": 0.5, "pass_at_k": 0.75, "truncated": 0.0, "problems": 4.0, "greedy": 0.25}
@@ -45,6 +45,8 @@ def test_summary_holds_evaluations_their_change_and_the_last_step() -> None:
         "truncated": -0.25,
     }
     assert made["step_seconds_median"] == 3.0 and made["last_step"] == steps[-1]
+    rewards = [{**e, "reward": r} for e, r in zip(evaluations, (0.25, 0.75), strict=True)]
+    assert summary(rewards, [])["change"]["reward"] == 0.5
     del evaluations[1]["greedy"]
     assert "greedy" not in summary(evaluations, [])["change"]
     assert "change" not in summary(evaluations[:1], []) and "last_step" not in summary([], [])
@@ -76,6 +78,21 @@ def test_a_finished_run_has_table_summary_and_plot(
     assert ["after", "3", "0.500", "0.750", "0.250", "0.000"] in lines
     assert ["change", "+0.375", "+0.250", "+0.250", "-0.250"] in lines
     assert "4 problems, never trained on" in table and str(tmp_path / "final") in table
+
+
+def test_the_table_shows_mean_rewards_beside_accuracies(capsys) -> None:
+    """A verifier whose right answers earn 0.9: the accuracy is 0, the reward is not."""
+    figures = {"accuracy": 0.0, "pass_at_k": 0.0, "greedy": 0.0, "problems": 4.0}
+    print_table(
+        [
+            {"label": "before", "step": 0, **figures, "reward": 0.3, "reward_greedy": 0.45},
+            {"label": "after", "step": 3, **figures, "reward": 0.9, "reward_greedy": 0.9},
+        ]
+    )
+    table = capsys.readouterr().out
+    lines = [line.replace("\u2502", " ").split() for line in table.splitlines()]
+    assert ["after", "3", *["0.000"] * 3, "0.900", "0.900"] in lines
+    assert ["change", *["+0.000"] * 3, "+0.600", "+0.450"] in lines
 
 
 def test_a_run_without_evaluations_or_steps_is_closed_too(tmp_path: Path, capsys) -> None:

@@ -20,10 +20,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from papo import reward
+from papo import reward, verifiers
 from papo.errors import PapoError
-from papo.reward import RewardPool, Task, choose_verifier, extract, judge, load_verifier
+from papo.reward import RewardPool
 from papo.types import Completion, Problem
+from papo.verifiers import Task, choose_verifier, judge, judge_reference, load_verifier
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,45 +87,12 @@ def outcome(rewards):
     return [(r.value, r.status) for r in rewards]
 
 
+def equals(text, answer, metadata):
+    """Whether the text is what the test expects to be seen."""
+    return float(text == metadata["seen"])
+
+
 SCRIPTED = f"{__name__}:scripted"
-
-
-# Extraction
-
-
-@pytest.mark.parametrize(
-    ("text", "how", "expected"),
-    [
-        ("4 + 5 = 9.", "last_number", "9"),
-        ("it is -3", "last_number", "-3"),
-        ("it is \u22123", "last_number", "-3"),
-        ("5-3", "last_number", "3"),
-        ("(2)-3", "last_number", "3"),
-        ("x=-3", "last_number", "-3"),
-        ("5 - -3", "last_number", "-3"),
-        ("total 1,234,567.5 units", "last_number", "1234567.5"),
-        ("1, 2", "last_number", "2"),
-        ("1,2", "last_number", "2"),
-        ("of .5", "last_number", ".5"),
-        ("2e-3 m", "last_number", "2e-3"),
-        ("none here", "last_number", None),
-        ("", "last_number", None),
-        (r"so \boxed{7}", "boxed", "7"),
-        (r"\boxed{1} or \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
-        (r"\boxed{1", "boxed", None),
-        ("7", "boxed", None),
-        ("a\n b \n\n", "last_line", "b"),
-        ("\n", "last_line", None),
-        (" all of it ", "none", "all of it"),
-    ],
-)
-def test_extract(text, how, expected):
-    assert extract(text, how) == expected
-
-
-def test_extract_refuses_unknown_rule():
-    with pytest.raises(ValueError, match="first_word"):
-        extract("a", "first_word")
 
 
 # Verifiers
@@ -152,10 +120,23 @@ def test_reasoning_gym_scores_the_extracted_answer():
     assert verdict(f"I say {int(answer) + 1}", answer, **rule) == (0.0, "ok")
 
 
+def test_reasoning_gyms_own_answer_is_held_against_its_own_scorer():
+    """With the extraction that the completions get; where many answers are right it has none."""
+    task = Task("", "x", chain_sum())
+    task = task._replace(answer=task.metadata["entry"]["answer"])
+    for how in ("last_number", "boxed", "last_line", "none"):
+        assert judge_reference("reasoning_gym", how, 0.99, task) == (1.0, "ok", "")
+    backward = {"dataset": "spell_backward", "params": {}, "entry": {"answer": "abc"}}
+    no_number = judge_reference("reasoning_gym", "last_number", 0.99, Task("", "abc", backward))
+    assert no_number == (0.0, "ok", "reward.extract=last_number finds nothing in it")
+    open_ended = {**backward, "entry": {"answer": None}}
+    assert judge_reference("reasoning_gym", "none", 0.99, Task("", "", open_ended)).value == 1.0
+
+
 def test_reasoning_gym_partial_credit_is_cut_at_the_threshold():
     metadata = {"dataset": "spell_backward", "params": {}, "entry": {"answer": "abc"}}
     rule = {"verifier": "reasoning_gym", **metadata}
-    partial = reward._score_reasoning_gym("abd", "abc", metadata)
+    partial = verifiers._score_reasoning_gym("abd", "abc", metadata)
     assert 0.0 < partial < 0.99
     assert verdict("abd", "abc", **rule) == (0.0, "ok")
     assert verdict("abd", "abc", threshold=partial / 2, **rule) == (1.0, "ok")
@@ -207,7 +188,7 @@ def test_no_verdict_is_a_masked_row(text):
 
 
 def test_nan_from_a_built_in_verifier_is_a_masked_row(monkeypatch):
-    monkeypatch.setitem(reward._BUILT_IN, "exact", lambda text, answer, metadata: math.nan)
+    monkeypatch.setitem(verifiers.BUILT_IN, "exact", lambda text, answer, metadata: math.nan)
     load_verifier.cache_clear()
     value, status = verdict("x")
     load_verifier.cache_clear()
@@ -279,6 +260,57 @@ def test_failures_cost_only_their_own_completion(pool, caplog):
     assert [r.message for r in caplog.records] == ["rewards not scored normally: 5 more error"]
 
 
+def references(*answers):
+    return [Problem(i, (), answer, {"value": 1.0}, (1,)) for i, answer in enumerate(answers)]
+
+
+def test_bad_references_come_with_their_reasons(pool):
+    """In the workers, where what a reference makes of its verifier ends nothing but its own task.
+    They are no completions: they are in no count."""
+    before = pool.counts.copy()
+    bad = pool.bad_references(references("x", "raise", "die", "none", "x"))
+    assert [(b.uid, b.answer) for b in bad] == [(1, "raise"), (2, "die"), (3, "none")]
+    assert ["NeedsTwoArguments" in bad[0].why, "exit code 7" in bad[1].why] == [True, True]
+    assert pool.counts == before
+
+
+def test_equal_references_are_read_once(pool, monkeypatch):
+    """By a verifier that compares texts; reasoning-gym's has an entry for every problem."""
+    asked = []
+
+    def answered(judged, tasks):
+        asked.append(len(tasks))
+        return {key: verifiers.Verdict(float(t.answer == "5"), "ok") for key, t in tasks.items()}
+
+    monkeypatch.setattr(pool, "_judged", answered)
+    for name in ("exact", "reasoning_gym"):
+        monkeypatch.setattr(pool, "_verifier", name)
+        bad = pool.bad_references(references("5", "x", "5", "x"))
+        assert [(b.uid, b.answer) for b in bad] == [(1, "x"), (3, "x")]
+    assert asked == [2, 4]
+
+
+def test_a_users_function_is_not_asked_about_references(pool, monkeypatch):
+    assert not pool.knows_references
+    monkeypatch.setattr(pool, "_verifier", "exact")
+    assert pool.knows_references
+
+
+def test_a_users_function_gets_the_thinking_too_unless_it_asks_for_a_part():
+    text = "<think> 4 </think> 5"
+    for how, seen in (("none", text), ("last_line", "5"), ("last_number", "5")):
+        assert verdict(text, verifier=f"{__name__}:equals", how=how, seen=seen) == (1.0, "ok")
+    assert verdict(" 1,234 ", verifier=f"{__name__}:equals", seen="1,234") == (1.0, "ok")
+
+
+def test_a_prompt_that_opens_the_thinking_is_known_to_the_workers(pool, monkeypatch):
+    monkeypatch.setattr(pool, "_verifier", "exact")
+    batch = [completion("1"), completion("2</think>1"), completion("1</think>2")]
+    for thinks, expected in ((False, [1.0, 1.0, 0.0]), (True, [0.0, 1.0, 0.0])):
+        monkeypatch.setattr(pool, "thinks", thinks)
+        assert [r.value for r in pool.score(batch)] == expected
+
+
 def test_unpicklable_metadata_is_an_error(pool):
     rewards = pool.score([completion("x", value=lambda: 0), completion("x", value=1.0)])
     assert outcome(rewards) == [(0.0, "error"), (1.0, "ok")]
@@ -313,6 +345,8 @@ def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path):
         rewards = pool.score([completion(t) for t in ("hang", "hang in C", "hang", "hang in C")])
         assert outcome(rewards) == [(0.0, "timeout")] * 4
         assert pool.counts == {"timeout": 4}
+        (bad,) = pool.bad_references(references("hang", "x"))
+        assert (bad.uid, bad.why) == (0, "no verdict within 0.3 s")
         rules.timeout_s = 20.0
         pool._verifier = f"{__name__}:meet"
         a, b = tmp_path / "a", tmp_path / "b"

@@ -14,7 +14,8 @@ import yaml
 from papo import checkpoint, collectives
 from papo.config import TrainConfig
 from papo.errors import PapoError
-from papo.session import Session, check_backend
+from papo.session import Session, check_backend, opens_thinking
+from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 
 def session(folder: Path, resume: str = "never", **options: Any) -> Session:
@@ -121,6 +122,31 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) 
     assert told.endswith("choose another output_dir")
 
 
+def test_bad_references_stop_the_run_before_the_model_is_loaded(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch, capsys
+) -> None:
+    """Read in the workers, as completions will be; the run's folder is not made either."""
+    path = tmp_path / "data.jsonl"
+    answers = ["1,234", r"\$40", "27.0", "1e-05", "3 or 4"]
+    path.write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "answer": a}) + "\n" for i, a in enumerate(answers))
+    )
+    made = TrainConfig(
+        name="test",
+        steps=1,
+        output_dir=str(tmp_path / "run"),
+        model={"path": str(tiny_model_path)},
+        data={"source": "jsonl", "train_path": str(path), "held_out_size": 1},
+        reward={"verifier": "exact", "extract": "last_number", "workers": 1},
+        rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
+    )
+    monkeypatch.setattr(Session, "_engines", lambda self: pytest.fail("the model is loaded"))
+    with pytest.raises(PapoError, match=r"^1 of 5 reference answers would not score 1") as caught:
+        Session(made)
+    assert "'3 or 4': it holds 2 numbers" in str(caught.value)
+    assert "3 or 4" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
 def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None:
     """Asked for by the option or by the environment; before the model is loaded."""
     wrong, right = ("cpu", "triton") if torch.cuda.is_available() else ("cuda", "cpu")
@@ -132,3 +158,27 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
     monkeypatch.setenv("PAPO_BACKEND", wrong)
     with pytest.raises(PapoError, match=rf"^PAPO_BACKEND: '{wrong}' cannot serve"):
         check_backend(None)
+
+
+def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    made._explained = False
+    made._explain(reward=0.0, accuracy=0.0)
+    made._explain(reward=0.9, accuracy=0.1)
+    assert made.said == []
+    for _ in range(2):
+        made._explain(reward=0.9, accuracy=0.0)
+    (said,) = made.said
+    assert "mean reward is 0.900" in said and "reward.success=1," in said
+
+
+@pytest.mark.parametrize(
+    ("added", "opened"), [("", False), ("<think>\n", True), ("<think>\n\n</think>\n", False)]
+)
+def test_a_template_that_opens_the_thinking_is_noticed(added: str, opened: bool) -> None:
+    """Not a prompt that speaks of it."""
+    template = CHAT_TEMPLATE.replace("assistant\n{%", f"assistant\n{added}{{%")
+    tokenizer = build_tokenizer(template)
+    messages = [{"role": "user", "content": "Think in <think>"}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert opens_thinking(tokenizer, encoded["input_ids"]) is opened

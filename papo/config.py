@@ -117,7 +117,7 @@ class TrainConfig(Section):
             f"{data.source!r}; use math_verify",
         )
         refuse(
-            data.held_out_size == 0 and data.eval_path is None and self.evaluation.wanted,
+            data.held_out_size == 0 and self.evaluation.wanted,
             "data.held_out_size=0: expected > 0 while evaluation.before, .after or .every is on",
         )
         refuse(

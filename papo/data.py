@@ -7,70 +7,85 @@ import difflib
 import hashlib
 import json
 import logging
-import unicodedata
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from papo.errors import PapoError
+from papo.prompts import PromptEncoder
+from papo.records import Record, read
+from papo.rows import name_of
 from papo.types import Problem
 
 log = logging.getLogger(__name__)
 
+_HELD_OUT = 64  # where data.held_out_size does not say
+
 
 @dataclass(frozen=True)
-class _Raw:
-    """A problem before the chat template."""
+class _Item:
+    """A problem with its tokens, smaller than a Problem is: there may be a million of them.
 
+    Attributes:
+        prompt: digest of `messages`; items that share it are on one side of the split.
+        row: digest of the messages before the options of the prompt.
+    """
+
+    prompt: bytes
+    row: bytes
     messages: tuple[Mapping[str, str], ...]
     answer: str
     metadata: Mapping[str, Any]
+    ids: array[int]
 
-    @property
-    def key(self) -> str:
-        """The text two problems share when they are the same one."""
-        text = " ".join(m["content"] for m in self.messages if m["role"] != "system")
-        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    def problem(self, uid: int) -> Problem:
+        return Problem(uid, self.messages, self.answer, self.metadata, tuple(self.ids))
 
 
 class ProblemSource:
-    """Training and held-out problems, disjoint by normalised text. Its only state is the caller's
-    cursor.
+    """Training and held-out problems, which share no prompt. Its only state is the caller's cursor.
+
+    Two prompts are the same where their messages are, role by role and character by character.
+    Rows that are equal in every field are one problem; rows that share the prompt alone are kept,
+    on the same side of the split.
 
     Args:
         config: the config's `data` section.
         tokenizer: the policy's; its chat template is applied, plain text is used where it has none.
-        seed: orders the training problems; the split depends on `config.split_seed` alone.
+        seed: orders the training problems; the split depends on `config.split_seed` and the rows'
+            own messages.
 
     Attributes:
         dropped_long: problems left out because their prompt exceeds `max_prompt_tokens`.
+        dropped_equal: rows left out because they equal an earlier one in every field.
+        dropped_held_out: training rows left out because their prompt is held out.
+        other_answers: rows, kept, whose prompt had another answer before.
 
     Raises:
-        PapoError: no such dataset or file, a bad line, bad parameters, or too few distinct
+        PapoError: no such dataset or file, a bad row, bad parameters, or too few distinct
             problems.
     """
 
     def __init__(self, config: Any, tokenizer: Any, seed: int) -> None:
         self._config = config
-        self._tokenizer = tokenizer
         self._seed = seed
-        self._epoch: tuple[int, list[Problem]] | None = None
-        self.dropped_long = 0
-        if not getattr(tokenizer, "chat_template", None):
-            log.warning("the tokenizer has no chat template: prompts are plain text")
-        held_out, train = self._generated() if config.source == "reasoning_gym" else self._read()
-        self._held_out = [self._problem(uid, *item) for uid, item in enumerate(held_out)]
-        self._train = [
-            self._problem(uid, *item) for uid, item in enumerate(train, start=len(held_out))
-        ]
+        self._epoch: tuple[int, list[tuple[int, _Item]]] | None = None
+        self.dropped_long = self.dropped_equal = self.dropped_held_out = self.other_answers = 0
+        self._encoder = PromptEncoder(
+            tokenizer, config.max_prompt_tokens, config.chat_template_args
+        )
+        generated = config.source == "reasoning_gym"
+        held_out, train = self._generated() if generated else self._read()
+        self._held_out = list(enumerate(held_out))
+        self._train = list(enumerate(train, start=len(held_out)))
         if self.dropped_long:
-            limit = config.max_prompt_tokens
             log.warning(
                 "%d prompts of more than data.max_prompt_tokens=%d tokens dropped",
                 self.dropped_long,
-                limit,
+                config.max_prompt_tokens,
             )
+        log.info("problems: %d to train on, %d held out", len(self._train), len(self._held_out))
 
     def __len__(self) -> int:
         """Number of training problems."""
@@ -78,7 +93,7 @@ class ProblemSource:
 
     def held_out(self) -> list[Problem]:
         """The problems that are never trained on, always in the same order."""
-        return list(self._held_out)
+        return [item.problem(uid) for uid, item in self._held_out]
 
     def drop(self, uids: Collection[int]) -> None:
         """Leave problems out, of training and of the evaluation.
@@ -86,8 +101,8 @@ class ProblemSource:
         Raises:
             PapoError: none is left to train on.
         """
-        self._held_out = [p for p in self._held_out if p.uid not in uids]
-        self._train = [p for p in self._train if p.uid not in uids]
+        self._held_out = [pair for pair in self._held_out if pair[0] not in uids]
+        self._train = [pair for pair in self._train if pair[0] not in uids]
         self._epoch = None
         if not self._train:
             raise PapoError(f"all training problems are among the {len(uids)} that were dropped")
@@ -100,131 +115,180 @@ class ProblemSource:
     def _at(self, position: int) -> Problem:
         epoch, index = divmod(position, len(self._train))
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (
-                epoch,
-                sorted(self._train, key=lambda p: _digest(self._seed, epoch, p.uid)),
-            )
-        return self._epoch[1][index]
+            order = sorted(self._train, key=lambda pair: _digest(self._seed, epoch, pair[0]))
+            self._epoch = (epoch, order)
+        uid, item = self._epoch[1][index]
+        return item.problem(uid)
 
-    def _generated(self) -> tuple[list[_Templated], list[_Templated]]:
+    def _generated(self) -> tuple[list[_Item], list[_Item]]:
         """Held-out problems first, so that `train_size` does not change them."""
         c = self._config
-        found = list(
-            self._usable(
-                _reasoning_gym(c.dataset, c.params, c.split_seed), c.held_out_size + c.train_size
-            )
-        )
-        held_out, train = found[: c.held_out_size], found[c.held_out_size :]
-        self._require(train, len(found), f"data.dataset={c.dataset!r} with these data.params")
+        size = _HELD_OUT if c.held_out_size is None else c.held_out_size
+        stream = _reasoning_gym(c.dataset, c.params, c.split_seed)
+        found = list(self._new_prompts(stream, size + c.train_size))
+        held_out, train = found[:size], found[size:]
+        self._require(train, len(found), f"data.dataset={c.dataset!r} with these data.params", size)
         if len(train) < c.train_size:
-            log.info(
-                "%s has %d distinct problems: %d held out, %d to train on",
-                c.dataset,
-                len(found),
-                len(held_out),
-                len(train),
-            )
+            log.info("%s has no more than %d distinct problems", c.dataset, len(found))
         return held_out, train
 
-    def _read(self) -> tuple[list[_Templated], list[_Templated]]:
-        c = self._config
-        train = list(self._usable(_jsonl(c.train_path)))
-        if c.eval_path is not None:
-            held_out = list(self._usable(_jsonl(c.eval_path)))
-            kept_out = {raw.key for raw, _ in held_out}
-            disjoint = [item for item in train if item[0].key not in kept_out]
-            if len(disjoint) < len(train):
-                log.warning(
-                    "%d training problems are also in %s: not trained on",
-                    len(train) - len(disjoint),
-                    c.eval_path,
-                )
-            if not held_out:
-                raise PapoError(f"data.eval_path={c.eval_path!r}: no usable problem")
-            left_out = f"data.eval_path={c.eval_path!r} leaves none to train on; widen the data"
-            self._require(disjoint, len(train), f"data.train_path={c.train_path!r}", left_out)
-            return held_out, disjoint
-        train.sort(key=lambda item: _digest(c.split_seed, item[0].key))
-        held_out, rest = train[: c.held_out_size], train[c.held_out_size :]
-        self._require(rest, len(train), f"data.train_path={c.train_path!r}")
-        return held_out, rest
-
-    def _require(
-        self, train: Sequence[Any], found: int, what: str, left_out: str | None = None
-    ) -> None:
-        """`left_out`: why nothing is left of the problems found; None: they are held out."""
-        c = self._config
-        if not train:
-            held_out = (
-                f"data.held_out_size={c.held_out_size} leaves none to train on; lower it or widen "
-                "the data"
-            )
-            raise PapoError(
-                f"{what}: {found} distinct problems of at most "
-                f"data.max_prompt_tokens={c.max_prompt_tokens} tokens, {left_out or held_out}"
-            )
-
-    def _usable(self, raws: Iterable[_Raw], limit: int | None = None) -> Iterator[_Templated]:
-        """The first `limit` distinct problems whose prompt is not too long.
+    def _new_prompts(self, records: Iterable[Record], limit: int) -> Iterator[_Item]:
+        """The first `limit` problems with distinct prompts that are not too long.
 
         Generated problems have no end: the search is given up when a long run brings nothing new.
         """
-        seen: set[str] = set()
+        seen: set[bytes] = set()
         kept = stale = 0
-        for raw in raws:
-            if limit is not None and (kept == limit or stale > max(1000, 5 * len(seen))):
+        for record in records:
+            if kept == limit or stale > max(1000, 5 * len(seen)):
                 return
             stale += 1
-            full = self._with_options(raw)
-            if full.key in seen:
+            messages = self._with_options(record.messages)
+            prompt = _digest(messages)
+            if prompt in seen:
                 continue
-            seen.add(full.key)
+            seen.add(prompt)
             stale = 0
-            ids = self._prompt_ids(full.messages)
-            if len(ids) > self._config.max_prompt_tokens:
-                self.dropped_long += 1
-                continue
-            kept += 1
-            yield full, ids
+            item = self._item(record, messages, prompt)
+            if item is not None:
+                kept += 1
+                yield item
 
-    def _with_options(self, raw: _Raw) -> _Raw:
-        """`raw` with the system prompt (unless it brings one) and the suffix on its last user
-        message."""
+    def _read(self) -> tuple[list[_Item], list[_Item]]:
         c = self._config
-        messages = list(raw.messages)
-        if c.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": c.system_prompt})
-        last = messages[-1]
-        messages[-1] = {**last, "content": last["content"] + c.prompt_suffix}
-        return _Raw(tuple(messages), raw.answer, raw.metadata)
-
-    def _prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            return tuple(self._tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True
+        found = self._distinct(read(c), name_of(c))
+        if c.eval_path is None and c.eval_split is None:
+            size = _HELD_OUT if c.held_out_size is None else c.held_out_size
+            held_out, train = _split(found, size, c.split_seed)
+            self._require(train, len(found), name_of(c), size)
+            return held_out, train
+        where = name_of(c, held_out=True)
+        held_out = self._distinct(read(c, held_out=True), where)
+        if not held_out:
+            raise PapoError(f"{where}: no usable problem")
+        kept_out = {item.prompt for item in held_out}
+        train = [item for item in found if item.prompt not in kept_out]
+        self.dropped_held_out = len(found) - len(train)
+        if self.dropped_held_out:
+            log.warning(
+                "%d training problems are also in %s: not trained on", self.dropped_held_out, where
             )
-        except Exception as error:  # a template is a program: it may refuse a role, or be wrong
-            raise PapoError(
-                f"the tokenizer's chat template failed on {list(messages)!r:.120}: {error}"
-            ) from error
-        ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
-        return tuple(int(i) for i in ids)
+        self._require(train, len(found), name_of(c), where)
+        if c.held_out_size is not None and c.held_out_size < len(held_out):
+            held_out, _ = _split(held_out, c.held_out_size, c.split_seed)
+        return held_out, train
 
-    @staticmethod
-    def _problem(uid: int, raw: _Raw, ids: tuple[int, ...]) -> Problem:
-        return Problem(uid, raw.messages, raw.answer, raw.metadata, ids)
+    def _require(self, train: Sequence[Any], found: int, what: str, taken_by: int | str) -> None:
+        """`taken_by`: what keeps the problems found from the training, a number or a file."""
+        c = self._config
+        if train:
+            return
+        cause = (
+            f"{taken_by} leaves none to train on; widen the data"
+            if isinstance(taken_by, str)
+            else f"data.held_out_size={taken_by} leaves none to train on; lower it or widen the "
+            "data"
+        )
+        raise PapoError(
+            f"{what}: {found} distinct problems of at most "
+            f"data.max_prompt_tokens={c.max_prompt_tokens} tokens, {cause}"
+        )
+
+    def _distinct(self, records: Iterable[Record], what: str) -> list[_Item]:
+        """The problems of a file or of a dataset, without the equal and the too long ones; lines on
+        the screen say what was dropped and what contradicts itself."""
+        rows: set[bytes] = set()
+        answers: dict[bytes, str] = {}
+        items = []
+        count, contrary, example = 0, 0, ""
+        for record in records:
+            count += 1
+            messages = self._with_options(record.messages)
+            row = _digest(messages, record.answer, _json(record.metadata))
+            if row in rows:
+                continue
+            rows.add(row)
+            prompt = _digest(messages)
+            earlier = answers.setdefault(prompt, record.answer)
+            if earlier != record.answer:
+                contrary += 1
+                asked = messages[-1]["content"]
+                example = example or f"{asked!r:.80}: {earlier!r:.40} and {record.answer!r:.40}"
+            item = self._item(record, messages, prompt)
+            if item is not None:
+                items.append(item)
+        if not count:
+            raise PapoError(f"{what}: has no rows")
+        self._report(what, count - len(rows), contrary, example)
+        return items
+
+    def _report(self, what: str, equal: int, contrary: int, example: str) -> None:
+        self.dropped_equal += equal
+        self.other_answers += contrary
+        if equal:
+            log.warning("%s: %d rows that equal an earlier one dropped", what, equal)
+        if contrary:
+            log.warning(
+                "%s: %d rows repeat a prompt with another answer, all are kept; the first is %s",
+                what,
+                contrary,
+                example,
+            )
+
+    def _with_options(self, messages: Sequence[Mapping[str, str]]) -> tuple[Mapping[str, str], ...]:
+        """With the system prompt (unless there is one) and the suffix on the last message."""
+        c = self._config
+        full = list(messages)
+        if c.system_prompt is not None and full[0]["role"] != "system":
+            full.insert(0, {"role": "system", "content": c.system_prompt})
+        full[-1] = {**full[-1], "content": full[-1]["content"] + c.prompt_suffix}
+        return tuple(full)
+
+    def _item(
+        self, record: Record, messages: tuple[Mapping[str, str], ...], prompt: bytes
+    ) -> _Item | None:
+        """None, and counted, where the prompt is too long."""
+        ids = self._encoder.encode(messages)
+        if ids is None:
+            self.dropped_long += 1
+            return None
+        return _Item(
+            prompt,
+            _digest(record.messages),
+            messages,
+            record.answer,
+            record.metadata,
+            array("i", ids),
+        )
 
 
-_Templated = tuple[_Raw, tuple[int, ...]]
+def _split(items: Sequence[_Item], size: int, seed: int) -> tuple[list[_Item], list[_Item]]:
+    """`size` items held out, or fewer, and the others; those of one prompt stay together.
+
+    The order of the rows and the options of the prompt change nothing.
+    """
+    groups: dict[bytes, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(item.prompt, []).append(item)
+    ordered = sorted(groups.values(), key=lambda group: min(_digest(seed, i.row) for i in group))
+    held_out: list[_Item] = []
+    rest: list[_Item] = []
+    for group in ordered:
+        side = held_out if len(held_out) + len(group) <= size else rest
+        side += sorted(group, key=lambda i: _digest(i.answer, _json(i.metadata)))
+    return held_out, rest
 
 
 def _digest(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def _reasoning_gym(name: str, params: Mapping[str, Any], seed: int) -> Iterator[_Raw]:
+def _json(metadata: Mapping[str, Any]) -> str:
+    """A text that equal metadata share, whatever the order of its keys."""
+    return json.dumps(metadata, sort_keys=True, default=repr)
+
+
+def _reasoning_gym(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Record]:
     """An endless stream of a reasoning-gym dataset's problems.
 
     `metadata` holds what its own `score_answer` needs: the dataset's name, its parameters and the
@@ -266,59 +330,8 @@ def _reasoning_gym(name: str, params: Mapping[str, Any], seed: int) -> Iterator[
         entry = dataset[index]
         index += 1
         answer = entry["answer"]
-        yield _Raw(
+        yield Record(
             messages=({"role": "user", "content": entry["question"]},),
             answer="" if answer is None else str(answer),
             metadata={"dataset": name, "params": dict(params), "entry": entry},
         )
-
-
-def _jsonl(path: str) -> Iterator[_Raw]:
-    """The problems of a file of `{"prompt": text or "messages": [...], "answer": ...}` lines; other
-    keys are metadata."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse_line(line, f"{path} line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PapoError(f"{Path(path)}: cannot be read: {reason}") from error
-
-
-def _parse_line(line: str, where: str) -> _Raw:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PapoError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise PapoError(f"{where}: expected an object, got {type(record).__name__}")
-    answer = record.get("answer")
-    if not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
-        raise PapoError(f"{where}: answer={answer!r}: expected text or a number")
-    metadata = {k: v for k, v in record.items() if k not in ("prompt", "messages", "answer")}
-    return _Raw(_messages(record, where), str(answer), metadata)
-
-
-def _messages(record: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
-    if ("prompt" in record) == ("messages" in record):
-        raise PapoError(f"{where}: expected either prompt or messages, got keys {sorted(record)}")
-    if "prompt" in record:
-        prompt = record["prompt"]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise PapoError(f"{where}: prompt={prompt!r}: expected text")
-        return ({"role": "user", "content": prompt},)
-    messages = record["messages"]
-    ok = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not ok or not messages:
-        raise PapoError(
-            f"{where}: messages={messages!r:.80}: expected a list of {{role, content}}, both text"
-        )
-    if messages[-1]["role"] != "user":
-        raise PapoError(
-            f"{where}: the last message's role is {messages[-1]['role']!r}: expected user"
-        )
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)

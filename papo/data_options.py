@@ -2,39 +2,88 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from papo.options import NonNegative, Positive, PositiveFloat, Section, refuse
 
+# Options that would be without effect under another source, unseen.
+_FILES = ("jsonl", "parquet")
+_SOURCES_OF = {
+    "train_path": _FILES,
+    "eval_path": _FILES,
+    "dataset_config": ("huggingface",),
+    "train_split": ("huggingface",),
+    "eval_split": ("huggingface",),
+    "train_size": ("reasoning_gym",),
+    "prompt_field": (*_FILES, "huggingface"),
+    "answer_field": (*_FILES, "huggingface"),
+    "answer_pattern": (*_FILES, "huggingface"),
+}
+_TEMPLATE_TAKEN = {
+    "conversation",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+
 
 class DataConfig(Section):
     """Problems: where they come from, how they are split and turned into prompts."""
 
-    source: Literal["reasoning_gym", "jsonl"]
-    """`reasoning_gym` generates problems; `jsonl` reads lines of `{prompt or messages, answer}`."""
+    source: Literal["reasoning_gym", "jsonl", "parquet", "huggingface"]
+    """`reasoning_gym` generates problems; `jsonl` reads a file of JSON lines or one JSON array,
+    `parquet` a Parquet file, `huggingface` a dataset of the library `datasets` (docs/data.md)."""
     dataset: str | None = None
-    """reasoning-gym's name of the dataset, for `source: reasoning_gym`."""
+    """reasoning-gym's name of the dataset; for `source: huggingface` a folder (of
+    `save_to_disk`, or of data files) or a hub id."""
     params: dict[str, Any] = Field(default={})
     """The dataset's own parameters, for `source: reasoning_gym`."""
+    dataset_config: str | None = None
+    """Name of the dataset's config (the hub calls it subset), for `source: huggingface`."""
+    train_split: Annotated[str, Field(min_length=1)] = "train"
+    """Split to train on, for `source: huggingface`."""
+    eval_split: Annotated[str, Field(min_length=1)] | None = None
+    """Held-out split, for `source: huggingface`; without it `held_out_size` problems are split off
+    `train_split`."""
     train_path: str | None = None
-    """Training file, for `source: jsonl`."""
+    """Training file, for `source: jsonl` and `parquet`."""
     eval_path: str | None = None
-    """Held-out file, for `source: jsonl`, used whole; without it `held_out_size` problems are split
-    off `train_path`."""
+    """Held-out file, for `source: jsonl` and `parquet`; without it `held_out_size` problems are
+    split off `train_path`."""
+    prompt_field: Annotated[str, Field(min_length=1)] | None = None
+    """Field of a row with the prompt: text, or a list of {role, content} messages. Dots lead into
+    nested fields. None is `prompt` or `messages`, whichever the row has."""
+    answer_field: Annotated[str, Field(min_length=1)] = "answer"
+    """Field of a row with the reference answer, such as `reward_model.ground_truth`."""
+    answer_pattern: str | None = None
+    """Regular expression with one group, which is searched for in the answer and holds the
+    reference, such as `#### (.*)`."""
     train_size: Positive = 1000
     """Distinct training problems to generate, for `source: reasoning_gym`; fewer where the dataset
     has fewer."""
-    held_out_size: NonNegative = 64
-    """Problems kept out of training for the evaluation."""
+    held_out_size: NonNegative | None = None
+    """Problems kept for the evaluation, never trained on. None is 64 that are generated or split
+    off, or all of `eval_path` or `eval_split`; a number takes as many of these, the same ones in
+    every run, and trains on none of the others either."""
     split_seed: NonNegative = 0
     """Seed of the problems and of the split; apart from `seed`, so that runs with other seeds share
     the held-out set."""
     system_prompt: str | None = None
     """System message put before every prompt."""
     prompt_suffix: str = ""
-    """Text appended to every user message."""
+    """Text appended to the last user message."""
+    chat_template_args: dict[str, Any] = Field(default={})
+    """Variables of the chat template, such as `enable_thinking: false`."""
     max_prompt_tokens: Positive = 512
     """Longer prompts are dropped and counted."""
 
@@ -46,11 +95,37 @@ class DataConfig(Section):
             "chain_sum",
         )
         refuse(
-            self.source == "jsonl" and not self.train_path,
-            "data.train_path is missing: data.source=jsonl needs a file of "
-            "{prompt or messages, answer} lines",
+            self.source == "huggingface" and not self.dataset,
+            "data.dataset is missing: data.source=huggingface needs a folder or a hub id such as "
+            "openai/gsm8k",
+        )
+        refuse(
+            self.source in ("jsonl", "parquet") and not self.train_path,
+            f"data.train_path is missing: data.source={self.source} needs a file of problems",
+        )
+        for name, sources in _SOURCES_OF.items():
+            value = getattr(self, name)
+            refuse(
+                self.source not in sources and value != type(self).model_fields[name].default,
+                f"data.{name}={value!r}: expected data.source {' or '.join(sources)}, got "
+                f"{self.source}",
+            )
+        self._check_pattern()
+        taken = _TEMPLATE_TAKEN.intersection(self.chat_template_args)
+        refuse(
+            bool(taken), f"data.chat_template_args.{min(taken, default='')}: papo sets it itself"
         )
         return self
+
+    def _check_pattern(self) -> None:
+        if self.answer_pattern is None:
+            return
+        key = f"data.answer_pattern={self.answer_pattern!r}"
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"{key}: not a regular expression: {error}") from error
+        refuse(groups != 1, f"{key}: expected one group, the reference answer, got {groups}")
 
 
 class RewardConfig(Section):

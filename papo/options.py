@@ -64,6 +64,9 @@ class RolloutConfig(Section):
     """Sample from the k likeliest tokens; 0 is off. As for `top_p`, training sees the same k."""
     batch_size: NonNegative = 0
     """Sequences per generate call and rank; 0 samples all at once."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text that verifiers see and `completions.jsonl` has; off
+    keeps such as `<tool_call>`, but for the end-of-sequence token."""
 
 
 class AdvantageConfig(Section):

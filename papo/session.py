@@ -68,7 +68,9 @@ class Session:
             pad = self.tokenizer.pad_token_id
             eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
             self.pad_id = eos[0] if pad is None else pad
-            self.sampler = HFSampler(self.tokenizer, eos, self.pad_id)
+            self.sampler = HFSampler(
+                self.tokenizer, eos, self.pad_id, config.rollout.skip_special_tokens
+            )
             self.phase = PhaseController(config.phase)
             self.weighting = WeightController(config.weighting)
             self.prediction = EntropyPrediction(config.optim, self.engine.trained_numel)

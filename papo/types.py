@@ -23,7 +23,8 @@ class Problem:
             problems.
         messages: the chat, `{"role": ..., "content": ...}` each, before the chat template.
         answer: the reference answer as text.
-        metadata: what the verifier needs besides the answer; survives JSON.
+        metadata: what the verifier needs besides the answer: JSON values, and whatever else a
+            Parquet column holds.
         prompt_ids: the templated prompt's token ids, generation prompt included.
     """
 
@@ -58,7 +59,8 @@ class Completion:
             was drawn from: at the sampling temperature, renormalised over what top-k and top-p
             kept.
         truncated: no end-of-sequence id within the token limit.
-        text: the decoded response without special tokens; for verifiers and people only.
+        text: the decoded response without its end-of-sequence token, and without other special
+            tokens where `rollout.skip_special_tokens` says so; for verifiers and people only.
         kept: the ids that top-k and top-p kept; None where neither was on.
     """
 

@@ -122,12 +122,20 @@ class HFSampler:
         tokenizer: the policy's tokenizer.
         eos_ids: token ids that end a completion.
         pad_id: what unfinished positions hold; never used to infer where a completion ends.
+        skip_special_tokens: whether a completion's text is without them.
     """
 
-    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._eos = tuple(eos_ids)
         self._pad = pad_id
+        self._skip_special = skip_special_tokens
 
     @torch.inference_mode()
     def sample(
@@ -231,7 +239,7 @@ class HFSampler:
             response_ids=tuple(ids),
             sampler_logp=tuple(logp[: len(ids)]),
             truncated=truncated,
-            text=self._tokenizer.decode(text_ids, skip_special_tokens=True),
+            text=self._tokenizer.decode(text_ids, skip_special_tokens=self._skip_special),
             kept=kept,
         )
 

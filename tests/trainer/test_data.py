@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from papo.config import load_config
 from papo.data import ProblemSource
 from papo.data_options import DataConfig
 from papo.errors import PapoError
+from tests.trainer.problems import jsonl, lines, numbered, text
 from tests.trainer.tiny import build_tokenizer
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
@@ -29,24 +32,6 @@ def sums(**options) -> DataConfig:
     return DataConfig(
         **{"source": "reasoning_gym", "dataset": "chain_sum", "params": ONE_DIGIT, **options}
     )
-
-
-def lines(path: Path, *records: object) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return str(path)
-
-
-def jsonl(tmp_path: Path, *records: object, **options) -> DataConfig:
-    path = lines(tmp_path / "train.jsonl", *records)
-    return DataConfig(**{"source": "jsonl", "train_path": path, "held_out_size": 1, **options})
-
-
-def text(problem) -> str:
-    return " ".join(" ".join(m["content"] for m in problem.messages).casefold().split())
-
-
-def numbered(n: int) -> list[dict]:
-    return [{"prompt": f"What is {i} + 1?", "answer": i + 1} for i in range(n)]
 
 
 @pytest.mark.parametrize("split_seed", [0, 1, 2])
@@ -217,56 +202,31 @@ def test_jsonl_prompt_and_messages(tokenizer, tmp_path):
     )
 
 
-def test_jsonl_split_is_disjoint_and_ignores_the_order_of_lines(tokenizer, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    a = ProblemSource(jsonl(tmp_path / "a", *numbered(30), held_out_size=10), tokenizer, seed=0)
-    b = ProblemSource(
-        jsonl(tmp_path / "b", *numbered(30)[::-1], held_out_size=10), tokenizer, seed=0
-    )
-    assert [text(p) for p in a.held_out()] == [text(p) for p in b.held_out()]
-    assert not {text(p) for p in a.held_out()} & {text(p) for p in a.batch(0, 20)}
-    assert len(a) == 20
-
-
-def test_jsonl_same_problem_in_other_spelling_is_kept_once(tokenizer, tmp_path):
-    records = [
-        {"prompt": p, "answer": "x"}
-        for p in ("What is it?", "what  is\nIT?", "Another.", "A third.")
-    ]
-    source = ProblemSource(jsonl(tmp_path, *records), tokenizer, seed=0)
-    assert len(source) + len(source.held_out()) == 3
-
-
-def test_jsonl_eval_file_is_never_trained_on(tokenizer, tmp_path, caplog):
-    held_out = lines(tmp_path / "eval.jsonl", *numbered(5))
-    with caplog.at_level(logging.WARNING, logger="papo.data"):
-        source = ProblemSource(
-            jsonl(tmp_path, *numbered(12), eval_path=held_out), tokenizer, seed=0
-        )
-    assert len(source.held_out()) == 5 and len(source) == 7
-    assert not {text(p) for p in source.held_out()} & {text(p) for p in source.batch(0, 7)}
-    assert "5 training problems are also in" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
         ("{", "line 2: not JSON"),
         ("[1]", "line 2: expected an object, got list"),
-        ({"prompt": "a"}, "line 2: answer=None: expected text or a number"),
+        ({"prompt": "a"}, "line 2: answer is missing: data.answer_field must be one of prompt"),
+        ({"prompt": "a", "answer": None}, "line 2: answer=None: expected text or a finite number"),
         ({"prompt": "a", "answer": True}, "line 2: answer=True"),
-        ({"answer": "a"}, "line 2: expected either prompt or messages"),
+        ('{"prompt": "a", "answer": NaN}', "line 2: answer=nan"),
+        ({"answer": "a"}, r"line 2: expected either prompt or messages, got keys \['answer'\]"),
         (
             {"prompt": "a", "messages": [], "answer": "a"},
             "line 2: expected either prompt or messages",
         ),
-        ({"prompt": " ", "answer": "a"}, "line 2: prompt=' ': expected text"),
-        ({"messages": [], "answer": "a"}, r"line 2: messages=\[\]: expected a list"),
-        ({"messages": [{"role": "user"}], "answer": "a"}, "line 2: messages=.*expected a list"),
+        ({"prompt": " \n", "answer": "a"}, r"line 2: prompt=' \\n': .* white space alone"),
+        ({"prompt": "\ud83d", "answer": "a"}, "line 2: prompt=.*half of a surrogate pair"),
+        (f'{{"prompt": "a", "answer": 1{"0" * 5000}}}', "line 2: not JSON that can be read"),
+        ({"messages": [], "answer": "a"}, r"line 2: messages=\[\]: expected text or a list"),
+        (
+            {"messages": [{"role": "user"}], "answer": "a"},
+            "line 2: messages=.*expected text or a list",
+        ),
         (
             {"messages": [{"role": "assistant", "content": "a"}], "answer": "a"},
-            "line 2: the last message's role",
+            "line 2: messages: the last message's role is 'assistant': expected user",
         ),
     ],
 )
@@ -279,7 +239,35 @@ def test_bad_line_is_named(tokenizer, tmp_path, line, expected):
 
 def test_missing_and_too_small_files(tokenizer, tmp_path):
     config = DataConfig(source="jsonl", train_path=str(tmp_path / "none.jsonl"))
-    with pytest.raises(PapoError, match=r"none\.jsonl: cannot be read: No such file"):
+    with pytest.raises(PapoError, match=r"^data\.train_path='.*none\.jsonl': no such file$"):
         ProblemSource(config, tokenizer, seed=0)
     with pytest.raises(PapoError, match=r"3 distinct problems .*leaves none to train on"):
         ProblemSource(jsonl(tmp_path, *numbered(3), held_out_size=3), tokenizer, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "answer"),
+    [
+        (
+            "gsm8k",
+            {"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n#### 1,072"},
+            "How many? Think step by step, and end with the answer as a number.",
+            "1,072",
+        ),
+        (
+            "mawps",
+            {"input": "How many?", "target": 14.0},
+            "How many? Answer with only the number.",
+            "14",
+        ),
+    ],
+)
+def test_shipped_configs_read_the_real_rows(tokenizer, tmp_path, name, row, prompt, answer):
+    """From the path that the user gives."""
+    path = lines(tmp_path / "rows.jsonl", row)
+    overrides = [f"data.train_path={path}", "data.eval_path=null", "data.held_out_size=0"]
+    evaluation = ["evaluation.before=false", "evaluation.after=false"]
+    config = load_config(CONFIGS / f"{name}.yaml", [*overrides, *evaluation])
+    (problem,) = ProblemSource(config.data, tokenizer, seed=0).batch(0, 1)
+    assert problem.messages[-1]["content"] == prompt
+    assert problem.answer == answer

@@ -1,0 +1,97 @@
+"""From a problem's messages to the token ids the policy goes on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from papo.errors import PapoError
+
+log = logging.getLogger(__name__)
+
+
+class PromptEncoder:
+    """Applies the tokenizer's chat template, or plain text where it has none.
+
+    Args:
+        tokenizer: the policy's.
+        max_tokens: longer prompts are refused, the very long ones without being tokenized.
+        template_args: further variables of the chat template, such as `enable_thinking`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, max_tokens: int, template_args: Mapping[str, Any] | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._args = dict(template_args or {})
+        self._template = getattr(tokenizer, "chat_template", None)
+        # No token stands for more characters than the longest entry of the vocabulary has.
+        self._max_characters = max_tokens * max(len(token) for token in tokenizer.get_vocab())
+        self._told: set[str] = set()
+        if not self._template:
+            log.warning("the tokenizer has no chat template: prompts are plain text")
+        for name, value in self._args.items():
+            if name not in str(self._template):
+                log.warning(
+                    "data.chat_template_args.%s=%r: the chat template knows no such name",
+                    name,
+                    value,
+                )
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...] | None:
+        """Token ids with the generation prompt; None where they are more than `max_tokens`.
+
+        Raises:
+            PapoError: the chat template fails on the messages.
+        """
+        # The template may leave messages out, but what is short before it is short enough.
+        characters = sum(len(m["content"]) for m in messages)
+        if characters > self._max_characters and len(self._text(messages)) > self._max_characters:
+            return None
+        if self._template:
+            encoded = self._apply(messages, tokenize=True)
+            ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+        else:
+            ids = self._tokenizer(self._text(messages))["input_ids"]
+        kept = self._without_added_end([int(i) for i in ids], messages)
+        return tuple(kept) if len(kept) <= self._max_tokens else None
+
+    def _text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """What is tokenized."""
+        if not self._template:
+            return "\n".join(m["content"] for m in messages)
+        return str(self._apply(messages, tokenize=False))
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], *, tokenize: bool) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=tokenize, **self._args
+            )
+        except Exception as error:  # a template is a program: it may refuse a role, or be wrong
+            raise PapoError(
+                f"the tokenizer's chat template failed on {list(messages)!r:.120}: {error}"
+            ) from error
+
+    def _without_added_end(
+        self, ids: list[int], messages: Sequence[Mapping[str, str]]
+    ) -> list[int]:
+        """`ids` without the end-of-sequence token that the tokenizer put there of its own."""
+        end = self._tokenizer.eos_token_id
+        if end is None or not ids or ids[-1] != end:
+            return ids
+        name = self._tokenizer.eos_token
+        if self._text(messages).endswith(name):
+            self._tell(
+                f"prompts end in the end-of-sequence token {name!r}, written by the chat template "
+                "or the data: is the model meant to answer after it?"
+            )
+            return ids
+        self._tell(f"the tokenizer appends its end-of-sequence token {name!r} to prompts: left out")
+        return ids[:-1]
+
+    def _tell(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            log.warning(line)

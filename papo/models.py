@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,69 @@ def _cannot_load(what: str, path: str, error: Exception) -> PapoError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     return PapoError(f"model.path={path!r}: the {what} does not load: {reason}")
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The part of a causal LM that gives hidden states."""
+    decoder = causal_lm.get_decoder()
+    # Where the class's prefix is not the attribute's name (Llama 4), it is the model itself.
+    return causal_lm.model if decoder is causal_lm else decoder
+
+
+def recompute_activations(causal_lm: Any, *, dropout: bool) -> None:
+    """Have the layers recompute their activations in the backward pass.
+
+    Args:
+        dropout: keep the layers' dropout.
+
+    Raises:
+        PapoError: the model cannot.
+    """
+    # Renamed in transformers 5.23, which Python 3.10 does not get.
+    enable = getattr(causal_lm, "activation_checkpointing_enable", None)
+    try:
+        (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise PapoError(f"model.activation_checkpointing=True: {error}") from error
+    if dropout:
+        return
+    layers = recomputed_layers(causal_lm)
+    if not layers:
+        raise PapoError(
+            f"model.activation_checkpointing=True: {type(causal_lm).__name__} recomputes with "
+            "dropout alone; expected model.dropout=true beside it"
+        )
+    for layer in layers:
+        checkpoint = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = partial(_recomputed, layer, checkpoint)
+
+
+def recomputed_layers(causal_lm: Any) -> list[Any]:
+    """The layers whose activations are recomputed, none where `recompute_activations` was not
+    called."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [
+        module
+        for module in causal_lm.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+
+
+def _recomputed(layer: Any, checkpoint: Any, function: Any, *args: Any) -> Any:
+    """`checkpoint(function, *args)` with `function` run in evaluation mode.
+
+    A layer recomputes in training mode alone, which is also what its own dropout looks at.
+    """
+
+    def evaluated(*args: Any) -> Any:
+        training, layer.training = layer.training, False
+        try:
+            return function(*args)
+        finally:
+            layer.training = training
+
+    return checkpoint(evaluated, *args)
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -41,6 +41,9 @@ class ModelConfig(Section):
     """Attention of the transformers model."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you trust its author."""
+    dropout: bool = False
+    """Keep the model's dropout in passes with gradient. Off, the policy that is trained is the one
+    that sampled; on, the first update's ratio is not 1 and its log-probs are not the sampler's."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 

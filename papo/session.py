@@ -22,7 +22,7 @@ from papo.errors import PapoError
 from papo.evaluate import evaluate
 from papo.experience import Collected
 from papo.metrics import CompletionsWriter, MetricsWriter
-from papo.models import eos_ids, load_causal_lm, load_tokenizer
+from papo.models import eos_ids, load_causal_lm, load_tokenizer, recompute_activations
 from papo.objective import Policy, loss_of
 from papo.phase import PhaseController
 from papo.report import Report
@@ -132,13 +132,12 @@ class Session:
         with collectives.failing_together():
             causal_lm = load_causal_lm(config.model)
         if config.model.activation_checkpointing:
-            # Renamed in transformers 5.23, which Python 3.10 does not get.
-            enable = getattr(causal_lm, "activation_checkpointing_enable", None)
-            (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
+            recompute_activations(causal_lm, dropout=config.model.dropout)
         chunk = config.loss.chunk_mib
         return Policy(
             causal_lm,
             temperature=config.rollout.temperature,
+            dropout=config.model.dropout,
             backend=config.loss.backend,
             full_logits=config.loss.full_logits,
             chunk_bytes=None if chunk is None else chunk << 20,

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from papo.models import decoder_of
 from papo.types import Completion, Problem
 from papo_kernels import token_stats
 
@@ -90,9 +91,14 @@ class HFSampler:
         tokenizer: the policy's tokenizer.
         eos_ids: token ids that end a completion.
         pad_id: what unfinished positions hold; never used to infer where a completion ends.
+
+    Attributes:
+        prefills: the prompt of a group is computed once; off for models whose cache cannot be
+            repeated.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int], pad_id: int) -> None:
+        self.prefills = True
         self._tokenizer = tokenizer
         self._eos = tuple(eos_ids)
         self._pad = pad_id
@@ -144,7 +150,7 @@ class HFSampler:
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
             mask[i, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
-        cache = self._prefill(model, ids, mask, copies)
+        cache = self._prefill(model, ids, mask, copies) if self.prefills else None
         draw = _Draw(params)
         out = model.generate(
             input_ids=ids.repeat_interleave(copies, 0),
@@ -172,7 +178,7 @@ class HFSampler:
         cache = DynamicCache(config=model.config)
         if ids.shape[1] > 1:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            model.get_decoder()(
+            decoder_of(model)(
                 input_ids=ids[:, :-1],
                 attention_mask=mask[:, :-1],
                 position_ids=positions[:, :-1],
@@ -180,7 +186,9 @@ class HFSampler:
                 use_cache=True,
             )
             if copies > 1:
-                cache.batch_repeat_interleave(copies)
+                # batch_repeat_interleave would do, but layers of linear attention lack it.
+                rows = torch.arange(len(ids), device=ids.device)
+                cache.reorder_cache(rows.repeat_interleave(copies))
         return cache
 
     def _completion(self, problem: Problem, ids: list[int], logp: list[float]) -> Completion:

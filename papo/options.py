@@ -44,6 +44,10 @@ class ModelConfig(Section):
     dropout: bool = False
     """Keep the model's dropout in passes with gradient. Off, the policy that is trained is the one
     that sampled; on, the first update's ratio is not 1 and its log-probs are not the sampler's."""
+    probe: bool = True
+    """Before the first step, compare what sampling and training make of a few random tokens with
+    the model's own log-probs. A model that cannot be sampled or trained in batches is refused; one
+    whose completions cannot share their prompt's row gets rows apart."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo import checkpoint, collectives
+from papo import checkpoint, collectives, probe
 from papo.batch import IDLE, MicroBatch, TrainingSequence, collate
 from papo.cli import Progress
 from papo.config import TrainConfig
@@ -62,6 +62,11 @@ class Session:
             eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
             self.pad_id = eos[0] if pad is None else pad
             self.sampler = HFSampler(self.tokenizer, eos, self.pad_id)
+            self.max_row_tokens = config.optim.max_row_tokens
+            if config.model.probe:
+                self.max_row_tokens = probe.check(
+                    self.engine, self.sampler, self.tokenizer, self.pad_id, config, self.say
+                )
             self.phase = PhaseController(config.phase)
             self.weighting = WeightController(config.weighting)
             self.loss_params = PolicyLossParams(
@@ -149,7 +154,7 @@ class Session:
         batch = collate(
             sequences,
             pad_id=self.pad_id,
-            max_row_tokens=self.config.optim.max_row_tokens,
+            max_row_tokens=self.max_row_tokens,
             width_multiple=_CPU_WIDTHS if device.type == "cpu" else 1,
         )
         return batch.to(device)

@@ -213,7 +213,7 @@ def load_causal_lm(config: Any) -> Any:
     path = resolve_model_path(config.path)
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=torch.float32 if config.dtype == "fp32" else "auto",
                 attn_implementation=config.attn_implementation,
@@ -224,6 +224,7 @@ def load_causal_lm(config: Any) -> Any:
             )
     except Exception as error:  # no network, no safetensors, unknown architecture and more
         raise _cannot_load("model", config.path, error) from error
+    model, report = loaded
     faults = weight_faults(model, report)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")

@@ -88,6 +88,8 @@ class Head(nn.Module):
     ) -> TokenStats | PolicyLossOutput:
         """The statistics, or with `tokens` (the loss's per-token inputs by name) the loss."""
         projection: Any = self._projection[0]
+        # Some backbones leave their residual in float32 (Mamba).
+        hidden = hidden.to(projection.weight.dtype)
         options = {
             "bias": getattr(projection, "bias", None),
             **self._options.arguments(hidden),

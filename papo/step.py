@@ -14,6 +14,7 @@ from torch import Tensor
 from papo import collectives
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
 from papo.objective import loss_of, stats_of
+from papo.probe import check_sampler_kl
 from papo.stats import pass_count
 from papo.weighting import BranchSums, WeightController, branch_sums
 from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams
@@ -138,6 +139,7 @@ def update(
     controller: WeightController,
     lr: float,
     probe_tokens: int = 0,
+    max_sampler_kl: float = math.inf,
 ) -> Update:
     """Forward, backward and step over `sequences`; a collective, with as many passes on every rank.
 
@@ -147,6 +149,10 @@ def update(
         weighting: what the kernel weights with; `controller` only says what h is for the branch
             statistics.
         probe_tokens: tokens of this rank to measure the step's entropy change on; 0 for none.
+        max_sampler_kl: bound of the KL to the sampler, for an update with the sampler's weights.
+
+    Raises:
+        PapoError: the KL is beyond the bound; nothing has changed.
     """
     total = torch.zeros(len(fields(TokenSums)), dtype=torch.float64)
     branches = torch.zeros(BranchSums.size(), dtype=torch.float64)
@@ -161,6 +167,7 @@ def update(
         if i == 0 and probe_tokens:
             probe = Probe.of(piece, batch, out, probe_tokens)
     sums = TokenSums(*collectives.all_sum(total).tolist())
+    check_sampler_kl(sums.mean(sums.sampler_kl), max_sampler_kl)
     reason = "" if math.isfinite(sums.loss) else f"loss is {sums.loss}"
     if not sums.tokens:
         # Momentum and weight decay would move the weights all the same.

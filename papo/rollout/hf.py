@@ -187,7 +187,7 @@ class HFSampler:
             )
             if copies > 1:
                 # batch_repeat_interleave would do, but layers of linear attention lack it.
-                rows = torch.arange(len(ids), device=ids.device)
+                rows: Any = torch.arange(len(ids), device=ids.device)
                 cache.reorder_cache(rows.repeat_interleave(copies))
         return cache
 

@@ -140,17 +140,17 @@ class TrainConfig(Section):
         return self
 
     def sampler_kl_bound(self, update: int) -> float:
-        """`loss.max_sampler_kl` or its default; infinity where there is no bound.
+        """`loss.max_sampler_kl` as a number; infinity where there is no bound.
 
         Args:
             update: number of the update within its step; only at 0 are the weights the sampler's.
         """
         bound = self.loss.max_sampler_kl
-        if update > 0 or bound == "none" or (bound is None and self.model.dropout):
+        if update > 0 or bound == "none" or (bound == "auto" and self.model.dropout):
             return math.inf
         # What rounding does to a log-prob grows with 1 / temperature, and its KL with the square.
         rounding = 0.05 if self.model.dtype == "bf16" else 0.001
-        return rounding / min(1.0, self.rollout.temperature) ** 2 if bound is None else bound
+        return rounding / min(1.0, self.rollout.temperature) ** 2 if bound == "auto" else bound
 
     def dump_yaml(self, path: str | Path) -> None:
         """Write every option with its value; `load_config` reads it back to an equal config.

@@ -223,6 +223,11 @@ def load_causal_lm(config: Any) -> Any:
                 ignore_mismatched_sizes=True,  # they are in the report
             )
     except Exception as error:  # no network, no safetensors, unknown architecture and more
+        if "does not support an attention implementation" in str(error):
+            raise PapoError(
+                f"model.attn_implementation={config.attn_implementation!r}: expected eager, "
+                f"the model at model.path={config.path!r} has no other"
+            ) from error
         raise _cannot_load("model", config.path, error) from error
     model, report = loaded
     faults = weight_faults(model, report)

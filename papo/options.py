@@ -117,11 +117,11 @@ class LossConfig(Section):
     kept."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus."""
-    max_sampler_kl: Literal["none"] | PositiveFloat | None = None
+    max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
     """Bound of `loss/sampler_kl` at the first update of a step, when the weights are still the
     sampler's: beyond it training works on other log-probs than were sampled, and the run stops
-    before they change. By default 0.05 with bf16 and 0.001 with fp32, over the square of a
-    temperature below 1, and `none` with `model.dropout`."""
+    before they change. `auto` is 0.05 with bf16 and 0.001 with fp32, over the square of a
+    temperature below 1, and `none` (no bound) with `model.dropout`."""
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     """papo_kernels backend; by default the fastest that serves the device."""
     full_logits: bool | None = None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from papo import collectives
 from papo.batch import TrainingSequence, collate
 from papo.errors import PapoError
 from papo.objective import stats_of
@@ -90,6 +91,7 @@ def check(
     with engine.inference_model() as model:
         for sampler.prefills in (True, False):
             sampled, fault = _sample(model, sampler, problems, config.rollout.temperature)
+            fault = _of_any_rank(fault)
             if not fault:
                 break
     if fault or sampled is None:
@@ -99,7 +101,9 @@ def check(
         )
 
     def trained(*, sharing: bool) -> str:
-        return sampled.fault(lambda: _trained(engine, sampled.completions, pad_id, sharing))
+        return _of_any_rank(
+            sampled.fault(lambda: _trained(engine, sampled.completions, pad_id, sharing))
+        )
 
     engine.train(False)
     fault = trained(sharing=False)
@@ -120,14 +124,19 @@ def check(
     return 0 if fault else row_tokens
 
 
+def _of_any_rank(fault: str) -> str:
+    """One rank's fault is everyone's: rounding may differ between them; a collective."""
+    return max(collectives.gather_objects(fault))
+
+
 def _problems(config: Any, tokenizer: Any) -> list[Problem]:
     """Prompts of random ordinary tokens, the same on every rank."""
     text = config.get_text_config()
     special = set(tokenizer.all_special_ids)
     ordinary = [i for i in range(min(len(tokenizer), text.vocab_size)) if i not in special]
     names = ("sliding_window", "attention_chunk_size")
-    windows = [getattr(text, name, None) or 0 for name in names]
-    beyond = max([w for w in windows if w <= _LONGEST_WINDOW], default=0)
+    windows = [getattr(text, name, None) for name in names]
+    beyond = max((w for w in windows if isinstance(w, int) and w <= _LONGEST_WINDOW), default=0)
     generator = torch.Generator().manual_seed(0)
     lengths = (beyond + _PROMPT_TOKENS[0], *_PROMPT_TOKENS[1:])
     drawn = [torch.randint(len(ordinary), (n,), generator=generator).tolist() for n in lengths]

@@ -20,6 +20,7 @@ from papo import models
 from papo.errors import PapoError
 from papo.models import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
 from papo.options import ModelConfig
+from tests.trainer.families import build
 
 
 def test_smollm2_is_an_ordinary_folder(smollm2_path):
@@ -297,3 +298,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_model_path, tmp_pa
 
     with pytest.raises(PapoError, match=rf"NaN or infinity in {re.escape(UP)};"):
         load_causal_lm(altered(tiny_model_path, tmp_path, change))
+
+
+def test_an_attention_that_the_model_does_not_have_is_one_line(tmp_path):
+    build("gemma2").save_pretrained(tmp_path)
+    assert load_causal_lm(ModelConfig(path=str(tmp_path), attn_implementation="eager"))
+    with pytest.raises(PapoError, match=r"^model.attn_implementation='sdpa': expected eager"):
+        load_causal_lm(ModelConfig(path=str(tmp_path)))

@@ -110,7 +110,7 @@ def test_a_mask_that_attention_misreads_is_found(dtype: torch.dtype, monkeypatch
 
     probe_collate = probe.collate
     monkeypatch.setattr(probe, "collate", collate)
-    with pytest.raises(PapoError, match="cannot be trained in batches: .* padding on the right"):
+    with pytest.raises(PapoError, match=r"cannot be trained in batches: .* padding on the right"):
         check(build("llama").to(dtype))
 
 
@@ -125,7 +125,7 @@ def test_a_sampler_that_sees_padding_is_found(dtype: torch.dtype, monkeypatch: A
     assert check(build("llama").to(dtype), sampler) == (ROW, [])
     assert not sampler.prefills  # what generate does by itself was right
     monkeypatch.setattr(HFSampler, "prefills", property(lambda self: True, lambda *_: None), False)
-    with pytest.raises(PapoError, match="cannot be sampled in batches: .*nats off"):
+    with pytest.raises(PapoError, match=r"cannot be sampled in batches: .*nats off"):
         check(build("llama").to(dtype))
 
 

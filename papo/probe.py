@@ -89,7 +89,8 @@ def check(
     whose = f"model.path={config.model.path!r}: {type(causal_lm).__name__}"
     problems = _problems(causal_lm.config, tokenizer)
     with engine.inference_model() as model:
-        for sampler.prefills in (True, False):
+        for prefills in (True, False):
+            sampler.prefills = prefills
             sampled, fault = _sample(model, sampler, problems, config.rollout.temperature)
             fault = _of_any_rank(fault)
             if not fault:

@@ -62,8 +62,7 @@ class MicroBatch:
 
     Attributes:
         input_ids, position_ids: int64 [B, T].
-        attention_mask: bool [B, 1, T, T] (True: may attend) where completions share a row, else
-            int64 [B, T], right-padded.
+        attention_mask: int64 [B, T], 1 for tokens and 0 for the padding on their right.
         logit_index: int64 [N], flat position whose hidden state predicts the token.
         targets: int64 [N].
         advantages, token_weight, sampler_logp: float32 [N].
@@ -72,6 +71,8 @@ class MicroBatch:
             (weighting.source: rollout).
         keep_offsets: int64 [N + 1] or None, keep_ids: int64 [nnz] or None: what top-k and top-p
             kept for each token, as `papo_kernels.KeepSet` has it.
+        segment_ids: int64 [B, T], 0 for a prompt, 1 and on for its completions, -1 for padding;
+            None where no row is shared.
     """
 
     input_ids: Tensor
@@ -87,6 +88,7 @@ class MicroBatch:
     factor: Tensor | None = None
     keep_offsets: Tensor | None = None
     keep_ids: Tensor | None = None
+    segment_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
@@ -162,20 +164,14 @@ def collate(
             first = torch.tensor([b * width + len(prompt) - 1])
             logit_index.append(torch.cat([first, b * width + torch.arange(start, end)]))
     shared = any(len(row) > 1 for row in rows)
-    mask = _tree_mask(segment, position_ids) if shared else (segment >= 0).to(torch.int64)
     return MicroBatch(
-        input_ids, position_ids, mask, torch.cat(logit_index), **_token_tensors(sequences)
+        input_ids,
+        position_ids,
+        (segment >= 0).to(torch.int64),
+        torch.cat(logit_index),
+        **_token_tensors(sequences),
+        segment_ids=segment if shared else None,
     )
-
-
-def _tree_mask(segment: Tensor, position_ids: Tensor) -> Tensor:
-    query, key = segment[:, :, None], segment[:, None, :]
-    causal = position_ids[:, :, None] >= position_ids[:, None, :]
-    allowed = ((query == key) | (key == 0)) & (query >= 0) & (key >= 0) & causal
-    # A padded query attends to itself alone: a row of the mask without any True is NaN in some
-    # attention kernels.
-    allowed |= torch.eye(segment.shape[1], dtype=torch.bool)
-    return allowed[:, None]
 
 
 def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Any]:

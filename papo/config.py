@@ -6,6 +6,7 @@ Imports neither torch nor deepspeed. `python -m papo.config` prints docs/config.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -137,6 +138,19 @@ class TrainConfig(Section):
             "which takes no mask for shared prompts",
         )
         return self
+
+    def sampler_kl_bound(self, update: int) -> float:
+        """`loss.max_sampler_kl` as a number; infinity where there is no bound.
+
+        Args:
+            update: number of the update within its step; only at 0 are the weights the sampler's.
+        """
+        bound = self.loss.max_sampler_kl
+        if update > 0 or bound == "none" or (bound == "auto" and self.model.dropout):
+            return math.inf
+        # What rounding does to a log-prob grows with 1 / temperature, and its KL with the square.
+        rounding = 0.05 if self.model.dtype == "bf16" else 0.001
+        return rounding / min(1.0, self.rollout.temperature) ** 2 if bound == "auto" else bound
 
     def dump_yaml(self, path: str | Path) -> None:
         """Write every option with its value; `load_config` reads it back to an equal config.

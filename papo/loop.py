@@ -1,5 +1,4 @@
-"""The order of the stages, known here alone: problems -> rollout -> reward -> advantage -> batch ->
-stats -> phase -> loss -> step."""
+"""The stages in order: problems, rollout, reward, advantage, batch, stats, phase, loss, step."""
 
 from __future__ import annotations
 
@@ -131,6 +130,7 @@ class Loop:
                     controller=s.weighting,
                     lr=learning_rate(self.step * count + u, config.steps * count, config.optim),
                     probe_tokens=config.metrics.measure_tokens if measures else None,
+                    max_sampler_kl=config.sampler_kl_bound(u),
                 )
             with clock("measure"):
                 updates.append(done.measured(s.engine, s.make_batch))

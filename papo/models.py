@@ -8,16 +8,19 @@ import hashlib
 import importlib.util
 import io
 import logging
+import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from papo.errors import PapoError
 
@@ -203,28 +206,147 @@ def load_causal_lm(config: Any) -> Any:
         config: the config's `model` section.
 
     Raises:
-        PapoError: it does not load.
+        PapoError: it does not load, or its weights are not all in the file, and finite.
     """
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(config.path)
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=torch.float32 if config.dtype == "fp32" else "auto",
                 attn_implementation=config.attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
             )
     except Exception as error:  # no network, no safetensors, unknown architecture and more
+        if "does not support an attention implementation" in str(error):
+            raise PapoError(
+                f"model.attn_implementation={config.attn_implementation!r}: expected eager, "
+                f"the model at model.path={config.path!r} has no other"
+            ) from error
         raise _cannot_load("model", config.path, error) from error
+    model, report = loaded
+    faults = weight_faults(model, report)
+    if faults:
+        raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
+    return model
+
+
+def weight_faults(model: Any, report: Mapping[str, Any]) -> list[str]:
+    """What is wrong with loaded weights, empty where nothing is.
+
+    What is missing has random weights now: a run would train, and learn nothing.
+
+    Args:
+        report: `from_pretrained`'s, without what the model's class itself lets be missing.
+    """
+    shapes = [
+        f"{name} {list(stored)} instead of {list(expected)}"
+        for name, stored, expected in report["mismatched_keys"]
+    ]
+    told = {
+        "the file lacks": report["missing_keys"],
+        "the file has unknown": report["unexpected_keys"],
+        "other shapes in the file:": shapes,
+    }
+    faults = [f"{kind} {_some(names)}" for kind, names in told.items() if names]
+    if faults:
+        # A file of another architecture or size names its tensors otherwise.
+        advice = "config.json and the safetensors files are not of one model"
+        return [*faults, f"{advice}; expected a folder as save_pretrained writes it"]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
+        return [
+            "config.json has tie_word_embeddings true, and the file a head that is not the "
+            "embedding; expected false, or a file without the head"
+        ]
+    bad = [name for name, p in model.named_parameters() if not _finite(p.detach())]
+    return [f"NaN or infinity in {_some(bad)}; expected finite weights"] if bad else []
+
+
+def _finite(tensor: Tensor) -> bool:
+    # Without a temporary of the tensor's size.
+    return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    first, *rest = sorted(names)
+    more = f" and {len(rest) + 1 - shown} more" if len(rest) >= shown else ""
+    return ", ".join([first, *rest][:shown]) + more
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> PapoError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     return PapoError(f"model.path={path!r}: the {what} does not load: {reason}")
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The part of a causal LM that gives hidden states."""
+    decoder = causal_lm.get_decoder()
+    # Where the class's prefix is not the attribute's name (Llama 4), it is the model itself.
+    return causal_lm.model if decoder is causal_lm else decoder
+
+
+def recompute_activations(causal_lm: Any, *, dropout: bool) -> None:
+    """Have the layers recompute their activations in the backward pass.
+
+    Args:
+        dropout: keep the layers' dropout.
+
+    Raises:
+        PapoError: the model cannot.
+    """
+    # Renamed in transformers 5.23, which Python 3.10 does not get.
+    enable = getattr(causal_lm, "activation_checkpointing_enable", None)
+    try:
+        (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise PapoError(f"model.activation_checkpointing=True: {error}") from error
+    if dropout:
+        return
+    layers = recomputed_layers(causal_lm)
+    if not layers:
+        raise PapoError(
+            f"model.activation_checkpointing=True: {type(causal_lm).__name__} recomputes with "
+            "dropout alone; expected model.dropout=true beside it"
+        )
+    for layer in layers:
+        checkpoint = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = partial(_recomputed, layer, checkpoint)
+
+
+def recomputed_layers(causal_lm: Any) -> list[Any]:
+    """The layers whose activations are recomputed, none where `recompute_activations` was not
+    called."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [
+        module
+        for module in causal_lm.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+
+
+def _recomputed(layer: Any, checkpoint: Any, function: Any, *args: Any) -> Any:
+    """`checkpoint(function, *args)` with `function` run in evaluation mode.
+
+    A layer recomputes in training mode alone, which is also what its own dropout looks at.
+    """
+
+    def evaluated(*args: Any) -> Any:
+        training, layer.training = layer.training, False
+        try:
+            return function(*args)
+        finally:
+            layer.training = training
+
+    return checkpoint(evaluated, *args)
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

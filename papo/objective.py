@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from papo.attention import shared_prompts
+from papo.models import decoder_of, recomputed_layers
 from papo_kernels import (
     KeepSet,
     PolarityWeighting,
@@ -91,6 +93,8 @@ class Head(nn.Module):
         `keep`: offsets and ids of the `KeepSet` that the sampler drew from, None for all ids.
         """
         projection: Any = self._projection[0]
+        # Some backbones leave their residual in float32 (Mamba).
+        hidden = hidden.to(projection.weight.dtype)
         options = {
             "bias": getattr(projection, "bias", None),
             "keep": None if keep is None else KeepSet(*keep),
@@ -115,17 +119,30 @@ class Policy(nn.Module):
     Args:
         causal_lm: a transformers causal LM.
         temperature: sampling temperature; logp, entropy and polarity are all at this temperature.
+        dropout: keep the model's dropout, and whatever else it does in training alone, in passes
+            with gradient.
         more: the rest of `HeadOptions`.
     """
 
     causal_lm: Any
     head: Head
 
-    def __init__(self, causal_lm: Any, *, temperature: float, **more: Any) -> None:
+    def __init__(
+        self, causal_lm: Any, *, temperature: float, dropout: bool = False, **more: Any
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self._dropout = dropout
         options = HeadOptions.of(causal_lm.config, temperature, **more)
         self.head = Head(causal_lm.get_output_embeddings(), options)
+
+    def train(self, mode: bool = True) -> Policy:
+        """Switch between passes with gradient and without; dropout only where it is kept."""
+        super().train(mode and self._dropout)
+        self.training = mode
+        for layer in recomputed_layers(self.causal_lm):
+            layer.training = mode
+        return self
 
     def forward(
         self,
@@ -135,12 +152,13 @@ class Policy(nn.Module):
         weighting: PolarityWeighting | None = None,
     ) -> tuple[Tensor, ...]:
         """Fields of `TokenStats` (no `tokens`) or of `PolicyLossOutput`, per token `[N]`."""
-        hidden = self.causal_lm.get_decoder()(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-        ).last_hidden_state
+        with shared_prompts(batch["segment_ids"], batch["position_ids"]):
+            hidden = decoder_of(self.causal_lm)(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+            ).last_hidden_state
         selected = hidden.flatten(0, 1).index_select(0, batch["logit_index"])
         cut = batch["keep_offsets"] is not None
         keep = (batch["keep_offsets"], batch["keep_ids"]) if cut else None
@@ -151,6 +169,7 @@ MODEL_INPUTS = (
     "input_ids",
     "attention_mask",
     "position_ids",
+    "segment_ids",
     "logit_index",
     "targets",
     "keep_offsets",

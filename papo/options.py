@@ -41,6 +41,13 @@ class ModelConfig(Section):
     """Attention of the transformers model."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you trust its author."""
+    dropout: bool = False
+    """Keep the model's dropout in passes with gradient. Off, the policy that is trained is the one
+    that sampled; on, the first update's ratio is not 1 and its log-probs are not the sampler's."""
+    probe: bool = True
+    """Before the first step, compare what sampling and training make of a few random tokens with
+    the model's own log-probs. A model that cannot be sampled or trained in batches is refused; one
+    whose completions cannot share their prompt's row gets rows apart."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 
@@ -114,6 +121,11 @@ class LossConfig(Section):
     kept."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus."""
+    max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
+    """Bound of `loss/sampler_kl` at the first update of a step, when the weights are still the
+    sampler's: beyond it training works on other log-probs than were sampled, and the run stops
+    before they change. `auto` is 0.05 with bf16 and 0.001 with fp32, over the square of a
+    temperature below 1, and `none` (no bound) with `model.dropout`."""
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     """papo_kernels backend; by default the fastest that serves the device."""
     full_logits: bool | None = None

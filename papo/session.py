@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo import checkpoint, collectives, references
+from papo import checkpoint, collectives, probe, references
 from papo.batch import IDLE, MicroBatch, TrainingSequence, collate
 from papo.cli import Progress
 from papo.config import TrainConfig
@@ -22,7 +22,7 @@ from papo.errors import PapoError
 from papo.evaluate import evaluate
 from papo.experience import Collected
 from papo.metrics import CompletionsWriter, MetricsWriter
-from papo.models import eos_ids, load_causal_lm, load_tokenizer
+from papo.models import eos_ids, load_causal_lm, load_tokenizer, recompute_activations
 from papo.objective import Policy, loss_of
 from papo.phase import PhaseController
 from papo.prediction import EntropyPrediction
@@ -71,6 +71,11 @@ class Session:
             self.sampler = HFSampler(
                 self.tokenizer, eos, self.pad_id, config.rollout.skip_special_tokens
             )
+            self.max_row_tokens = config.optim.max_row_tokens
+            if config.model.probe:
+                self.max_row_tokens = probe.check(
+                    self.engine, self.sampler, self.tokenizer, self.pad_id, config, self.say
+                )
             self.phase = PhaseController(config.phase)
             self.weighting = WeightController(config.weighting)
             self.prediction = EntropyPrediction(config.optim, self.engine.trained_numel)
@@ -142,13 +147,12 @@ class Session:
         with collectives.failing_together():
             causal_lm = load_causal_lm(config.model)
         if config.model.activation_checkpointing:
-            # Renamed in transformers 5.23, which Python 3.10 does not get.
-            enable = getattr(causal_lm, "activation_checkpointing_enable", None)
-            (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
+            recompute_activations(causal_lm, dropout=config.model.dropout)
         chunk = config.loss.chunk_mib
         return Policy(
             causal_lm,
             temperature=config.rollout.temperature,
+            dropout=config.model.dropout,
             backend=config.loss.backend,
             full_logits=config.loss.full_logits,
             chunk_bytes=None if chunk is None else chunk << 20,
@@ -160,7 +164,7 @@ class Session:
         batch = collate(
             sequences,
             pad_id=self.pad_id,
-            max_row_tokens=self.config.optim.max_row_tokens,
+            max_row_tokens=self.max_row_tokens,
             width_multiple=_CPU_WIDTHS if device.type == "cpu" else 1,
         )
         return batch.to(device)

@@ -14,6 +14,7 @@ from papo import collectives
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
 from papo.objective import loss_of, stats_of
 from papo.prediction import UpdateEffect
+from papo.probe import check_sampler_kl
 from papo.stats import pass_count
 from papo.weighting import BranchSums, WeightController, branch_sums
 from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams
@@ -170,6 +171,7 @@ def update(
     controller: WeightController,
     lr: float,
     probe_tokens: int | None = None,
+    max_sampler_kl: float = math.inf,
 ) -> Update:
     """Forward, backward and step over `sequences`; a collective, with as many passes on every rank.
 
@@ -180,6 +182,10 @@ def update(
             statistics.
         probe_tokens: tokens of all ranks to measure the entropy change on, 0 for all of them; None
             measures nothing.
+        max_sampler_kl: bound of the KL to the sampler, for an update with the sampler's weights.
+
+    Raises:
+        PapoError: the KL is beyond the bound; nothing has changed.
     """
     total = torch.zeros(len(fields(TokenSums)), dtype=torch.float64)
     branches = torch.zeros(BranchSums.size(), dtype=torch.float64)
@@ -196,6 +202,7 @@ def update(
         total += TokenSums.of(out, batch).cpu()
         branches += _branches(out, batch, controller).cpu()
     sums = TokenSums(*collectives.all_sum(total).tolist())
+    check_sampler_kl(sums.mean(sums.sampler_kl), max_sampler_kl)
     reason = "" if math.isfinite(sums.loss) else f"loss is {sums.loss}"
     if not sums.tokens:
         # Momentum and weight decay would move the weights all the same.

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from papo.models import decoder_of
 from papo.types import Completion, KeptIds, Problem
 from papo_kernels import token_stats
 
@@ -123,6 +124,10 @@ class HFSampler:
         eos_ids: token ids that end a completion.
         pad_id: what unfinished positions hold; never used to infer where a completion ends.
         skip_special_tokens: whether a completion's text is without them.
+
+    Attributes:
+        prefills: the prompt of a group is computed once; off for models whose cache cannot be
+            repeated.
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class HFSampler:
         pad_id: int,
         skip_special_tokens: bool = True,
     ) -> None:
+        self.prefills = True
         self._tokenizer = tokenizer
         self._eos = tuple(eos_ids)
         self._pad = pad_id
@@ -184,7 +190,7 @@ class HFSampler:
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
             mask[i, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
-        cache = self._prefill(model, ids, mask, copies)
+        cache = self._prefill(model, ids, mask, copies) if self.prefills else None
         draw = _Draw(params, self._eos)
         out = model.generate(
             input_ids=ids.repeat_interleave(copies, 0),
@@ -214,7 +220,7 @@ class HFSampler:
         cache = DynamicCache(config=model.config)
         if ids.shape[1] > 1:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            model.get_decoder()(
+            decoder_of(model)(
                 input_ids=ids[:, :-1],
                 attention_mask=mask[:, :-1],
                 position_ids=positions[:, :-1],
@@ -222,7 +228,9 @@ class HFSampler:
                 use_cache=True,
             )
             if copies > 1:
-                cache.batch_repeat_interleave(copies)
+                # batch_repeat_interleave would do, but layers of linear attention lack it.
+                rows: Any = torch.arange(len(ids), device=ids.device)
+                cache.reorder_cache(rows.repeat_interleave(copies))
         return cache
 
     def _until_the_end(self, ids: list[int]) -> list[int]:

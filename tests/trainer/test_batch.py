@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from papo.attention import shared_prompts
 from papo.batch import TrainingSequence, collate, micro_batches, rows_of
 from tests.trainer.tiny import small_llama
 
@@ -29,7 +30,7 @@ def token_logits(
 ) -> torch.Tensor:
     batch = collate(sequences, pad_id=0, max_row_tokens=max_row_tokens, width_multiple=multiple)
     assert batch.input_ids.shape[1] % multiple == 0
-    with torch.no_grad():
+    with torch.no_grad(), shared_prompts(batch.segment_ids, batch.position_ids):
         hidden = model.get_decoder()(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -92,8 +93,8 @@ def test_requirement_29_30_targets_and_masks_are_the_sampled_ids_even_where_pad_
     )
     assert batch.old_logp is None and batch.factor is None
     # The fed tokens are each prompt once and all but the last token of every response.
-    fed = batch.attention_mask[:, 0].diagonal(dim1=1, dim2=2).sum().item()
-    assert fed == batch.input_ids.numel()
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 1], [0, 1, 1, -1]]
     assert batch.input_ids.tolist() == [[5, eos, 6, 7], [8, 9, 9, eos]]
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from papo import models
 from papo.errors import PapoError
 from papo.models import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
 from papo.options import ModelConfig
+from tests.trainer.families import build
 
 
 def test_smollm2_is_an_ordinary_folder(smollm2_path):
@@ -190,3 +195,113 @@ def test_model_without_end_token_is_refused():
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     with pytest.raises(PapoError, match="no end-of-sequence token"):
         eos_ids(model, SimpleNamespace(eos_token_id=None))
+
+
+def altered(source: Path, folder: Path, change: Any, **config: Any) -> ModelConfig:
+    """The model in `source` with `change` made to its tensors by name, and other options."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    options = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**options, **config}))
+    return ModelConfig(path=str(folder))
+
+
+def without(part: str) -> Any:
+    """Drops every tensor with `part` in its name."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if part in n]:
+            del tensors[name]
+
+    return change
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.replace("self_attn", "attention")] = tensors.pop(name)
+
+
+def reshaped(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(48)
+
+
+def enlarged(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.adapter.weight"] = torch.ones(2, 2)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "told"),
+    [
+        (renamed, {}, r"lacks model\.layers\.0\.self_attn\.k_proj\.weight, .* and 5 more"),
+        (without("layers.0.mlp.up_proj"), {}, rf"lacks {re.escape(UP)};"),
+        (without("layers.1."), {}, r"lacks model\.layers\.1\.input_layernorm\.weight, .* more"),
+        (without("embed_tokens"), {}, r"lacks (lm_head|model\.embed_tokens)\.weight"),
+        (without("-"), {"tie_word_embeddings": False}, r"lacks lm_head\.weight;"),
+        (without("-"), {"num_hidden_layers": 1}, r"has unknown model\.layers\.1\..* more"),
+        (without("-"), {"num_hidden_layers": 3}, r"lacks model\.layers\.2\..* and 6 more"),
+        (reshaped, {}, r"other shapes in the file: model\.norm\.weight \[48\] instead of \[64\]"),
+        (enlarged, {}, r"has unknown model\.layers\.0\.adapter\.weight;"),
+    ],
+    ids=[
+        "renamed",
+        "one tensor",
+        "a layer",
+        "embedding",
+        "no head",
+        "fewer layers",
+        "more layers",
+        "another shape",
+        "one too many",
+    ],
+)
+def test_a_file_that_is_not_the_whole_model_is_refused_by_name(
+    tiny_model_path, tmp_path, change, config, told
+):
+    """Where tensors were missing the run trained on random weights, and ended well."""
+    with pytest.raises(PapoError, match=told) as caught:
+        load_causal_lm(altered(tiny_model_path, tmp_path, change, **config))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"model.path={str(tmp_path)!r}: ")
+    assert str(caught.value).endswith("expected a folder as save_pretrained writes it")
+
+
+def test_what_is_tied_or_computed_may_be_missing(tiny_model_path, tmp_path):
+    """A tied head stored twice, and the rotary frequencies that old checkpoints hold."""
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    model = load_causal_lm(altered(tiny_model_path, tmp_path, change))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_head_that_the_config_ties_to_another_embedding_is_refused(tiny_model_path, tmp_path):
+    """transformers leaves them apart; the model that samples would tie them."""
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    with pytest.raises(PapoError, match="tie_word_embeddings true, and the file a head"):
+        load_causal_lm(altered(tiny_model_path, tmp_path, change))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_model_path, tmp_path, value):
+    def change(tensors):
+        tensors[UP][3, 5] = value
+
+    with pytest.raises(PapoError, match=rf"NaN or infinity in {re.escape(UP)};"):
+        load_causal_lm(altered(tiny_model_path, tmp_path, change))
+
+
+def test_an_attention_that_the_model_does_not_have_is_one_line(tmp_path):
+    build("gemma2").save_pretrained(tmp_path)
+    assert load_causal_lm(ModelConfig(path=str(tmp_path), attn_implementation="eager"))
+    with pytest.raises(PapoError, match=r"^model.attn_implementation='sdpa': expected eager"):
+        load_causal_lm(ModelConfig(path=str(tmp_path)))

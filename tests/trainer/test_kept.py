@@ -26,8 +26,8 @@ V, EOS, TEMPERATURE = 60, 0, 1.3
 CUTS = [{"top_k": 4}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8}]
 
 
-def sampled(cut: dict[str, float]) -> tuple[Policy, MicroBatch]:
-    """A float32 policy, and a micro-batch of what it sampled with `cut`."""
+def sampled(cut: dict[str, float]) -> tuple[Policy, MicroBatch, MicroBatch]:
+    """A float32 policy, and what it sampled with `cut`, in shared rows and in rows apart."""
     model = small_llama(3, vocab_size=V, eos_token_id=EOS, pad_token_id=EOS).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
@@ -39,7 +39,8 @@ def sampled(cut: dict[str, float]) -> tuple[Policy, MicroBatch]:
     groups = score_groups(completions, rewards, 4, AdvantageConfig(), 10)
     sequences = with_token_weights(to_sequences(groups), LossConfig())
     policy = Policy(model, temperature=TEMPERATURE)
-    return policy, collate(sequences, pad_id=EOS, max_row_tokens=2048)
+    shared, apart = (collate(sequences, pad_id=EOS, max_row_tokens=n) for n in (2048, 0))
+    return policy, shared, apart
 
 
 def engine_of(policy: Policy) -> SimpleNamespace:
@@ -47,7 +48,7 @@ def engine_of(policy: Policy) -> SimpleNamespace:
 
 
 def masked_logits(policy: Policy, batch: MicroBatch) -> torch.Tensor:
-    """float64 [N, V] of the model itself, -inf where the sampler's filter cut."""
+    """float64 [N, V] of the model itself on rows apart, -inf where the sampler's filter cut."""
     model = policy.causal_lm
     hidden = model.get_decoder()(
         input_ids=batch.input_ids,
@@ -65,11 +66,11 @@ def masked_logits(policy: Policy, batch: MicroBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_the_trained_log_probs_are_those_of_the_sampler(cut) -> None:
-    policy, batch = sampled(cut)
+    policy, batch, apart = sampled(cut)
     stats = stats_of(engine_of(policy), batch)
     assert torch.allclose(stats.logp, batch.sampler_logp, atol=2e-5)
     with torch.no_grad():
-        logits = masked_logits(policy, batch)
+        logits = masked_logits(policy, apart)
     expected = token_stats(logits, batch.targets, temperature=TEMPERATURE, backend="reference")
     for name in ("logp", "entropy", "unit_polarity"):
         got, want = getattr(stats, name).double(), getattr(expected, name)
@@ -78,7 +79,7 @@ def test_the_trained_log_probs_are_those_of_the_sampler(cut) -> None:
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_the_loss_and_its_gradient_are_those_of_the_sampled_distribution(cut) -> None:
-    policy, batch = sampled(cut)
+    policy, batch, apart = sampled(cut)
     weighting = PolarityWeighting(strength=0.5, phase=0.4)
     params = PolicyLossParams(entropy_coef=0.01)
     out = loss_of(engine_of(policy), batch, params, weighting)
@@ -87,7 +88,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_sampled_distribution(cut) ->
     got = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     expected = policy_loss(
-        masked_logits(policy, batch),
+        masked_logits(policy, apart),
         batch.targets,
         batch.advantages.double(),
         batch.token_weight.double(),
@@ -105,7 +106,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_sampled_distribution(cut) ->
 
 
 def test_an_idle_rank_takes_part_in_a_loss_over_kept_ids() -> None:
-    policy, batch = sampled({"top_k": 4})
+    policy, batch, _ = sampled({"top_k": 4})
     idle = collate([IDLE], pad_id=EOS, max_row_tokens=2048)
     assert batch.keep_offsets is not None and idle.keep_offsets is not None
     out = loss_of(engine_of(policy), idle, PolicyLossParams(), None)

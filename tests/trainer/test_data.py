@@ -261,7 +261,7 @@ def test_missing_and_too_small_files(tokenizer, tmp_path):
         (
             "mawps",
             {"input": "How many?", "target": 14.0},
-            "How many? Answer in one short sentence.",
+            "How many? End with the answer as a number.",
             "14",
         ),
     ],

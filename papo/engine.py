@@ -169,6 +169,11 @@ class Engine:
         """Switch dropout and the like."""
         self._ds.train(mode)
 
+    @property
+    def dropout(self) -> bool:
+        """Whether passes with gradient see another policy than those without."""
+        return self.policy.dropout
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of `loss`; `last` marks the step's last micro-batch.
 

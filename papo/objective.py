@@ -132,13 +132,13 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self._dropout = dropout
+        self.dropout = dropout
         options = HeadOptions.of(causal_lm.config, temperature, **more)
         self.head = Head(causal_lm.get_output_embeddings(), options)
 
     def train(self, mode: bool = True) -> Policy:
         """Switch between passes with gradient and without; dropout only where it is kept."""
-        super().train(mode and self._dropout)
+        super().train(mode and self.dropout)
         self.training = mode
         for layer in recomputed_layers(self.causal_lm):
             layer.training = mode

@@ -72,8 +72,8 @@ class EntropyProbe:
 
     Attributes:
         pieces: as many on every rank.
-        entropy: their tokens' mean entropy before, in nats over all ranks; None where they are the
-            update's own, whose forward pass gives it.
+        entropy: their tokens' mean entropy before, in nats over all ranks; None where the update's
+            own forward pass gives it: they are its pieces, and nothing drops out.
     """
 
     pieces: Sequence[Sequence[TrainingSequence]]
@@ -94,7 +94,7 @@ class EntropyProbe:
         mine = torch.tensor(sum(len(s.response_ids) for s in sequences))
         share = tokens / max(1.0, float(collectives.all_sum(mine)))
         if not tokens or share >= 1:
-            return cls(pieces)
+            return cls(pieces, mean_entropy(engine, pieces, make_batch) if engine.dropout else None)
         sampled = _in_pieces(spread(sequences, share), micro_batch_size)
         return cls(sampled, mean_entropy(engine, sampled, make_batch))
 

@@ -27,6 +27,8 @@ class Bigram:
         evaluated: mode of each pass, True in evaluation.
     """
 
+    dropout = False
+
     def __init__(self, optim: OptimConfig, logits: Tensor) -> None:
         self.table = logits.clone().requires_grad_()
         self.evaluated: list[bool] = []

@@ -166,6 +166,16 @@ def test_a_sample_comes_from_every_micro_batch_and_never_the_first_alone() -> No
     assert probe.entropy == mean_entropy(engine, probe.pieces, make_batch) > 0
 
 
+def test_with_dropout_the_entropy_before_is_measured_without_it() -> None:
+    engine, pieces = bigram(), [weighted(4, 4)]
+    own = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=0)
+    assert own.entropy is None
+    engine.dropout = True
+    measured = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=0)
+    assert engine.evaluated == [True]
+    assert measured.entropy == mean_entropy(engine, pieces, make_batch)
+
+
 def test_without_a_token_that_trains_the_entropy_is_0() -> None:
     """Whatever the entropy of a token that does not train is, NaN included."""
     engine = SimpleNamespace(

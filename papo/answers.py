@@ -14,7 +14,8 @@ _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 # Not in a path, a date or a longer fraction. A space makes a mixed number: `3 1/2`.
 _FRACTION = r"(?<![\w./])(?:[0-9]+ )?[0-9]+ ?/ ?[0-9]+(?![\w/]|[.,][0-9])"
 # A minus after a digit, a letter or a closing bracket is a subtraction, not a sign.
-_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-)?(?:{_FRACTION}|{_DECIMAL})")
+_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])-[$€£]?)?(?:{_FRACTION}|{_DECIMAL})")
+_EN_DASH_AS_MINUS = re.compile(r"(?<![\w.)\]}])\u2013(?=[$€£]?[.0-9])")
 _MIXED = re.compile(r"([-+]?[0-9]+) ([0-9]+)/([0-9]+)")
 _SIGNED_FRACTION = re.compile(rf"[-+]?{_FRACTION}")
 # Leading zeros make it text: they tell `0101` from `101`.
@@ -24,7 +25,8 @@ _WHOLE_NUMBER = re.compile(
 )
 # A float as JSON and Python print it, standing alone: `1e - 5` and `2e-3x` are expressions.
 _FLOAT = re.compile(
-    r"(?<![\w.^)\]}+\-*/])[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE][-+]?[0-9]+(?![-+*/\w^{(]|\.[0-9])"
+    r"(?<![\w.^)\]}+\-*/])[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"[eE][-+]?[0-9]+(?![-+*/\w^{(]|\.[0-9])"
 )
 _LARGEST_EXPONENT = 400  # a number beyond stays as it is written
 _SEPARATOR = re.compile(
@@ -71,8 +73,8 @@ def extract(text: str, how: str) -> str | None:
     """The answer in a text.
 
     `how` is `last_number`, `boxed` (the last box's content), `last_line` or `none` (all of it).
-    Numbers lose their thousands separators, LaTeX fractions of whole numbers become `a/b`. None
-    where there is no such part.
+    With `last_number`, thousands separators go and LaTeX fractions of whole numbers become `a/b`.
+    None where there is no such part.
 
     Raises:
         ValueError: an unknown `how`.
@@ -125,8 +127,8 @@ def normalize(text: str) -> str:
     number = _WHOLE_NUMBER.fullmatch(text)
     if number:
         sign = number["sign"] or number["inner_sign"] or ""
-        return _positional(sign + number["digits"].replace(",", ""))
-    fraction = _with_fractions(text)
+        return positional(sign + number["digits"].replace(",", ""))
+    fraction = _with_fractions(text).removesuffix(".")
     if _SIGNED_FRACTION.fullmatch(fraction):
         return _bare(fraction).lstrip("+")
     return text
@@ -158,19 +160,20 @@ def _formula(text: str) -> str:
 
 
 def _sympy_numbers(text: str) -> str:
-    text = _FLOAT.sub(lambda match: _positional(match.group()), _with_ascii_numbers(text))
+    text = _FLOAT.sub(lambda match: positional(match.group()), _with_ascii_numbers(text))
     return re.sub(r"(?<![\w.])\.(?=[0-9])", "0.", text)
 
 
 def _bare(number: str) -> str:
-    """Without thousands separators, and a fraction without spaces about its slash."""
-    return re.sub(r" ?/ ?", "/", number.replace(",", ""))
+    """Without thousands separators and currency, and a fraction without spaces about its slash."""
+    return re.sub(r" ?/ ?", "/", re.sub(r"[,$€£]", "", number))
 
 
 def _with_ascii_numbers(text: str) -> str:
     """Minus signs and thousands separators as a keyboard has them; escaped dollars are no part of
     an answer."""
-    return _SEPARATOR.sub(",", re.sub(r"(?<!\\)\\\$", "", text.replace("\u2212", "-")))
+    text = _EN_DASH_AS_MINUS.sub("-", text.replace("\u2212", "-"))
+    return _SEPARATOR.sub(",", re.sub(r"(?<!\\)\\\$", "", text))
 
 
 def _with_fractions(text: str) -> str:
@@ -182,7 +185,7 @@ def _with_fractions(text: str) -> str:
     return _LATEX_FRACTION.sub(spelt, text)
 
 
-def _positional(number: str) -> str:
+def positional(number: str) -> str:
     """A decimal without exponent and trailing zeros, by exact arithmetic."""
     try:
         value = Decimal(number)

@@ -236,8 +236,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ConfigError: the file cannot be read, or an option is unknown, missing or out of bounds: the
-            first one in one line,
-            and how many more there are.
+            first one in one line, and how many more there are.
     """
     options = read_options(path, overrides)
     try:

@@ -91,6 +91,16 @@ class ProblemSource:
         """Number of training problems."""
         return len(self._train)
 
+    @property
+    def fingerprint(self) -> str:
+        """What sources share that have the same training problems under the same numbers."""
+        return _digest([(uid, item.prompt, item.answer) for uid, item in self._train]).hex()
+
+    def without_tokens(self) -> list[Problem]:
+        """All problems, held-out ones first, their `prompt_ids` empty: these take the memory."""
+        pairs = (*self._held_out, *self._train)
+        return [Problem(uid, i.messages, i.answer, i.metadata, ()) for uid, i in pairs]
+
     def held_out(self) -> list[Problem]:
         """The problems that are never trained on, always in the same order."""
         return [item.problem(uid) for uid, item in self._held_out]
@@ -99,13 +109,16 @@ class ProblemSource:
         """Leave problems out, of training and of the evaluation.
 
         Raises:
-            PapoError: none is left to train on.
+            PapoError: none is left to train on, or to evaluate where there were some.
         """
+        evaluated = bool(self._held_out)
         self._held_out = [pair for pair in self._held_out if pair[0] not in uids]
         self._train = [pair for pair in self._train if pair[0] not in uids]
         self._epoch = None
         if not self._train:
             raise PapoError(f"all training problems are among the {len(uids)} that were dropped")
+        if evaluated and not self._held_out:
+            raise PapoError(f"all held-out problems are among the {len(uids)} that were dropped")
 
     def batch(self, cursor: int, n: int) -> list[Problem]:
         """Training problems number `cursor` to `cursor + n - 1` of an endless sequence of
@@ -123,11 +136,11 @@ class ProblemSource:
     def _generated(self) -> tuple[list[_Item], list[_Item]]:
         """Held-out problems first, so that `train_size` does not change them."""
         c = self._config
-        size = _HELD_OUT if c.held_out_size is None else c.held_out_size
+        size = self._split_size
         stream = _reasoning_gym(c.dataset, c.params, c.split_seed)
         found = list(self._new_prompts(stream, size + c.train_size))
         held_out, train = found[:size], found[size:]
-        self._require(train, len(found), f"data.dataset={c.dataset!r} with these data.params", size)
+        self._require(train, len(found), f"data.dataset={c.dataset!r} with these data.params")
         if len(train) < c.train_size:
             log.info("%s has no more than %d distinct problems", c.dataset, len(found))
         return held_out, train
@@ -158,9 +171,8 @@ class ProblemSource:
         c = self._config
         found = self._distinct(read(c), name_of(c))
         if c.eval_path is None and c.eval_split is None:
-            size = _HELD_OUT if c.held_out_size is None else c.held_out_size
-            held_out, train = _split(found, size, c.split_seed)
-            self._require(train, len(found), name_of(c), size)
+            held_out, train = _split(found, self._split_size, c.split_seed)
+            self._require(train, len(found), name_of(c))
             return held_out, train
         where = name_of(c, held_out=True)
         held_out = self._distinct(read(c, held_out=True), where)
@@ -178,20 +190,23 @@ class ProblemSource:
             held_out, _ = _split(held_out, c.held_out_size, c.split_seed)
         return held_out, train
 
-    def _require(self, train: Sequence[Any], found: int, what: str, taken_by: int | str) -> None:
-        """`taken_by`: what keeps the problems found from the training, a number or a file."""
-        c = self._config
+    @property
+    def _split_size(self) -> int:
+        given: int | None = self._config.held_out_size
+        return _HELD_OUT if given is None else given
+
+    def _require(
+        self, train: Sequence[Any], found: int, what: str, held_out_by: str | None = None
+    ) -> None:
+        """Refuse to go on without training problems; `held_out_by`: the file or split that keeps
+        them, None for `data.held_out_size`."""
         if train:
             return
-        cause = (
-            f"{taken_by} leaves none to train on; widen the data"
-            if isinstance(taken_by, str)
-            else f"data.held_out_size={taken_by} leaves none to train on; lower it or widen the "
-            "data"
-        )
+        keeps = held_out_by or f"data.held_out_size={self._split_size}"
         raise PapoError(
             f"{what}: {found} distinct problems of at most "
-            f"data.max_prompt_tokens={c.max_prompt_tokens} tokens, {cause}"
+            f"data.max_prompt_tokens={self._config.max_prompt_tokens} tokens, "
+            f"{keeps} leaves none to train on: hold out less or widen the data"
         )
 
     def _distinct(self, records: Iterable[Record], what: str) -> list[_Item]:

@@ -12,6 +12,8 @@ from papo.options import NonNegative, Positive, PositiveFloat, Section, refuse
 # Options that would be without effect under another source, unseen.
 _FILES = ("jsonl", "parquet")
 _SOURCES_OF = {
+    "dataset": ("reasoning_gym", "huggingface"),
+    "params": ("reasoning_gym",),
     "train_path": _FILES,
     "eval_path": _FILES,
     "dataset_config": ("huggingface",),
@@ -135,9 +137,8 @@ class RewardConfig(Section):
         str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
     ] = "auto"
     """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
-    what is equal to each), or your own
-    `package.module:function` called as (answer text, reference answer, metadata) and returning a
-    float, or None to mask the completion."""
+    what is equal to each), or your own `package.module:function` called as (answer text, reference
+    answer, metadata) and returning a float, or None to mask the completion."""
     extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
     """Which part of a completion the verifier sees; a completion without such a part scores 0."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99

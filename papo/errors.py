@@ -3,3 +3,9 @@
 
 class PapoError(Exception):
     """A failure explained in one line; printed without a traceback, from rank 0 only."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its text that is not blank, its type's name where there is none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

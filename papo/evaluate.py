@@ -41,6 +41,7 @@ def evaluate(
         success: the reward from which a completion counts as right.
 
     Returns:
+        Shares and means over what was scored, absent where nothing was:
         `accuracy` and `reward` (means over the samples), `pass_at_k` (any of a problem's samples is
         right), `greedy` and `reward_greedy` where asked for, `truncated` (share of sampled
         completions that ran into the limit), `invalid` (masked completions), `problems`.
@@ -63,17 +64,16 @@ def evaluate(
                 best = _tally(score(sampler.sample(model, share, 1, greedy(params), seed)), success)
     sums = torch.tensor([sampled, solved, best, [truncated, len(share), 0, 0]], dtype=torch.float64)
     sampled, solved, best, (truncated, count, *_) = collectives.all_sum(sums).tolist()
-    figures = {
-        "accuracy": sampled[1] / max(1.0, sampled[0]),
-        "pass_at_k": solved[1] / max(1.0, solved[0]),
-        "reward": sampled[2] / max(1.0, sampled[0]),
-        "truncated": truncated / max(1.0, count * samples),
-        "invalid": sampled[3] + best[3],
-        "problems": count,
-    }
-    if with_greedy:
-        figures["greedy"] = best[1] / max(1.0, best[0])
-        figures["reward_greedy"] = best[2] / max(1.0, best[0])
+    figures = {"invalid": sampled[3] + best[3], "problems": count}
+    if count:
+        figures["truncated"] = truncated / (count * samples)
+    if sampled[0]:
+        figures["accuracy"] = sampled[1] / sampled[0]
+        figures["pass_at_k"] = solved[1] / solved[0]
+        figures["reward"] = sampled[2] / sampled[0]
+    if best[0]:
+        figures["greedy"] = best[1] / best[0]
+        figures["reward_greedy"] = best[2] / best[0]
     return figures
 
 

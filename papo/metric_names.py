@@ -30,7 +30,9 @@ METRICS: dict[str, Metric] = {
     "reward/timeouts": Metric(
         "", "Completions whose verifier was killed at `reward.timeout_s`; scored 0."
     ),
-    "reward/invalid": Metric("", "Completions whose verifier returned None or NaN; masked."),
+    "reward/invalid": Metric(
+        "", "Completions whose verifier returned None or no finite number; masked."
+    ),
     "response/length": Metric(
         "tokens", "Mean response length, the end-of-sequence token included."
     ),
@@ -133,7 +135,11 @@ METRICS: dict[str, Metric] = {
     "time/stats": Metric(
         "s", "Forward passes of the old and the reference policy, where something needs them."
     ),
-    "time/train": Metric("s", "Forward, backward and optimizer."),
+    "time/train": Metric(
+        "s",
+        "Forward, backward and optimizer; with `metrics.measure_tokens` or `model.dropout` also "
+        "the pass that measures entropy before the step.",
+    ),
     "time/measure": Metric("s", "Forward pass after the update for the measured entropy change."),
     "throughput/tokens_per_second": Metric(
         "tokens/s", "Sampled tokens of all ranks over the time of the step."
@@ -152,7 +158,9 @@ METRICS: dict[str, Metric] = {
     "eval/reward": Metric("", "Mean reward of the samples."),
     "eval/reward_greedy": Metric("", "Mean reward of greedy decoding."),
     "eval/invalid": Metric(
-        "", "Held-out completions, samples and greedy ones, whose verifier returned None or NaN."
+        "",
+        "Held-out completions, samples and greedy ones, whose verifier returned None or no finite "
+        "number.",
     ),
     "eval/truncated": Metric("share", "Held-out samples that ran into `rollout.max_new_tokens`."),
 }

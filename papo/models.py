@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from papo.errors import PapoError
+from papo.errors import PapoError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -230,10 +230,21 @@ def load_causal_lm(config: Any) -> Any:
             ) from error
         raise _cannot_load("model", config.path, error) from error
     model, report = loaded
+    _check_soft_cap(model, config)
     faults = weight_faults(model, report)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
     return model
+
+
+def _check_soft_cap(model: Any, config: Any) -> None:
+    """Refuse sdpa for scores with a soft cap, which it has not; transformers before 5.23 let it."""
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and config.attn_implementation == "sdpa":
+        raise PapoError(
+            f"model.attn_implementation='sdpa': expected eager for {type(model).__name__}, whose "
+            "attention scores have a soft cap"
+        )
 
 
 def weight_faults(model: Any, report: Mapping[str, Any]) -> list[str]:
@@ -281,9 +292,7 @@ def _some(names: Iterable[str], shown: int = 3) -> str:
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> PapoError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    return PapoError(f"model.path={path!r}: the {what} does not load: {reason}")
+    return PapoError(f"model.path={path!r}: the {what} does not load: {first_line(error)}")
 
 
 def decoder_of(causal_lm: Any) -> Any:

@@ -47,7 +47,7 @@ class ModelConfig(Section):
     probe: bool = True
     """Before the first step, compare what sampling and training make of a few random tokens with
     the model's own log-probs. A model that cannot be sampled or trained in batches is refused; one
-    whose completions cannot share their prompt's row gets rows apart."""
+    whose completions cannot share their prompt's row gets one row per completion."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 
@@ -106,8 +106,7 @@ class LossConfig(Section):
 
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over the global batch's tokens (DAPO), over each sequence and then over sequences
-    (GRPO), or over
-    sequences of `constant_length` (Dr.GRPO)."""
+    (GRPO), or over sequences of `constant_length` (Dr.GRPO)."""
     constant_length: Positive | None = None
     """Length that `aggregation: constant` divides by."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2

@@ -1,5 +1,5 @@
 """The entropy change that a step predicts, through AdamW and from its own gradient alone, and how
-well both go with the measured one.
+well both correlate with the measured one.
 
 Update k has the gradient g of sum token_weight * loss, and with it the prediction
 
@@ -101,7 +101,7 @@ class EntropyPrediction:
         clip = 1.0
         if update.grad_norm > optim.max_grad_norm:
             clip = optim.max_grad_norm / update.grad_norm
-        # A prediction that is no number says nothing; kept, it would spoil all that come after.
+        # A prediction that is not finite says nothing; kept, it would spoil all that come after.
         instant = update.instant if math.isfinite(update.instant) else 0.0
         self._updates += 1
         self._first = decay * self._first + (1.0 - decay) * clip * instant

@@ -1,8 +1,8 @@
-"""A look at the loaded policy before anything expensive: do all ways to its log-probs agree?
+"""Checks, before anything expensive, that all ways to the policy's log-probs agree.
 
 The sampler pads on the left, computes a prompt once and goes on from a cache; training pads on the
-right and lets completions share their prompt's row. An architecture that one of these does not suit
-gives other numbers without a word, and a run on them ends well and learns nothing.
+right and lets completions share their prompt's row. An architecture that does not support one of
+these gives other numbers without a word, and a run on them ends well and learns nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from papo import collectives
 from papo.batch import TrainingSequence, collate
-from papo.errors import PapoError
+from papo.errors import PapoError, first_line
 from papo.objective import stats_of
 from papo.rollout import HFSampler, SamplingParams
 from papo.types import Completion, Problem
@@ -62,8 +62,10 @@ class Sampled:
         """Why what `logp` returns is not the model's own, empty where it is."""
         try:
             nats = self.difference(logp())
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever an architecture makes of inputs it was not made for
-            return _first_line(error)
+            return f"{type(error).__name__}: {first_line(error)}"
         if nats <= self.limit:
             return ""
         return f"log-probs {nats:.2g} nats off the model's own (rounding: up to {self.limit:.2g})"
@@ -154,7 +156,7 @@ def _sample(
         completions = sampler.sample(model, problems, _COPIES, params, seed=0)
         rows = [_alone(model, c, temperature) for c in completions]
     except Exception as error:  # as above
-        return None, _first_line(error)
+        return None, f"{type(error).__name__}: {first_line(error)}"
     largest = max(float(scale) for _, scale in rows)
     limit = largest * _ROUNDING[next(model.parameters()).dtype]
     sampled = Sampled(completions, [logp for logp, _ in rows], limit)
@@ -211,12 +213,7 @@ def check_sampler_kl(kl: float, bound: float) -> None:
     if kl > bound:
         raise PapoError(
             f"loss/sampler_kl={kl:.3g}: expected at most {bound:.3g} before the weights change; "
-            "training sees other log-probs than sampling, likely for "
+            "training sees other log-probs than sampling, likely because of "
             "model.attn_implementation, an attention window or padding that one of them ignores, "
-            "dropout, or truncated sampling; loss.max_sampler_kl sets the bound"
+            "or dropout; loss.max_sampler_kl sets the bound"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

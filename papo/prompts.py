@@ -27,7 +27,8 @@ class PromptEncoder:
         self._max_tokens = max_tokens
         self._args = dict(template_args or {})
         self._template = getattr(tokenizer, "chat_template", None)
-        # No token stands for more characters than the longest entry of the vocabulary has.
+        # But for the unknown token, none stands for more characters than the longest entry of
+        # the vocabulary has.
         self._max_characters = max_tokens * max(len(token) for token in tokenizer.get_vocab())
         self._told: set[str] = set()
         if not self._template:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from papo.answers import positional
 from papo.errors import PapoError
 from papo.rows import open_rows
 
@@ -173,11 +174,7 @@ def _answer_text(value: Any, single: bool) -> str | None:
         return str(value)
     if not math.isfinite(value):
         return None
-    if isinstance(value, Decimal):
-        return format(value.normalize(), "f")
-    number = np.float32(value) if single else value
-    # Adding 0 takes the sign off a negative zero.
-    return np.format_float_positional(number + 0, trim="-")
+    return positional(str(np.float32(value) if single else value))
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, str], ...]:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as DeadlineError
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -126,12 +126,16 @@ class RewardPool:
             PapoError: the workers themselves (not a verifier) die again and again.
         """
         tasks = {
-            i: Task(c.text, c.problem.answer, dict(c.problem.metadata), self.thinks)
+            i: Task(c.text, c.problem.answer, self._metadata(c.problem), self.thinks)
             for i, c in enumerate(completions)
         }
         verdicts = self._judged(judge, tasks)
         self._report(tasks, verdicts)
         return [Reward(verdicts[i].value, verdicts[i].status) for i in tasks]
+
+    def _metadata(self, problem: Problem) -> dict[str, Any]:
+        """What the verifier reads of a problem besides its answer."""
+        return {} if self._verifier in COMPARING else dict(problem.metadata)
 
     @property
     def knows_references(self) -> bool:
@@ -150,7 +154,8 @@ class RewardPool:
         first: dict[str | int, int] = {}
         keys = [first.setdefault(p.answer if compares else i, i) for i, p in enumerate(problems)]
         tasks = {
-            key: Task("", p.answer, dict(p.metadata)) for key, p in zip(keys, problems, strict=True)
+            key: Task("", p.answer, self._metadata(p))
+            for key, p in zip(keys, problems, strict=True)
         }
         verdicts = self._judged(judge_reference, tasks)
         return [

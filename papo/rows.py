@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import glob
 import itertools
 import json
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from papo.errors import PapoError
+from papo.errors import PapoError, first_line
 
 # A row may carry tests of many MiB; a file without line ends is not to fill the memory.
 _LINE_BYTES = 64 << 20
@@ -170,18 +171,27 @@ def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
 
     hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    media = (datasets.Image, datasets.Audio, datasets.Video)
     try:
         found = load(datasets)
         for name, feature in found.features.items():
-            if isinstance(feature, media):  # nobody asked for them, and decoders may be missing
-                found = found.cast_column(name, type(feature)(decode=False))
+            undecoded = _undecoded(feature, (datasets.Image, datasets.Audio, datasets.Video))
+            if undecoded != feature:  # nobody asked for them, and decoders may be missing
+                found = found.cast_column(name, undecoded)
     except Exception as error:  # no network, no such dataset, split or config, and more
         raise PapoError(f"{what}: cannot be loaded: {_reason(error)}") from error
     finally:
         if not hidden:
             datasets.enable_progress_bars()
     return Rows(_numbered(found, what), found.features.arrow_schema)
+
+
+def _undecoded(feature: Any, media: tuple[type, ...]) -> Any:
+    """A column's type with `media` as the bytes or the path they are stored as, at any depth."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner, media) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):  # a list of them
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature, media))
+    return dataclasses.replace(feature, decode=False) if isinstance(feature, media) else feature
 
 
 def _numbered(found: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
@@ -195,6 +205,5 @@ def _numbered(found: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
 
 def _reason(error: BaseException) -> str:
     """The first line of `error`, and of what caused it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
+    reason = first_line(error)
     return reason if error.__cause__ is None else f"{reason}: {_reason(error.__cause__)}"

@@ -195,6 +195,7 @@ class Session:
         if self._resumed is not None:
             self._create_optimizer_state()
             state = checkpoint.load(self._resumed, self.engine)
+            self._check_problems(state["problems"])
             step, cursor = state["step"], state["cursor"]
             self.phase.load_state_dict(state["phase"])
             self.weighting.load_state_dict(state["weighting"])
@@ -208,6 +209,14 @@ class Session:
             self.completions.truncate_after(step)
         return step, cursor
 
+    def _check_problems(self, trained_on: str) -> None:
+        """Refuse other problems than the checkpoint's: its cursor counts in their order."""
+        if trained_on != self.problems.fingerprint:
+            raise PapoError(
+                f"resume: the training problems are not those of {self._resumed} (rows, their "
+                "order, or what reward.on_bad_reference dropped); expected the same data"
+            )
+
     def _create_optimizer_state(self) -> None:
         """One update of rate 0 that weighs nothing: then the moments exist, to be filled."""
         out = loss_of(self.engine, self.make_batch([IDLE]), PolicyLossParams(), None)
@@ -219,6 +228,7 @@ class Session:
         # Randomness has no state: the seed and the step determine it.
         state = {
             "cursor": cursor,
+            "problems": self.problems.fingerprint,
             "phase": self.phase.state_dict(),
             "weighting": self.weighting.state_dict(),
             "prediction": self.prediction.state_dict(),
@@ -255,6 +265,9 @@ class Session:
             self.metrics.write(step, shown)
         seconds = time.perf_counter() - begin
         masked = f", {figures['invalid']:.0f} masked" if figures["invalid"] else ""
+        if "reward" not in figures:
+            self.say(f"held-out accuracy {label}: none, no completion has a reward{masked}")
+            return
         self.say(
             f"held-out accuracy {label}: {figures['accuracy']:.3f}, reward "
             f"{figures['reward']:.3f}{masked} ({seconds:.0f} s)"

@@ -77,7 +77,7 @@ class Reward:
     """A verifier's verdict.
 
     Attributes:
-        value: the reward; NaN masks the row (the verifier returned None or NaN).
+        value: the reward; NaN masks the row (the verifier returned None or no finite number).
         status: `ok`; `invalid` for a masked row; `error` (the verifier raised) and `timeout` (it
             was killed) score 0.
     """

@@ -93,7 +93,7 @@ def load_verifier(name: str) -> Verifier:
 
     The user's function is called as `function(text, answer, metadata)`: the extracted part of the
     completion, the reference answer and the problem's metadata. Its value is the reward as it is,
-    without a threshold; None or NaN masks the completion.
+    without a threshold; None or a value that is not finite masks it.
 
     Raises:
         PapoError: no such verifier, module or function.

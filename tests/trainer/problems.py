@@ -21,7 +21,8 @@ def jsonl(tmp_path: Path, *records: object, **options) -> DataConfig:
 
 
 def text(problem: Problem) -> str:
-    return " ".join(" ".join(m["content"] for m in problem.messages).casefold().split())
+    """The whole chat, as it is: what makes two prompts the same."""
+    return repr(problem.messages)
 
 
 def numbered(n: int) -> list[dict]:

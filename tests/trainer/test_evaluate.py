@@ -116,6 +116,19 @@ def test_a_problem_whose_samples_are_all_masked_is_in_no_share() -> None:
     assert figures["accuracy"] == pytest.approx(4 / 6)
 
 
+def test_where_nothing_has_a_reward_there_is_no_accuracy_either() -> None:
+    """0 would say that every answer was wrong."""
+
+    def masks_all(completions: Sequence[Completion]) -> list[Reward]:
+        return [Reward(math.nan, "invalid")] * len(completions)
+
+    assert run(score=masks_all)[0] == {
+        "invalid": 15.0,
+        "problems": 3.0,
+        "truncated": pytest.approx(ALL["truncated"]),
+    }
+
+
 def test_samples_are_drawn_from_the_policy_itself_whatever_the_rollouts_settings() -> None:
     _, sampler = run()
     assert sampler.asked == [

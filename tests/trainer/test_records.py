@@ -8,10 +8,13 @@ import codecs
 import gzip
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -154,6 +157,31 @@ def test_parquet(tmp_path):
     assert line.startswith(f"data.train_path='{tmp_path / 'x.parquet'}': cannot be loaded: ")
 
 
+def test_decimals_keep_all_their_digits(tmp_path):
+    digits = "12345678901234567890123456789012345"
+    table = pyarrow.table(
+        {"prompt": ["a"], "answer": pyarrow.array([Decimal(digits)], pyarrow.decimal128(38, 0))}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    config = DataConfig(source="parquet", train_path=str(tmp_path / "x.parquet"))
+    assert [r.answer for r in read(config)] == [digits]
+
+
+def test_images_stay_bytes_at_any_depth(tmp_path):
+    """Decoded ones are other objects each time: equal rows would not be equal."""
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    row = {"prompt": "a", "answer": "1", "images": [{"bytes": b"no image", "path": None}]}
+    datasets.Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "d"))
+    (record,) = from_dataset(tmp_path / "d")
+    assert record.metadata == {"images": [{"bytes": b"no image", "path": None}]}
+
+
 def test_dataset_folders(tmp_path):
     """What `save_to_disk` wrote, with splits and without, and a folder of files."""
     both = datasets.DatasetDict(
@@ -283,7 +311,7 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, row, options, expected):
     ],
 )
 def test_numbers_are_written_as_a_person_writes_them(tmp_path, number, text):
-    """Item 9's `1e-05` would be read as an expression, e minus 5."""
+    """`1e-05` would be read as an expression, e minus 5."""
     (found,) = from_file(tmp_path / "x", f'{{"prompt": "a", "answer": {number}}}')
     assert found.answer == text
 
@@ -318,6 +346,11 @@ def test_numbers_of_single_precision_have_their_own_digits(tmp_path, field):
             ["eval_split=test"],
             "data.eval_split='test': expected data.source huggingface, got jsonl",
         ),
+        (
+            ["dataset=chain_sum"],
+            "dataset='chain_sum': expected data.source reasoning_gym or huggingface, got jsonl",
+        ),
+        (["params={a: 1}"], "data.params={'a': 1}: expected data.source reasoning_gym, got jsonl"),
         (["train_size=5"], "data.train_size=5: expected data.source reasoning_gym, got jsonl"),
         (["chat_template_args={tokenize: false}"], "chat_template_args.tokenize: papo sets it"),
         (["source=huggingface"], "data.dataset is missing: data.source=huggingface needs a folder"),

@@ -17,7 +17,7 @@ from tests.trainer.tiny import build_tokenizer
 
 
 class Pool:
-    """Says of which answers it thinks nothing."""
+    """Reports the given answers as bad."""
 
     knows_references = True
 
@@ -65,7 +65,7 @@ def test_a_users_function_checks_nothing(problems: ProblemSource) -> None:
 
 
 def test_bad_references_stop_the_run_with_a_table_and_one_line(
-    problems: ProblemSource, capsys: pytest.CaptureFixture[str]
+    problems: ProblemSource,
 ) -> None:
     said: list[str] = []
     with pytest.raises(PapoError) as caught:
@@ -98,6 +98,18 @@ def test_dropping_all_training_problems_is_one_line(problems: ProblemSource) -> 
         check(problems, Pool(*"012345"), "drop")
 
 
+def test_dropping_all_held_out_problems_is_one_line(problems: ProblemSource) -> None:
+    """An accuracy of nothing would be shown as a figure."""
+    with pytest.raises(PapoError, match="all held-out problems are among the 2"):
+        check(problems, Pool(*(p.answer for p in problems.held_out())), "drop")
+
+
+def test_dropping_changes_the_fingerprint_that_a_checkpoint_keeps(problems: ProblemSource) -> None:
+    before = problems.fingerprint
+    check(problems, Pool(problems.batch(0, 1)[0].answer), "drop")
+    assert problems.fingerprint != before
+
+
 def test_kept_problems_are_listed_and_stay(problems: ProblemSource) -> None:
     assert "why not" in check(problems, Pool("1"), "keep")
     assert len(everything(problems)) == 6
@@ -114,7 +126,7 @@ def test_ranks_share_the_work_and_all_of_them_stop(
     problems: ProblemSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 finds nothing itself."""
-    whole = [*problems.held_out(), *problems.batch(0, len(problems))]
+    whole = problems.without_tokens()
     first = BadReference(whole[0].uid, whole[0].answer, "why not")
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(collectives, "rank", lambda: 1)

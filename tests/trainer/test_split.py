@@ -40,7 +40,6 @@ def test_jsonl_split_is_disjoint_and_ignores_the_order_of_lines(tokenizer, tmp_p
     ids=["superscript", "case", "newlines in a grid", "white space", "composition"],
 )
 def test_only_equal_prompts_are_equal(tokenizer, tmp_path, prompts):
-    """Item 8."""
     records = [{"prompt": p, "answer": str(i)} for i, p in enumerate(prompts)]
     source = ProblemSource(jsonl(tmp_path, *records, held_out_size=0), tokenizer, seed=0)
     assert sorted(p.answer for p in kept(source)) == [r["answer"] for r in records]

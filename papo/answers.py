@@ -10,7 +10,7 @@ import re
 from decimal import Decimal, InvalidOperation
 
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|(?<![0-9.\w])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 # Not in a path, a date or a longer fraction. A space makes a mixed number: `3 1/2`.
 _FRACTION = r"(?<![\w./])(?:[0-9]+ )?[0-9]+ ?/ ?[0-9]+(?![\w/]|[.,][0-9])"
 # A minus after a digit, a letter or a closing bracket is a subtraction, not a sign.

@@ -34,7 +34,7 @@ class _Item:
 
     prompt: bytes
     row: bytes
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     answer: str
     metadata: Mapping[str, Any]
     ids: array[int]
@@ -173,6 +173,11 @@ class ProblemSource:
         if c.eval_path is None and c.eval_split is None:
             held_out, train = _split(found, self._split_size, c.split_seed)
             self._require(train, len(found), name_of(c))
+            if self._split_size and not held_out:
+                raise PapoError(
+                    f"data.held_out_size={self._split_size}: every prompt of {name_of(c)} has more "
+                    "rows than that, and they stay together; hold out more"
+                )
             return held_out, train
         where = name_of(c, held_out=True)
         held_out = self._distinct(read(c, held_out=True), where)
@@ -250,7 +255,7 @@ class ProblemSource:
                 example,
             )
 
-    def _with_options(self, messages: Sequence[Mapping[str, str]]) -> tuple[Mapping[str, str], ...]:
+    def _with_options(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
         """With the system prompt (unless there is one) and the suffix on the last message."""
         c = self._config
         full = list(messages)
@@ -260,7 +265,7 @@ class ProblemSource:
         return tuple(full)
 
     def _item(
-        self, record: Record, messages: tuple[Mapping[str, str], ...], prompt: bytes
+        self, record: Record, messages: tuple[Mapping[str, Any], ...], prompt: bytes
     ) -> _Item | None:
         """None, and counted, where the prompt is too long."""
         ids = self._encoder.encode(messages)

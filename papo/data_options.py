@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from papo.options import NonNegative, Positive, PositiveFloat, Section, refuse
+from papo.options import NonNegative, Positive, Section, refuse
 
 # Options that would be without effect under another source, unseen.
 _FILES = ("jsonl", "parquet")
@@ -25,6 +25,8 @@ _SOURCES_OF = {
     "answer_pattern": (*_FILES, "huggingface"),
 }
 _TEMPLATE_TAKEN = {
+    "chat_template",
+    "messages",
     "conversation",
     "add_generation_prompt",
     "continue_final_message",
@@ -151,7 +153,7 @@ class RewardConfig(Section):
     on_bad_reference: Literal["error", "drop", "keep"] = "error"
     """Where a reference answer cannot be read, or would not score 1 as a completion, by a built-in
     verifier: stop before the model is loaded, drop the problem, or keep it. All are listed."""
-    timeout_s: PositiveFloat = 5.0
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 5.0
     """Seconds a completion may take before its worker is killed and it scores 0."""
     workers: Positive = 2
     """Worker processes per rank."""

@@ -41,14 +41,14 @@ class PromptEncoder:
                     value,
                 )
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...] | None:
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...] | None:
         """Token ids with the generation prompt; None where they are more than `max_tokens`.
 
         Raises:
             PapoError: the chat template fails on the messages.
         """
         # The template may leave messages out, but what is short before it is short enough.
-        characters = sum(len(m["content"]) for m in messages)
+        characters = sum(len(m.get("content") or "") for m in messages)
         if characters > self._max_characters and len(self._text(messages)) > self._max_characters:
             return None
         if self._template:
@@ -59,13 +59,13 @@ class PromptEncoder:
         kept = self._without_added_end([int(i) for i in ids], messages)
         return tuple(kept) if len(kept) <= self._max_tokens else None
 
-    def _text(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """What is tokenized."""
         if not self._template:
-            return "\n".join(m["content"] for m in messages)
+            return "\n".join(m.get("content") or "" for m in messages)
         return str(self._apply(messages, tokenize=False))
 
-    def _apply(self, messages: Sequence[Mapping[str, str]], *, tokenize: bool) -> Any:
+    def _apply(self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=tokenize, **self._args
@@ -76,7 +76,7 @@ class PromptEncoder:
             ) from error
 
     def _without_added_end(
-        self, ids: list[int], messages: Sequence[Mapping[str, str]]
+        self, ids: list[int], messages: Sequence[Mapping[str, Any]]
     ) -> list[int]:
         """`ids` without the end-of-sequence token that the tokenizer put there of its own."""
         end = self._tokenizer.eos_token_id

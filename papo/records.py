@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -25,13 +25,13 @@ class Record:
     """A row as a problem, before any option of the prompt.
 
     Attributes:
-        messages: the chat as the row has it, `{"role": ..., "content": ...}` each; the last is the
-            user's.
+        messages: the chat as the row has it, `{"role": ..., "content": ...}` each, with whatever
+            else a message has (`tool_calls`, `name`); the last is the user's.
         answer: the reference answer as text.
-        metadata: the row's other fields.
+        metadata: the row's other fields; with `answer_pattern` also that of the whole answer.
     """
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     answer: str
     metadata: Mapping[str, Any]
 
@@ -46,30 +46,33 @@ def read(config: Any, *, held_out: bool = False) -> Iterator[Record]:
         PapoError: what cannot be read, with the file or dataset, the row and what was expected.
     """
     rows, schema = open_rows(config, held_out=held_out)
-    fields = _Fields(config, _is_single(schema, config.answer_field))
+    fields = _Fields(config, _precision(schema, config.answer_field))
     for where, row in rows:
         yield fields.record(row, where)
 
 
-def _is_single(schema: Any, path: str) -> bool:
-    """Whether the Arrow column at `path` is of single or half precision: its decimal digits are
-    fewer than those of the Python float that it becomes."""
+def _precision(schema: Any, path: str) -> Callable[[float], Any]:
+    """The type of the numbers in the Arrow column at `path`: those of single or half precision have
+    fewer decimal digits than the Python floats that they become."""
     if schema is None:
-        return False
+        return float
     kind = schema
     for name in [path] if path in schema.names else path.split("."):
+        if hasattr(kind, "value_type"):  # a list, and a place in it
+            kind = kind.value_type
+            continue
         fields = {field.name: field.type for field in kind} if hasattr(kind, "__iter__") else {}
         if name not in fields:
-            return False
+            return float
         kind = fields[name]
-    return str(kind) in ("float", "halffloat")
+    return {"float": np.float32, "halffloat": np.float16}.get(str(kind), float)
 
 
 class _Fields:
     """Which fields of a row are its prompt and its reference answer."""
 
-    def __init__(self, config: Any, single: bool) -> None:
-        self._single = single
+    def __init__(self, config: Any, precision: Callable[[float], Any]) -> None:
+        self._precision = precision
         self._prompt = config.prompt_field
         self._answer = config.answer_field
         self._pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
@@ -84,7 +87,8 @@ class _Fields:
             raise PapoError(f"{where}: expected an object, got {type(row).__name__}")
         prompt = self._prompt_of(row, where)
         answer = self._answer_of(row, where)
-        metadata = {k: v for k, v in row.items() if k not in (prompt, self._answer)}
+        used = {prompt} if self._pattern else {prompt, self._answer}
+        metadata = {k: v for k, v in row.items() if k not in used}
         return Record(_messages(_at(row, prompt), prompt, where), answer, metadata)
 
     def _prompt_of(self, row: Mapping[str, Any], where: str) -> str:
@@ -102,7 +106,7 @@ class _Fields:
     def _answer_of(self, row: Mapping[str, Any], where: str) -> str:
         _require(row, self._answer, where, "data.answer_field")
         value = _at(row, self._answer)
-        text = _answer_text(value, self._single)
+        text = _answer_text(value, self._precision)
         if text is None:
             raise PapoError(
                 f"{where}: {self._answer}={value!r:.80}: expected text or a finite number"
@@ -163,7 +167,7 @@ def _paths(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{key}.")
 
 
-def _answer_text(value: Any, single: bool) -> str | None:
+def _answer_text(value: Any, precision: Callable[[float], Any]) -> str | None:
     """An answer as a person writes it: numbers without exponent, whole ones without a point; None
     for what is no answer."""
     if isinstance(value, str):
@@ -174,18 +178,15 @@ def _answer_text(value: Any, single: bool) -> str | None:
         return str(value)
     if not math.isfinite(value):
         return None
-    return positional(str(np.float32(value) if single else value))
+    return positional(str(precision(value) if isinstance(value, float) else value))
 
 
-def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, str], ...]:
+def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
     """The chat in a prompt; plain text is a message of the user's."""
     shown = f"{name}={value!r:.80}"
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    ok = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    )
+    ok = isinstance(value, list) and all(map(_is_message, value))
     if not ok or not value:
         raise PapoError(
             f"{where}: {shown}: expected text or a list of {{role, content}}, both text"
@@ -198,7 +199,20 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, str], ...
     if not last["content"].strip():
         raise PapoError(f"{where}: {shown}: expected text, got white space alone")
     try:
-        "".join(m["role"] + m["content"] for m in value).encode()
+        "".join(m["role"] + (m.get("content") or "") for m in value).encode()
     except UnicodeEncodeError as error:
         raise PapoError(f"{where}: {shown}: half of a surrogate pair, which is no text") from error
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+    # Columns give every message every key; null is a key that the message does not have.
+    order = ("role", "content")
+    return tuple(
+        {k: m[k] for k in (*order, *sorted(m.keys() - order)) if m.get(k) is not None}
+        for m in value
+    )
+
+
+def _is_message(value: Any) -> bool:
+    """Whether it has a role and text; an assistant that calls tools need not say anything."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))

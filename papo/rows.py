@@ -7,7 +7,7 @@ import dataclasses
 import glob
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -127,13 +127,17 @@ def _parsed(content: bytes, where: str) -> Any:
 
 
 def _parquet(file: Path, what: str) -> Rows:
-    # Streamed: a copy in the cache would be worth nothing for a file that is here.
-    return _loaded(
-        what,
-        lambda datasets: datasets.load_dataset(
+    def load(datasets: Any) -> Any:
+        from pyarrow.parquet import read_metadata
+
+        if read_metadata(file).num_rows == 0:  # streaming stumbles over it
+            return datasets.Dataset.from_dict({})
+        # Streamed: a copy in the cache would be worth nothing for a file that is here.
+        return datasets.load_dataset(
             "parquet", data_files=glob.escape(str(file)), split="train", streaming=True
-        ),
-    )
+        )
+
+    return _loaded(what, load)
 
 
 def _dataset(config: Any, split: str, what: str) -> Rows:
@@ -147,6 +151,11 @@ def _dataset(config: Any, split: str, what: str) -> Rows:
     if not folder.exists() and name.startswith((".", "~", "/")):
         raise PapoError(f"{what}: no such folder; expected a folder or a hub id")
     if any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        if config.dataset_config is not None:
+            raise PapoError(
+                f"data.dataset_config={config.dataset_config!r}: {folder} is a saved dataset, "
+                "which has no configs"
+            )
         return _loaded(what, lambda datasets: _saved(datasets.load_from_disk(str(folder)), split))
     path = str(folder) if folder.is_dir() else name
     return _loaded(
@@ -172,7 +181,7 @@ def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
     hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        found = load(datasets)
+        found = load(datasets).with_format(None)
         for name, feature in found.features.items():
             undecoded = _undecoded(feature, (datasets.Image, datasets.Audio, datasets.Video))
             if undecoded != feature:  # nobody asked for them, and decoders may be missing
@@ -182,7 +191,8 @@ def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
     finally:
         if not hidden:
             datasets.enable_progress_bars()
-    return Rows(_numbered(found, what), found.features.arrow_schema)
+    labels = {n: f for n, f in found.features.items() if isinstance(f, datasets.ClassLabel)}
+    return Rows(_numbered(found, labels, what), found.features.arrow_schema)
 
 
 def _undecoded(feature: Any, media: tuple[type, ...]) -> Any:
@@ -190,15 +200,24 @@ def _undecoded(feature: Any, media: tuple[type, ...]) -> Any:
     if isinstance(feature, dict):
         return {name: _undecoded(inner, media) for name, inner in feature.items()}
     if hasattr(feature, "feature"):  # a list of them
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature, media))
-    return dataclasses.replace(feature, decode=False) if isinstance(feature, media) else feature
+        inner: Any = _undecoded(feature.feature, media)
+        return dataclasses.replace(feature, feature=inner)
+    is_media = isinstance(feature, media)
+    return type(feature)(decode=False) if is_media else feature
 
 
-def _numbered(found: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
+def _numbered(
+    found: Iterable[Any], labels: Mapping[str, Any], what: str
+) -> Iterator[tuple[str, Any]]:
+    """`labels`: columns that hold a label's number, and what tells its name."""
     number = 0
     try:
         for number, row in enumerate(found, start=1):
-            yield f"{what} row {number}", row
+            named = {
+                column: None if row[column] in (None, -1) else label.int2str(row[column])
+                for column, label in labels.items()
+            }
+            yield f"{what} row {number}", {**row, **named}
     except Exception as error:  # a damaged file shows only where it is damaged
         raise PapoError(f"{what}: cannot be read after row {number}: {_reason(error)}") from error
 

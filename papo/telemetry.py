@@ -81,11 +81,11 @@ def rollout_metrics(collected: Collected, success: float) -> dict[str, float]:
         )
     ).tolist()
     scored, count, sampled = max(1.0, sums[0]), max(1.0, sums[4]), max(1.0, sums[6])
-    mean = sums[1] / scored
+    mean = sums[1] / scored if sums[0] else math.nan
     return {
         "reward/mean": mean,
-        "reward/std": math.sqrt(max(0.0, sums[2] / scored - mean * mean)),
-        "reward/accuracy": sums[3] / scored,
+        "reward/std": math.sqrt(max(0.0, sums[2] / scored - mean * mean)) if sums[0] else math.nan,
+        "reward/accuracy": sums[3] / scored if sums[0] else math.nan,
         "reward/zero_spread_groups": sums[5] / count,
         "reward/errors": sums[9],
         "reward/timeouts": sums[10],

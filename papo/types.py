@@ -21,7 +21,8 @@ class Problem:
     Attributes:
         uid: stable across runs with the same data options, unique over training and held-out
             problems.
-        messages: the chat, `{"role": ..., "content": ...}` each, before the chat template.
+        messages: the chat, `{"role": ..., "content": ...}` each and whatever else the chat
+            template reads, before it; the last is the user's.
         answer: the reference answer as text.
         metadata: what the verifier needs besides the answer: JSON values, and whatever else a
             Parquet column holds.
@@ -29,7 +30,7 @@ class Problem:
     """
 
     uid: int
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     answer: str
     metadata: Mapping[str, Any]
     prompt_ids: tuple[int, ...]

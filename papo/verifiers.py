@@ -5,6 +5,7 @@ No torch here, for they import this file.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -18,6 +19,7 @@ from papo.types import RewardStatus
 
 Verifier = Callable[[str, str, Mapping[str, Any]], "float | None"]
 
+_LARGEST = 3.4e38  # rewards are float32
 SHOWN_CHARACTERS = 200  # of an exception's text, of a completion
 
 
@@ -65,6 +67,15 @@ def _math_reference(answer: str) -> tuple[list[Any], int]:
     size = abs(float(gold[0])) if getattr(gold[0], "is_Number", False) else 1.0
     lost = -math.floor(math.log10(size)) - 1 if 0.0 < size < math.inf else 0
     return gold, 6 + max(0, lost)
+
+
+def _math_compares(answer: str) -> None:
+    """Compare a reference with some other answer, as most completions will: a reference that sympy
+    cannot evaluate hangs here, where a worker's deadline ends it."""
+    from math_verify import parse, verify
+
+    gold, digits = _math_reference(answer)
+    verify(gold, parse("$7$", parsing_timeout=None), float_rounding=digits, timeout_seconds=None)
 
 
 def _score_exact(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
@@ -145,9 +156,11 @@ def judge(verifier: str, how: str, threshold: float, task: Task) -> Verdict:
     """
     try:
         value = _value_of(verifier, how, threshold, task)
-    except (Exception, SystemExit) as error:
+    except (
+        BaseException
+    ) as error:  # a judge over HTTP may raise CancelledError, which is no Exception
         return Verdict(0.0, "error", f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS])
-    if value is None or not math.isfinite(value):
+    if value is None or not abs(value) <= _LARGEST:
         return Verdict(math.nan, "invalid", f"the verifier returned {value}")
     return Verdict(value, "ok")
 
@@ -185,6 +198,9 @@ def judge_reference(verifier: str, how: str, threshold: float, task: Task) -> Ve
         lines = len(answer.strip().splitlines())
         return Verdict(0.0, "ok", f"it has {lines} lines, as a solution has, not an answer")
     text = f"\\boxed{{{answer}}}" if boxes and "\\boxed" not in answer else answer
+    if verifier == "math_verify":
+        with contextlib.suppress(Exception):  # it is judged below, and says why
+            _math_compares(answer)
     verdict = judge(verifier, how, threshold, task._replace(text=text))
     if verdict.status != "ok" or verdict.value == 1.0:
         return verdict._replace(why=verdict.why.removeprefix("ValueError: "))

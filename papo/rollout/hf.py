@@ -123,7 +123,8 @@ class HFSampler:
         tokenizer: the policy's tokenizer.
         eos_ids: token ids that end a completion.
         pad_id: what unfinished positions hold; never used to infer where a completion ends.
-        skip_special_tokens: whether a completion's text is without them.
+        skip_special_tokens: whether a completion's text is without them, but for those around its
+            thinking, which verifiers look for.
 
     Attributes:
         prefills: the prompt of a group is computed once; off for models whose cache cannot be
@@ -142,6 +143,10 @@ class HFSampler:
         self._eos = tuple(eos_ids)
         self._pad = pad_id
         self._skip_special = skip_special_tokens
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        added = getattr(tokenizer, "added_tokens_encoder", {})
+        self._shown = special.intersection(added.get(t) for t in ("<think>", "</think>"))
+        self._hidden = special - self._shown
 
     @torch.inference_mode()
     def sample(
@@ -247,9 +252,15 @@ class HFSampler:
             response_ids=tuple(ids),
             sampler_logp=tuple(logp[: len(ids)]),
             truncated=truncated,
-            text=self._tokenizer.decode(text_ids, skip_special_tokens=self._skip_special),
+            text=self._text(text_ids),
             kept=kept,
         )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if self._skip_special and self._shown.intersection(ids):
+            kept = [i for i in ids if i not in self._hidden]
+            return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special))
 
 
 def greedy(params: SamplingParams) -> SamplingParams:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def test_long_messages_that_the_template_shortens_are_kept():
     long = {"role": "assistant", "content": "x" * 100_000}
     assert len(PromptEncoder(tokenizer, 4).encode((long, *QUESTION))) == 4
     assert PromptEncoder(tokenizer, 3).encode((long, *QUESTION)) is None
+
+
+def test_marks_of_thinking_stay_in_the_text_where_they_are_special_tokens():
+    """Without them an answer inside the thinking would count, and one after it might not."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", START]})
+    model = small_llama(0, vocab_size=len(tokenizer)).eval()
+    problem = Problem(0, QUESTION, "4", {}, tuple(tokenizer("2+2?")["input_ids"]))
+    sampler = HFSampler(tokenizer, [tokenizer.eos_token_id], tokenizer.eos_token_id)
+    found = sampler.sample(model, [problem], 32, SamplingParams(24), seed=0)
+    marks = {tokenizer.convert_tokens_to_ids(t): t for t in ("<think>", "</think>")}
+    sampled = [[marks[i] for i in c.response_ids if i in marks] for c in found]
+    assert any(sampled)
+    assert sampled == [re.findall("</?think>", c.text) for c in found]
+    assert not any(START in c.text or "<unk>" in c.text for c in found)
 
 
 def test_special_tokens_in_a_completions_text_are_an_option():

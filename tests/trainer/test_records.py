@@ -182,6 +182,23 @@ def test_images_stay_bytes_at_any_depth(tmp_path):
     assert record.metadata == {"images": [{"bytes": b"no image", "path": None}]}
 
 
+def test_labels_are_named_and_formats_are_left_aside(tmp_path):
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 0}]
+    made = datasets.Dataset.from_list(rows, features=features)
+    made.with_format("numpy").save_to_disk(str(tmp_path / "d"))
+    assert [r.answer for r in from_dataset(tmp_path / "d")] == ["yes", "no"]
+
+
+def test_a_parquet_file_without_rows_has_none(tmp_path):
+    table = pyarrow.table({"prompt": pyarrow.array([], "string")})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    config = DataConfig(source="parquet", train_path=str(tmp_path / "x.parquet"))
+    assert list(read(config)) == []
+
+
 def test_dataset_folders(tmp_path):
     """What `save_to_disk` wrote, with splits and without, and a folder of files."""
     both = datasets.DatasetDict(
@@ -229,7 +246,7 @@ def test_gsm8k_row(tmp_path):
     (record,) = from_file(
         tmp_path / "x", [GSM8K], prompt_field="question", answer_pattern="#### (.*)"
     )
-    assert record == Record(USER, "1,072", {})
+    assert record == Record(USER, "1,072", {"answer": GSM8K["answer"]})
 
 
 @pytest.mark.parametrize("form", [from_file, from_parquet])
@@ -316,21 +333,24 @@ def test_numbers_are_written_as_a_person_writes_them(tmp_path, number, text):
     assert found.answer == text
 
 
-@pytest.mark.parametrize("field", ["answer", "reward_model.ground_truth"])
-def test_numbers_of_single_precision_have_their_own_digits(tmp_path, field):
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("field", ["answer", "reward_model.ground_truth", "answers.1"])
+def test_numbers_of_low_precision_have_their_own_digits(tmp_path, field, precision):
     """A float32 of 0.1 is 0.10000000149011612 in Python."""
-    value = datasets.Value("float32")
-    nested = field != "answer"
-    content = {"reward_model": {"ground_truth": 0.1}} if nested else {"answer": 0.1}
-    features = {"reward_model": {"ground_truth": value}} if nested else {"answer": value}
-    table = datasets.Dataset.from_list(
-        [{"prompt": "a", **content}],
-        features=datasets.Features({"prompt": datasets.Value("string"), **features}),
-    )
-    table.to_parquet(str(tmp_path / "x"))
+    kind = {"float32": pyarrow.float32(), "float16": pyarrow.float16()}[precision]
+    value = np.dtype(precision).type(0.1)
+    columns = {
+        "answer": pyarrow.array([value], kind),
+        "reward_model": pyarrow.array(
+            [{"ground_truth": value}], pyarrow.struct({"ground_truth": kind})
+        ),
+        "answers": pyarrow.array([[value, value]], pyarrow.list_(kind)),
+    }
+    table = pyarrow.table({"prompt": ["a"], **columns})
+    pyarrow.parquet.write_table(table, tmp_path / "x")
     config = DataConfig(source="parquet", train_path=str(tmp_path / "x"), answer_field=field)
     assert [r.answer for r in read(config)] == ["0.1"]
-    assert float(np.float32(0.1)) != 0.1
+    assert float(value) != 0.1
 
 
 # ---- options ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from papo.data import ProblemSource
+from papo.errors import PapoError
 from tests.trainer.problems import jsonl, kept, lines, numbered, text
 from tests.trainer.tiny import build_tokenizer
 
@@ -73,7 +74,7 @@ def test_one_prompt_with_two_answers_is_kept_said_and_never_split(tokenizer, tmp
         for i in range(6)
         for answer in ("25,100,55", "36,36,108")
     ]
-    for size in range(1, 11):
+    for size in range(2, 11):
         caplog.clear()
         config = jsonl(tmp_path, *records, held_out_size=size)
         with caplog.at_level(logging.WARNING, logger="papo.data"):
@@ -86,6 +87,42 @@ def test_one_prompt_with_two_answers_is_kept_said_and_never_split(tokenizer, tmp
         "6 rows repeat a prompt with another answer, all are kept; the first is "
         "'Find the angles of triangle 0.': '25,100,55' and '36,36,108'"
     ) in caplog.text
+
+
+def test_prompts_of_too_many_rows_to_hold_any_out_are_refused(tokenizer, tmp_path):
+    """An evaluation of no problem would show an accuracy of 0."""
+    records = [{"prompt": f"p{i}", "answer": a} for i in range(6) for a in "abcde"]
+    with pytest.raises(PapoError, match=r"data.held_out_size=3: every prompt of .* has more rows"):
+        ProblemSource(jsonl(tmp_path, *records, held_out_size=3), tokenizer, seed=0)
+
+
+def test_rows_that_share_the_answer_but_not_its_solution_are_two(tokenizer, tmp_path):
+    records = [{"prompt": "a", "answer": f"{way} #### 4"} for way in ("2+2", "2*2")]
+    options = {"answer_pattern": "#### (.*)", "held_out_size": 0}
+    source = ProblemSource(jsonl(tmp_path, *records, **options), tokenizer, seed=0)
+    assert (len(source), source.dropped_equal, source.other_answers) == (2, 0, 0)
+
+
+def test_rows_that_differ_in_a_tool_call_alone_are_two(tokenizer, tmp_path):
+    records = [
+        {
+            "prompt": [
+                {"role": "user", "content": "2+2?"},
+                {"role": "assistant", "content": None, "tool_calls": [{"arguments": number}]},
+                {"role": "tool", "content": "4", "name": "sum"},
+                {"role": "user", "content": "So?"},
+            ],
+            "answer": "4",
+        }
+        for number in (1, 2)
+    ]
+    source = ProblemSource(jsonl(tmp_path, *records, held_out_size=0), tokenizer, seed=0)
+    assert len(source) == 2
+    assert [m["tool_calls"][0]["arguments"] for p in kept(source) for m in p.messages[1:2]] in (
+        [1, 2],
+        [2, 1],
+    )
+    assert kept(source)[0].messages[2] == {"role": "tool", "content": "4", "name": "sum"}
 
 
 def test_options_of_the_prompt_do_not_change_the_split(tokenizer, tmp_path):

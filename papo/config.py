@@ -148,9 +148,16 @@ class TrainConfig(Section):
         bound = self.loss.max_sampler_kl
         if update > 0 or bound == "none" or (bound == "auto" and self.model.dropout):
             return math.inf
-        # What rounding does to a log-prob grows with 1 / temperature, and its KL with the square.
-        rounding = 0.05 if self.model.dtype == "bf16" else 0.001
-        return rounding / min(1.0, self.rollout.temperature) ** 2 if bound == "auto" else bound
+        return 20.0 * self.sampler_kl_noise if bound == "auto" else bound
+
+    @property
+    def sampler_kl_noise(self) -> float:
+        """What rounding makes of `loss/sampler_kl` (nats), and no more.
+
+        What it does to a log-prob grows with 1 / temperature, and its KL with the square.
+        """
+        noise = 1e-3 if self.model.dtype == "bf16" else 5e-5
+        return noise / min(1.0, self.rollout.temperature) ** 2
 
     def dump_yaml(self, path: str | Path) -> None:
         """Write every option with its value; `load_config` reads it back to an equal config.

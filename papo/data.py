@@ -96,6 +96,16 @@ class ProblemSource:
         """What sources share that have the same training problems under the same numbers."""
         return _digest([(uid, item.prompt, item.answer) for uid, item in self._train]).hex()
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(item.ids) for _, item in (*self._held_out, *self._train))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of the prompts."""
+        return max(max(item.ids, default=0) for _, item in (*self._held_out, *self._train))
+
     def without_tokens(self) -> list[Problem]:
         """All problems, held-out ones first, their `prompt_ids` empty: these take the memory."""
         pairs = (*self._held_out, *self._train)

@@ -8,7 +8,7 @@ from papo import collectives, engine, experience
 from papo.batch import TrainingSequence
 from papo.config import TrainConfig
 from papo.rollout import SamplingParams
-from papo.schedule import learning_rate, seed_of
+from papo.schedule import due, learning_rate, seed_of
 from papo.session import Session
 from papo.stats import attach
 from papo.step import Update, update
@@ -50,10 +50,10 @@ class Loop:
         stops = self._stops()
         while not stops and self.step < config.steps:
             self._train_step()
-            if _due(config.evaluation.every, self.step) and self.step < config.steps:
+            if due(config.evaluation.every, self.step) and self.step < config.steps:
                 s.evaluate(f"step {self.step}", self.step)
             stops = self._stops()
-            if stops or _due(config.checkpoint.every, self.step) or self.step == config.steps:
+            if stops or due(config.checkpoint.every, self.step) or self.step == config.steps:
                 s.save(self.step, self.cursor)
         s.progress.close()
         if stops:
@@ -114,8 +114,9 @@ class Loop:
         config, s = self.config, self.s
         from_rollout = s.rollout_weights(phase)
         with clock("stats"):
+            s.check_rows(sequences)
             sequences = attach(sequences, config, s.engine, s.reference, s.make_batch, from_rollout)
-        measures = _due(config.metrics.measure_entropy_every, self.step)
+        measures = due(config.metrics.measure_entropy_every, self.step)
         count = config.optim.updates_per_rollout
         updates = []
         for u, part in enumerate(experience.mini_batches(sequences, count)):
@@ -144,7 +145,3 @@ class Loop:
             self.s.weighting.update(first.branches)
         for u in (u for u in updates if not u.applied):
             self.s.say(f"step {self.step} skipped: {u.reason}")
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0

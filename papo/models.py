@@ -8,21 +8,20 @@ import hashlib
 import importlib.util
 import io
 import logging
-import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from papo.errors import PapoError, first_line
+from papo.weights import weight_faults
 
 log = logging.getLogger(__name__)
 
@@ -230,65 +229,16 @@ def load_causal_lm(config: Any) -> Any:
             ) from error
         raise _cannot_load("model", config.path, error) from error
     model, report = loaded
-    _check_soft_cap(model, config)
-    faults = weight_faults(model, report)
-    if faults:
-        raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
-    return model
-
-
-def _check_soft_cap(model: Any, config: Any) -> None:
-    """Refuse sdpa for scores with a soft cap, which it has not; transformers before 5.23 let it."""
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if cap is not None and config.attn_implementation == "sdpa":
+    if cap is not None and config.attn_implementation == "sdpa":  # allowed before 5.23
         raise PapoError(
             f"model.attn_implementation='sdpa': expected eager for {type(model).__name__}, whose "
             "attention scores have a soft cap"
         )
-
-
-def weight_faults(model: Any, report: Mapping[str, Any]) -> list[str]:
-    """What is wrong with loaded weights, empty where nothing is.
-
-    What is missing has random weights now: a run would train, and learn nothing.
-
-    Args:
-        report: `from_pretrained`'s, without what the model's class itself lets be missing.
-    """
-    shapes = [
-        f"{name} {list(stored)} instead of {list(expected)}"
-        for name, stored, expected in report["mismatched_keys"]
-    ]
-    told = {
-        "the file lacks": report["missing_keys"],
-        "the file has unknown": report["unexpected_keys"],
-        "other shapes in the file:": shapes,
-    }
-    faults = [f"{kind} {_some(names)}" for kind, names in told.items() if names]
+    faults = weight_faults(model, report, path)
     if faults:
-        # A file of another architecture or size names its tensors otherwise.
-        advice = "config.json and the safetensors files are not of one model"
-        return [*faults, f"{advice}; expected a folder as save_pretrained writes it"]
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head is not None and head.weight is not embedding.weight:
-        return [
-            "config.json has tie_word_embeddings true, and the file a head that is not the "
-            "embedding; expected false, or a file without the head"
-        ]
-    bad = [name for name, p in model.named_parameters() if not _finite(p.detach())]
-    return [f"NaN or infinity in {_some(bad)}; expected finite weights"] if bad else []
-
-
-def _finite(tensor: Tensor) -> bool:
-    # Without a temporary of the tensor's size.
-    return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    first, *rest = sorted(names)
-    more = f" and {len(rest) + 1 - shown} more" if len(rest) >= shown else ""
-    return ", ".join([first, *rest][:shown]) + more
+        raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
+    return model
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> PapoError:

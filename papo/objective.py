@@ -6,6 +6,7 @@ whose logits exist a chunk of tokens at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,11 @@ from papo_kernels import (
     linear_policy_loss,
     linear_token_stats,
 )
+
+# What configs call the number that logits are multiplied with (Cohere, Falcon-H1) or divided by
+# (Granite).
+_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 class HeadOptions(NamedTuple):
@@ -46,10 +52,10 @@ class HeadOptions(NamedTuple):
 
     @classmethod
     def of(cls, config: Any, temperature: float, **more: Any) -> HeadOptions:
-        """With the soft cap (Gemma) and logit scale (Cohere; Granite divides) of a model config."""
+        """With the soft cap (Gemma) and logit scale of a model config."""
         text = config.get_text_config()
-        scale = getattr(text, "logit_scale", None) or 1.0
-        scale /= getattr(text, "logits_scaling", None) or 1.0
+        scale = math.prod(getattr(text, name, None) or 1.0 for name in _LOGIT_FACTORS)
+        scale /= math.prod(getattr(text, name, None) or 1.0 for name in _LOGIT_DIVISORS)
         softcap = getattr(text, "final_logit_softcapping", None)
         return cls(temperature, softcap, None if scale == 1.0 else scale, **more)
 
@@ -176,6 +182,14 @@ MODEL_INPUTS = (
     "keep_ids",
 )
 LOSS_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp")
+
+
+def sampler_kl(sampler_logp: Tensor, logp: Tensor, live: Tensor) -> Tensor:
+    """k3 estimate of KL(sampler || policy) at each token, float64 [N] in nats: samples come from
+    the sampler. 0 where `live` is False, whatever the others hold."""
+    # A finite stand-in keeps the estimator from turning one masked-out token into NaN.
+    gap = torch.where(live, sampler_logp - logp, 0.0).double()
+    return torch.expm1(-gap) + gap
 
 
 def stats_of(engine: Any, batch: Any) -> TokenStats:

@@ -46,8 +46,9 @@ class ModelConfig(Section):
     that sampled; on, the first update's ratio is not 1 and its log-probs are not the sampler's."""
     probe: bool = True
     """Before the first step, compare what sampling and training make of a few random tokens with
-    the model's own log-probs. A model that cannot be sampled or trained in batches is refused; one
-    whose completions cannot share their prompt's row gets one row per completion."""
+    the model's own log-probs, and in the first batch those of shared rows with those of rows of
+    their own. A model that cannot be sampled or trained in batches is refused; one whose
+    completions cannot share their prompt's row gets one row per completion."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 
@@ -123,7 +124,7 @@ class LossConfig(Section):
     max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
     """Bound of `loss/sampler_kl` at the first update of a step, when the weights are still the
     sampler's: beyond it training works on other log-probs than were sampled, and the run stops
-    before they change. `auto` is 0.05 with bf16 and 0.001 with fp32, over the square of a
+    before they change. `auto` is 0.02 with bf16 and 0.001 with fp32, over the square of a
     temperature below 1, and `none` (no bound) with `model.dropout`."""
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     """papo_kernels backend; by default the fastest that serves the device."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from papo import collectives
-from papo.batch import TrainingSequence, collate
+from papo.batch import MicroBatch, TrainingSequence, collate
 from papo.errors import PapoError, first_line
-from papo.objective import stats_of
+from papo.objective import sampler_kl, stats_of
 from papo.rollout import HFSampler, SamplingParams
 from papo.types import Completion, Problem
 
@@ -116,7 +116,9 @@ def check(
             f"model.attn_implementation={config.model.attn_implementation}, or logits that are "
             f"not its head's alone; {_ANYWAY}"
         )
-    row_tokens: int = config.optim.max_row_tokens
+    # A model may have a table of so many positions, by a row's place in it.
+    places = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    row_tokens: int = min(config.optim.max_row_tokens, places or sys.maxsize)
     fault = trained(sharing=True) if row_tokens else ""
     if fault:
         say(
@@ -197,6 +199,31 @@ def _trained(
     logp = stats_of(engine, batch.to(engine.device)).logp
     parts = logp.split([len(s.response_ids) for s in sequences])
     return [part for part, (real, _) in zip(parts, rows, strict=True) if real is not None]
+
+
+def rows_fault(engine: Any, shared: MicroBatch, apart: MicroBatch, noise: float) -> str:
+    """Why completions cannot share rows, empty where they can; a collective.
+
+    The probe's own sequences are short: a window that they do not fill, or whatever else a model
+    does at some length alone, shows here.
+
+    Args:
+        shared, apart: the same completions with and without shared rows.
+        noise: KL to the sampler (nats) that rounding explains.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    engine.train(False)
+    for i, batch in enumerate((shared, apart)):
+        live = batch.token_weight > 0
+        kl = sampler_kl(batch.sampler_logp, stats_of(engine, batch).logp, live)
+        sums[i] = kl.sum().cpu()
+        sums[2] = live.sum().cpu()
+    engine.train(True)
+    together, alone, tokens = collectives.all_sum(sums).tolist()
+    together, alone = together / max(1.0, tokens), alone / max(1.0, tokens)
+    if not together > noise + 4.0 * alone:
+        return ""
+    return f"loss/sampler_kl is {together:.2g} in shared rows and {alone:.2g} in rows of their own"
 
 
 def check_sampler_kl(kl: float, bound: float) -> None:

@@ -1,4 +1,4 @@
-"""Learning rate of a step and seed of anything random: pure, so that resuming needs no state."""
+"""What a step's number alone determines: learning rate, seeds, what is due."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def seed_of(seed: int, *purpose: object) -> int:
     """A 63-bit seed made of the run's seed and `purpose` (stage, step, round, rank) alone."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def due(every: int, step: int) -> bool:
+    """Whether what happens every so many steps, never with 0, happens after `step`."""
+    return every > 0 and step % every == 0

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo import checkpoint, collectives, probe, references
-from papo.batch import IDLE, MicroBatch, TrainingSequence, collate
+from papo import checkpoint, collectives, limits, probe, references
+from papo.batch import IDLE, MicroBatch, TrainingSequence, collate, micro_batches
 from papo.cli import Progress
 from papo.config import TrainConfig
 from papo.data import ProblemSource
@@ -71,9 +71,11 @@ class Session:
             self.sampler = HFSampler(
                 self.tokenizer, eos, self.pad_id, config.rollout.skip_special_tokens
             )
-            self.max_row_tokens = config.optim.max_row_tokens
+            self._check_limits(eos)
+            self._row_tokens = config.optim.max_row_tokens
+            self._rows_checked = not config.model.probe
             if config.model.probe:
-                self.max_row_tokens = probe.check(
+                self._row_tokens = probe.check(
                     self.engine, self.sampler, self.tokenizer, self.pad_id, config, self.say
                 )
             self.phase = PhaseController(config.phase)
@@ -158,13 +160,42 @@ class Session:
             chunk_bytes=None if chunk is None else chunk << 20,
         )
 
-    def make_batch(self, sequences: Sequence[TrainingSequence]) -> MicroBatch:
-        """A micro-batch of `sequences` on this rank's device."""
+    def _check_limits(self, eos: Sequence[int]) -> None:
+        """Refuse data and lengths that the model's tables have no room for."""
+        causal_lm, problems = self.engine.policy.causal_lm, self.problems
+        rows = causal_lm.get_input_embeddings().num_embeddings
+        limits.check_ids(max(problems.largest_id, self.pad_id, *eos), rows)
+        tokens = self.config.rollout.max_new_tokens
+        limits.check_lengths(causal_lm.config, problems.longest_prompt, tokens, self.say)
+
+    def check_rows(self, sequences: Sequence[TrainingSequence]) -> None:
+        """Give each completion its own row from now on, if sharing rows turns out to change the
+        first ones that could; a collective."""
+        if self._rows_checked or not self._row_tokens:
+            return
+        size = self.config.optim.micro_batch_size
+        pieces = micro_batches(sequences, size, count=max(1, -(-len(sequences) // size)))
+        piece = max(pieces, key=lambda p: sum(len(s.response_ids) for s in p))
+        shared = self.make_batch(piece)
+        if collectives.all_max(float(shared.segment_ids is not None)) == 0.0:
+            return
+        apart = self.make_batch(piece, max_row_tokens=0)
+        self._rows_checked = True
+        fault = probe.rows_fault(self.engine, shared, apart, self.config.sampler_kl_noise)
+        if fault:
+            self._row_tokens = 0
+            self.say(f"completions no longer share their prompt's row: {fault}")
+
+    def make_batch(
+        self, sequences: Sequence[TrainingSequence], max_row_tokens: int | None = None
+    ) -> MicroBatch:
+        """A micro-batch of `sequences` on this rank's device; `max_row_tokens` None is the run's
+        own."""
         device = self.engine.device
         batch = collate(
             sequences,
             pad_id=self.pad_id,
-            max_row_tokens=self.max_row_tokens,
+            max_row_tokens=self._row_tokens if max_row_tokens is None else max_row_tokens,
             width_multiple=_CPU_WIDTHS if device.type == "cpu" else 1,
         )
         return batch.to(device)

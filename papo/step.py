@@ -12,7 +12,7 @@ from torch import Tensor
 
 from papo import collectives
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
-from papo.objective import loss_of, stats_of
+from papo.objective import loss_of, sampler_kl, stats_of
 from papo.prediction import UpdateEffect
 from papo.probe import check_sampler_kl
 from papo.stats import pass_count
@@ -40,16 +40,13 @@ class TokenSums:
     def of(cls, out: PolicyLossOutput, batch: MicroBatch) -> Tensor:
         """The sums of one micro-batch as a float64 vector on the batch's device."""
         live = batch.token_weight > 0
-        # A finite stand-in keeps the estimator from turning one masked-out token into NaN.
-        gap = torch.where(live, batch.sampler_logp - out.logp, 0.0).double()
         rows = (
             live.double(),
             out.entropy.double(),
             out.ratio.double(),
             (out.clipped & (batch.advantages < 0)).double(),
             (out.clipped & (batch.advantages > 0)).double(),
-            # k3 estimate of KL(sampler || policy): samples come from the sampler.
-            torch.expm1(-gap) + gap,
+            sampler_kl(batch.sampler_logp, out.logp, live),
             batch.advantages.abs().double(),
             # The first-order entropy change (papo/prediction.py), as linear in the tokens as the
             # gradient is: with its weights.

@@ -223,7 +223,8 @@ class HFSampler:
         The last token is left to `generate`, which needs its logits.
         """
         cache = DynamicCache(config=model.config)
-        if ids.shape[1] > 1:
+        # Padding alone is no prompt: linear attention would take it for one.
+        if mask[:, :-1].any():
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             decoder_of(model)(
                 input_ids=ids[:, :-1],

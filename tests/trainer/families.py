@@ -87,7 +87,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def build(family: str, attention: str = "eager", **options: Any) -> Any:
     """A model in float32 and evaluation mode whose logits are far from uniform."""
-    config = AutoConfig.for_model(family, **{**_SIZES, **_OPTIONS[family], **options})
+    config = AutoConfig.for_model(family, **{**_SIZES, **_OPTIONS.get(family, {}), **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)

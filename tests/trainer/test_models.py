@@ -291,6 +291,21 @@ def test_a_head_that_the_config_ties_to_another_embedding_is_refused(tiny_model_
         load_causal_lm(altered(tiny_model_path, tmp_path, change))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.cfloat, "C64")]
+)
+def test_weights_that_were_quantized_are_not_taken_for_numbers(
+    tiny_model_path, tmp_path, dtype, name
+):
+    """Without its scales, and its config, such a file is another model."""
+
+    def change(tensors):
+        tensors[UP] = tensors[UP].to(dtype)
+
+    with pytest.raises(PapoError, match=rf"numbers in {re.escape(UP)} \({name}\); expected F64"):
+        load_causal_lm(altered(tiny_model_path, tmp_path, change))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tiny_model_path, tmp_path, value):
     def change(tensors):

@@ -19,15 +19,11 @@ from torch import Tensor
 
 from benchmarks.harness import environment, write_json
 from papo.metrics import read_rows
-from papo.prediction import pearson, rank_correlation
+from papo.prediction import PREDICTIONS, pearson, rank_correlation
 
 SAMPLES = 2000
-PREDICTIONS = {
-    "through the optimizer": "entropy/predicted_delta",
-    "gradient alone": "entropy/predicted_delta_instant",
-}
 # What the predictions follow from is kept with them.
-KEPT = (*PREDICTIONS.values(), "entropy/measured_delta", "entropy/mean", "optim/grad_norm")
+KEPT = (*PREDICTIONS, "entropy/measured_delta", "entropy/mean", "optim/grad_norm")
 
 
 def interval(predicted: Tensor, measured: Tensor) -> list[float]:
@@ -62,7 +58,7 @@ def result(run: Path) -> dict[str, Any]:
         "method": config["method"],
         "seed": config["seed"],
         "steps": len(steps),
-        **{label: figures(steps, name) for label, name in PREDICTIONS.items()},
+        **{label: figures(steps, name) for name, label in PREDICTIONS.items()},
         "series": [{"step": row["step"], **{k: row[k] for k in KEPT}} for row in steps],
     }
 
@@ -76,7 +72,7 @@ def main() -> None:
     results = [result(run) for run in args.runs]
     print(f"{'':<34}{'Spearman':>9}{'interval':>16}{'Pearson of differences':>24}")
     for r in results:
-        for label in PREDICTIONS:
+        for label in PREDICTIONS.values():
             name, f = f"{r['method']}, seed {r['seed']}: {label}", r[label]
             low, high = f["interval"]
             print(

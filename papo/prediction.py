@@ -33,6 +33,13 @@ WINDOW = 50
 FEWEST = 8
 
 
+# What plots and tables call the two predictions.
+PREDICTIONS = {
+    "entropy/predicted_delta": "through the optimizer",
+    "entropy/predicted_delta_instant": "gradient alone",
+}
+
+
 class UpdateEffect(NamedTuple):
     """What an applied update knew before it, and did.
 

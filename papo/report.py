@@ -12,7 +12,7 @@ from typing import Any
 
 from papo.errors import PapoError
 from papo.metrics import read_rows
-from papo.prediction import rank_correlation
+from papo.prediction import PREDICTIONS, rank_correlation
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -21,12 +21,6 @@ _COLUMNS = {
     "reward": "reward",
     "reward_greedy": "greedy reward",
     "truncated": "truncated",
-}
-
-# What the plot of each is called.
-_PREDICTIONS = {
-    "entropy/predicted_delta": "through the optimizer",
-    "entropy/predicted_delta_instant": "this step's gradient alone",
 }
 
 
@@ -104,7 +98,7 @@ def summary(
     if steps:
         result["prediction_correlation"] = {
             name.removeprefix("entropy/"): None if math.isnan(r) else r
-            for name in _PREDICTIONS
+            for name in PREDICTIONS
             for r in [_correlation(steps, name)]
         }
     return result
@@ -169,10 +163,10 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
     phase.plot(x, _series(steps, "phase/phi"))
     phase.axhline(0.0, color="gray", linewidth=0.8)
     phase.set(title="phase", xlabel="step", ylabel="φ", ylim=(-1.05, 1.05))
-    for axes, (name, label) in zip(deltas, _PREDICTIONS.items(), strict=True):
+    for axes, (name, label) in zip(deltas, PREDICTIONS.items(), strict=True):
         points = _scatter_delta(axes, steps, name, label)
     figure.colorbar(points, ax=deltas[-1], label="step")
-    for suffix, label in zip(("", "_instant"), _PREDICTIONS.values(), strict=True):
+    for suffix, label in zip(("", "_instant"), PREDICTIONS.values(), strict=True):
         running.plot(x, _series(steps, f"entropy/prediction_correlation{suffix}"), label=label)
     running.axhline(0.0, color="gray", linewidth=0.8)
     running.set(title="running correlation", xlabel="step", ylabel="Spearman", ylim=(-1.05, 1.05))

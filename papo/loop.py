@@ -143,5 +143,6 @@ class Loop:
         if all(u.applied for u in updates) and first.sums.tokens:
             self.s.phase.update(max(0.0, first.sums.mean(first.sums.entropy)))
             self.s.weighting.update(first.branches)
-        for u in (u for u in updates if not u.applied):
-            self.s.say(f"step {self.step} skipped: {u.reason}")
+        for u in updates:
+            if not u.applied:
+                self.s.say(f"step {self.step} skipped: {u.reason}")

@@ -6,8 +6,9 @@ whose logits exist a chunk of tokens at a time.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +191,16 @@ def sampler_kl(sampler_logp: Tensor, logp: Tensor, live: Tensor) -> Tensor:
     # A finite stand-in keeps the estimator from turning one masked-out token into NaN.
     gap = torch.where(live, sampler_logp - logp, 0.0).double()
     return torch.expm1(-gap) + gap
+
+
+@contextlib.contextmanager
+def evaluating(engine: Any) -> Iterator[None]:
+    """Passes in evaluation mode: the policy's own distribution, nothing drops out."""
+    engine.train(False)
+    try:
+        yield
+    finally:
+        engine.train(True)
 
 
 def stats_of(engine: Any, batch: Any) -> TokenStats:

@@ -18,7 +18,7 @@ from torch import Tensor
 from papo import collectives
 from papo.batch import MicroBatch, TrainingSequence, collate
 from papo.errors import PapoError, first_line
-from papo.objective import sampler_kl, stats_of
+from papo.objective import evaluating, sampler_kl, stats_of
 from papo.rollout import HFSampler, SamplingParams
 from papo.types import Completion, Problem
 
@@ -72,7 +72,12 @@ class Sampled:
 
 
 def check(
-    engine: Any, sampler: HFSampler, tokenizer: Any, pad_id: int, config: Any, say: Any
+    engine: Any,
+    sampler: HFSampler,
+    tokenizer: Any,
+    pad_id: int,
+    config: Any,
+    say: Callable[[str], None],
 ) -> int:
     """Compare the ways to the log-probs; a collective that all ranks run alike.
 
@@ -82,7 +87,8 @@ def check(
         say: takes a line for the user.
 
     Returns:
-        `optim.max_row_tokens`, or 0 where completions of this model cannot share a row.
+        The most tokens of a row: `optim.max_row_tokens`, or the model's positions where they are
+        fewer; 0 where completions of this model cannot share a row.
 
     Raises:
         PapoError: sampling or training would see other log-probs than the model's own.
@@ -104,11 +110,10 @@ def check(
         )
 
     def trained(*, sharing: bool) -> str:
-        return _of_any_rank(
-            sampled.fault(lambda: _trained(engine, sampled.completions, pad_id, sharing))
-        )
+        with evaluating(engine):
+            fault = sampled.fault(lambda: _trained(engine, sampled.completions, pad_id, sharing))
+        return _of_any_rank(fault)
 
-    engine.train(False)
     fault = trained(sharing=False)
     if fault:
         raise PapoError(
@@ -125,7 +130,6 @@ def check(
             f"completions do not share their prompt's row, as with optim.max_row_tokens=0: in "
             f"{type(causal_lm).__name__} {fault}"
         )
-    engine.train(True)
     return 0 if fault else row_tokens
 
 
@@ -211,16 +215,14 @@ def rows_fault(engine: Any, shared: MicroBatch, apart: MicroBatch, noise: float)
         shared, apart: the same completions with and without shared rows.
         noise: KL to the sampler (nats) that rounding explains.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    engine.train(False)
-    for i, batch in enumerate((shared, apart)):
-        live = batch.token_weight > 0
-        kl = sampler_kl(batch.sampler_logp, stats_of(engine, batch).logp, live)
-        sums[i] = kl.sum().cpu()
-        sums[2] = live.sum().cpu()
-    engine.train(True)
-    together, alone, tokens = collectives.all_sum(sums).tolist()
-    together, alone = together / max(1.0, tokens), alone / max(1.0, tokens)
+    live = shared.token_weight > 0  # the same tokens in the same order in both
+    sums = [live.double().sum()]
+    with evaluating(engine):
+        for batch in (shared, apart):
+            logp = stats_of(engine, batch).logp
+            sums.append(sampler_kl(batch.sampler_logp, logp, live).sum())
+    tokens, *kls = collectives.all_sum(torch.stack(sums)).tolist()
+    together, alone = (kl / max(1.0, tokens) for kl in kls)
     if not together > noise + 4.0 * alone:
         return ""
     return f"loss/sampler_kl is {together:.2g} in shared rows and {alone:.2g} in rows of their own"

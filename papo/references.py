@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from papo import collectives
 from papo.data import ProblemSource
@@ -16,7 +15,9 @@ _SHOWN_ROWS = 20
 _SHOWN_CHARACTERS = 60
 
 
-def check(problems: ProblemSource, rewards: RewardPool, policy: str, say: Any) -> None:
+def check(
+    problems: ProblemSource, rewards: RewardPool, policy: str, say: Callable[[str], None]
+) -> None:
     """List the references that would not score 1 as completions, and do as `policy` says; a
     collective, of whose work each rank does a share.
 

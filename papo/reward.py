@@ -16,11 +16,11 @@ import logging
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as DeadlineError
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from papo.config import RewardConfig
 
 log = logging.getLogger(__name__)
+
+Key = TypeVar("Key", bound=Hashable)  # what a caller tells its tasks apart by
 
 _SHOWN_IN_FULL = 3  # failures of each kind that are logged with their text
 _POOL_STARTS = 3
@@ -151,21 +153,17 @@ class RewardPool:
             PapoError: as `score`.
         """
         compares = self._verifier in COMPARING  # the text alone, so that equal ones share a task
-        first: dict[str | int, int] = {}
-        keys = [first.setdefault(p.answer if compares else i, i) for i, p in enumerate(problems)]
-        tasks = {
-            key: Task("", p.answer, self._metadata(p))
-            for key, p in zip(keys, problems, strict=True)
-        }
+        keyed = [(p.answer if compares else p.uid, p) for p in problems]
+        tasks = {key: Task("", p.answer, self._metadata(p)) for key, p in keyed}
         verdicts = self._judged(judge_reference, tasks)
         return [
             BadReference(p.uid, p.answer, verdicts[key].why)
-            for key, p in zip(keys, problems, strict=True)
+            for key, p in keyed
             if verdicts[key].value != 1.0
         ]
 
-    def _judged(self, judged: Judge, tasks: Mapping[int, Task]) -> dict[int, Verdict]:
-        verdicts: dict[int, Verdict] = {}
+    def _judged(self, judged: Judge, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
+        verdicts: dict[Key, Verdict] = {}
         for _ in range(_POOL_STARTS):
             left = {key: task for key, task in tasks.items() if key not in verdicts}
             verdicts |= self._run(judged, left)
@@ -188,11 +186,11 @@ class RewardPool:
         _ = pool.active  # pebble starts its workers on first use
         return pool
 
-    def _run(self, judged: Judge, tasks: Mapping[int, Task]) -> dict[int, Verdict]:
+    def _run(self, judged: Judge, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
         """Verdicts of `tasks`; some are missing if the pool broke, say by a killed idle worker."""
         config = self._config
         rules = (config.timeout_s, judged, self._verifier, config.extract, config.threshold)
-        futures: dict[ProcessFuture[Verdict], int] = {}
+        futures: dict[ProcessFuture[Verdict], Key] = {}
         try:
             for key, task in tasks.items():
                 args = (*rules, task)

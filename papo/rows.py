@@ -195,15 +195,14 @@ def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
     return Rows(_numbered(found, labels, what), found.features.arrow_schema)
 
 
-def _undecoded(feature: Any, media: tuple[type, ...]) -> Any:
+def _undecoded(feature: Any, media: tuple[Any, ...]) -> Any:
     """A column's type with `media` as the bytes or the path they are stored as, at any depth."""
     if isinstance(feature, dict):
         return {name: _undecoded(inner, media) for name, inner in feature.items()}
     if hasattr(feature, "feature"):  # a list of them
         inner: Any = _undecoded(feature.feature, media)
         return dataclasses.replace(feature, feature=inner)
-    is_media = isinstance(feature, media)
-    return type(feature)(decode=False) if is_media else feature
+    return type(feature)(decode=False) if isinstance(feature, media) else feature
 
 
 def _numbered(

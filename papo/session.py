@@ -174,7 +174,7 @@ class Session:
         if self._rows_checked or not self._row_tokens:
             return
         size = self.config.optim.micro_batch_size
-        pieces = micro_batches(sequences, size, count=max(1, -(-len(sequences) // size)))
+        pieces = micro_batches(sequences, size, count=1)
         piece = max(pieces, key=lambda p: sum(len(s.response_ids) for s in p))
         shared = self.make_batch(piece)
         if collectives.all_max(float(shared.segment_ids is not None)) == 0.0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
 from papo.collectives import all_max
-from papo.objective import stats_of
+from papo.objective import evaluating, stats_of
 from papo_kernels import TokenStats
 
 
@@ -30,16 +30,15 @@ def token_stats_of(
     make_batch: Callable[[Sequence[TrainingSequence]], MicroBatch],
 ) -> list[TokenStats]:
     """Per-sequence statistics (float32, CPU) under the engine's current weights."""
-    engine.train(False)
     per_sequence: list[TokenStats] = []
-    for piece in micro_batches(sequences, size, count=pass_count(sequences, size)):
-        stats = stats_of(engine, make_batch(piece))
-        if piece[0].group < 0:
-            continue
-        lengths = [len(s.response_ids) for s in piece]
-        columns = [column.cpu().split(lengths) for column in stats]
-        per_sequence += [TokenStats(*parts) for parts in zip(*columns, strict=True)]
-    engine.train(True)
+    with evaluating(engine):
+        for piece in micro_batches(sequences, size, count=pass_count(sequences, size)):
+            stats = stats_of(engine, make_batch(piece))
+            if piece[0].group < 0:
+                continue
+            lengths = [len(s.response_ids) for s in piece]
+            columns = [column.cpu().split(lengths) for column in stats]
+            per_sequence += [TokenStats(*parts) for parts in zip(*columns, strict=True)]
     return per_sequence
 
 

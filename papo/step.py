@@ -12,7 +12,7 @@ from torch import Tensor
 
 from papo import collectives
 from papo.batch import MicroBatch, TrainingSequence, micro_batches
-from papo.objective import loss_of, sampler_kl, stats_of
+from papo.objective import evaluating, loss_of, sampler_kl, stats_of
 from papo.prediction import UpdateEffect
 from papo.probe import check_sampler_kl
 from papo.stats import pass_count
@@ -108,13 +108,12 @@ def mean_entropy(
 ) -> float:
     """Mean entropy in nats over all ranks' tokens that train; a collective, without gradient."""
     total = torch.zeros(2, dtype=torch.float64)
-    engine.train(False)
-    for piece in pieces:
-        batch = make_batch(piece)
-        live = batch.token_weight > 0
-        entropy = torch.where(live, stats_of(engine, batch).entropy.double(), 0.0)
-        total += torch.stack([live.double().sum(), entropy.sum()]).cpu()
-    engine.train(True)
+    with evaluating(engine):
+        for piece in pieces:
+            batch = make_batch(piece)
+            live = batch.token_weight > 0
+            entropy = torch.where(live, stats_of(engine, batch).entropy.double(), 0.0)
+            total += torch.stack([live.double().sum(), entropy.sum()]).cpu()
     tokens, entropies = collectives.all_sum(total).tolist()
     return entropies / max(1.0, tokens)
 

@@ -156,9 +156,7 @@ def judge(verifier: str, how: str, threshold: float, task: Task) -> Verdict:
     """
     try:
         value = _value_of(verifier, how, threshold, task)
-    except (
-        BaseException
-    ) as error:  # a judge over HTTP may raise CancelledError, which is no Exception
+    except BaseException as error:  # asyncio's CancelledError and SystemExit are no Exceptions
         return Verdict(0.0, "error", f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS])
     if value is None or not abs(value) <= _LARGEST:
         return Verdict(math.nan, "invalid", f"the verifier returned {value}")

@@ -62,6 +62,7 @@ def results(tmp_path_factory) -> dict:
                     if len(case[side][1]) == world
                 }
                 | (of_two_ranks(root) if (task, world) == ("save", 2) else {}),
+                "tests.distributed.checkpoint_tasks",
             )
     return done
 

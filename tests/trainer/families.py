@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from papo.batch import TrainingSequence, collate
+from papo.attention import shared_prompts
+from papo.batch import MicroBatch, TrainingSequence, collate
 from papo.objective import Policy, stats_of
 from papo_kernels import TokenStats
 
@@ -138,6 +139,18 @@ def trained(engine: PlainEngine, parts: Sequence[TrainingSequence], row_tokens: 
     """Statistics on the way that training takes, with rows padded on the right."""
     batch = collate(parts, pad_id=0, max_row_tokens=row_tokens, width_multiple=32)
     return stats_of(engine, batch)
+
+
+def token_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """[N, V] of the model itself on a micro-batch's rows."""
+    with shared_prompts(batch.segment_ids, batch.position_ids):
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+    return model.lm_head(hidden.flatten(0, 1)[batch.logit_index])
 
 
 def alone(model: Any, parts: Sequence[TrainingSequence]) -> torch.Tensor:

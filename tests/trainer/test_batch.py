@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from papo.attention import shared_prompts
 from papo.batch import TrainingSequence, collate, micro_batches, rows_of
+from tests.trainer.families import token_logits
 from tests.trainer.tiny import small_llama
 
 V = 50
@@ -23,21 +23,6 @@ def sequence(prompt: list[int], response: list[int], group: int = 0) -> Training
     return TrainingSequence(
         tuple(prompt), tuple(response), logp, advantage=float(group), weight=0.5, group=group
     )
-
-
-def token_logits(
-    model: LlamaForCausalLM, sequences: list[TrainingSequence], max_row_tokens: int, multiple: int
-) -> torch.Tensor:
-    batch = collate(sequences, pad_id=0, max_row_tokens=max_row_tokens, width_multiple=multiple)
-    assert batch.input_ids.shape[1] % multiple == 0
-    with torch.no_grad(), shared_prompts(batch.segment_ids, batch.position_ids):
-        hidden = model.get_decoder()(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        return model.lm_head(hidden.flatten(0, 1)[batch.logit_index])
 
 
 def alone(model: LlamaForCausalLM, seq: TrainingSequence) -> torch.Tensor:
@@ -70,7 +55,10 @@ def test_requirement_28_logits_do_not_depend_on_padding_sharing_or_mates(
         for g, prompt in enumerate(some_prompts)
         for response in some_responses[g]
     ]
-    got = token_logits(model, sequences, max_row_tokens, multiple)
+    batch = collate(sequences, pad_id=0, max_row_tokens=max_row_tokens, width_multiple=multiple)
+    assert batch.input_ids.shape[1] % multiple == 0
+    with torch.no_grad():
+        got = token_logits(model, batch)
     expected = torch.cat([alone(model, s) for s in sequences])
     assert torch.allclose(got, expected, atol=2e-5, rtol=1e-4)
 

@@ -20,6 +20,7 @@ from papo_kernels import (
     policy_loss,
     token_stats,
 )
+from tests.trainer.families import token_logits
 from tests.trainer.tiny import small_llama
 
 V, EOS, TEMPERATURE = 60, 0, 1.3
@@ -49,14 +50,7 @@ def engine_of(policy: Policy) -> SimpleNamespace:
 
 def masked_logits(policy: Policy, batch: MicroBatch) -> torch.Tensor:
     """float64 [N, V] of the model itself on rows apart, -inf where the sampler's filter cut."""
-    model = policy.causal_lm
-    hidden = model.get_decoder()(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    logits = model.lm_head(hidden.flatten(0, 1)[batch.logit_index]).double()
+    logits = token_logits(policy.causal_lm, batch).double()
     assert batch.keep_offsets is not None and batch.keep_ids is not None
     kept = torch.zeros_like(logits, dtype=torch.bool)
     rows = torch.repeat_interleave(torch.arange(len(logits)), batch.keep_offsets.diff())

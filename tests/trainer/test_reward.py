@@ -1,21 +1,15 @@
-"""Rewards: extraction, verifiers, and a pool that nothing a verifier does can stop.
-
-No torch in this file: the pool's workers import it.
-"""
+"""Rewards: extraction, verifiers, and a pool that nothing a verifier does can stop."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,57 +20,9 @@ from papo.errors import PapoError
 from papo.reward import RewardPool
 from papo.types import Completion, Problem
 from papo.verifiers import Task, choose_verifier, judge, judge_reference, load_verifier
+from tests.trainer.scripted import end_process
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-# Verifiers, as a user would write them
-
-
-class NeedsTwoArguments(Exception):
-    """Cannot be unpickled: pickle calls it with one argument."""
-
-    def __init__(self, a, b):
-        super().__init__(f"{a}{b}")
-
-
-def scripted(text, answer, metadata):
-    """Does what the completion says."""
-    if "mark" in metadata:
-        Path(metadata["mark"]).touch()
-    if text == "hang":
-        time.sleep(1e6)
-    if text == "hang in C":  # catastrophic backtracking holds the interpreter lock
-        re.match(r"(a+)+$", "a" * 60 + "b")
-    if text == "die":
-        os._exit(7)
-    if text == "leave":
-        sys.exit(3)
-    if text == "cancel":
-        raise asyncio.CancelledError
-    if text == "raise":
-        raise NeedsTwoArguments(1, 2)
-    if text == "not a number":
-        return "seven"
-    if text == "is torch loaded":
-        return float("torch" in sys.modules)
-    return {"none": None, "nan": math.nan, "inf": math.inf, "huge": 1e39}.get(
-        text, metadata.get("value", 0.0)
-    )
-
-
-def meet(text, answer, metadata):
-    """Returns only once two workers are in here at the same time."""
-    here, other = text.split()
-    Path(here).touch()
-    while not Path(other).exists():
-        time.sleep(0.01)
-    return 1.0
-
-
-def end_process(verifier):
-    """An initializer that fails."""
-    os._exit(3)
 
 
 def config(**changes):
@@ -92,12 +38,8 @@ def outcome(rewards):
     return [(r.value, r.status) for r in rewards]
 
 
-def equals(text, answer, metadata):
-    """Whether the text is what the test expects to be seen."""
-    return float(text == metadata["seen"])
-
-
-SCRIPTED = f"{__name__}:scripted"
+SCRIPTED = "tests.trainer.scripted:scripted"
+EQUALS = "tests.trainer.scripted:equals"
 
 
 # Verifiers
@@ -312,8 +254,11 @@ def test_a_users_function_is_not_asked_about_references(pool, monkeypatch):
 def test_a_users_function_gets_the_thinking_too_unless_it_asks_for_a_part():
     text = "<think> 4 </think> 5"
     for how, seen in (("none", text), ("last_line", "5"), ("last_number", "5")):
-        assert verdict(text, verifier=f"{__name__}:equals", how=how, seen=seen) == (1.0, "ok")
-    assert verdict(" 1,234 ", verifier=f"{__name__}:equals", seen="1,234") == (1.0, "ok")
+        assert verdict(text, verifier=EQUALS, how=how, seen=seen) == (
+            1.0,
+            "ok",
+        )
+    assert verdict(" 1,234 ", verifier=EQUALS, seen="1,234") == (1.0, "ok")
 
 
 def test_a_prompt_that_opens_the_thinking_is_known_to_the_workers(pool, monkeypatch):
@@ -361,7 +306,7 @@ def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path):
         (bad,) = pool.bad_references(references("hang", "x"))
         assert (bad.uid, bad.why) == (0, "no verdict within 0.3 s")
         rules.timeout_s = 20.0
-        pool._verifier = f"{__name__}:meet"
+        pool._verifier = "tests.trainer.scripted:meet"
         a, b = tmp_path / "a", tmp_path / "b"
         rewards = pool.score([completion(f"{a} {b}"), completion(f"{b} {a}")])
         assert outcome(rewards) == [(1.0, "ok")] * 2
@@ -396,7 +341,7 @@ import test_reward as t
 MARK = {str(tmp_path / "mark")!r}
 
 if __name__ == "__main__":
-    pool = t.RewardPool(t.config(timeout_s=1.0), "test_reward:scripted")
+    pool = t.RewardPool(t.config(timeout_s=1.0), t.SCRIPTED)
     batch = [t.completion({text!r}, mark=MARK)]
     threading.Thread(target=pool.score, args=(batch,), daemon=True).start()
     while not pathlib.Path(MARK).exists():

@@ -1,27 +1,27 @@
 """Fused per-token log-probability, entropy, entropy polarity and policy loss for RL training.
 
-`token_stats` and `policy_loss` take ``logits [..., V]``; `linear_token_stats` and
-`linear_policy_loss` take hidden states and the head's weight, and never hold the logits whole;
-`papo_kernels.head.shards` has these two for a vocabulary split across ranks. They need torch only,
-choose a backend by device (`backend="reference" | "cpu" | "triton" | "cuda"`), and are ordinary
+Two functions, `token_stats` and `policy_loss`, take logits ``[..., V]``, or the logits of hidden
+states, ``Head(weight)(hidden)``, which are then never held whole, and whose vocabulary may be split
+across ranks. They need torch only, choose a backend by device (`Compute`), and are ordinary
 differentiable torch operations. The quantities are those of "Entropy Polarity in Reinforcement
 Fine-Tuning", arXiv 2605.11775.
 """
 
 from .api import policy_loss, token_stats
-from .head.keep import KeepSet
-from .linear import linear_policy_loss, linear_token_stats
-from .types import LoRAHead, PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
+from .source import Compute, Head, KeepSet, LazyLogits, Logits, LoRA
+from .types import Objective, PolarityWeighting, PolicyLossOutput, TokenStats
 
 __all__ = [
+    "Compute",
+    "Head",
     "KeepSet",
-    "LoRAHead",
+    "LazyLogits",
+    "LoRA",
+    "Logits",
+    "Objective",
     "PolarityWeighting",
     "PolicyLossOutput",
-    "PolicyLossParams",
     "TokenStats",
-    "linear_policy_loss",
-    "linear_token_stats",
     "policy_loss",
     "token_stats",
 ]

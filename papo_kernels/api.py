@@ -1,51 +1,64 @@
-"""The public functions: validate, flatten to rows, dispatch to the torch operations, reshape."""
+"""The public functions: check, flatten to rows, call the operation, reshape."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .checks import check_float, check_row_options, check_targets, flat, loss_inputs, shaped
-from .ops import policy_loss as loss_ops
-from .ops import token_stats as ops
+from .checks import check_type
+from .head.checks import prepare
+from .head.passes import Operands, PassOptions
+from .head.shards import agree
+from .inputs import flat, held_logits, loss_inputs, shaped
+from .ops.linear import HeadCall, run_linear_policy_loss, run_linear_token_stats
+from .ops.policy_loss import run_policy_loss
+from .ops.token_stats import run_token_stats
+from .source import Compute, LazyLogits, Logits
 from .types import (
+    LossInputs,
+    Objective,
     PolarityWeighting,
     PolicyLossOutput,
-    PolicyLossParams,
-    RowParams,
     TokenInputs,
     TokenStats,
     acc_dtype,
 )
 
+_DEFAULT_COMPUTE = Compute()
+
 
 def token_stats(
-    logits: Tensor,
+    logits: Tensor | Logits | LazyLogits,
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    backend: str | None = None,
+    compute: Compute | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and entropy polarity of sampled tokens, in one pass over the logits.
 
     With u = softcap(logits) / temperature, p = softmax(u) and sampled token a: logp = log p_a,
     entropy = H = -sum_v p_v log p_v, and the unit polarity c = sum_v p_v^2 (log p_v + H) -
     p_a (log p_a + H), the first-order change of H per unit of advantage and step when a is
-    reinforced (arXiv 2605.11775). All in nats. logp, entropy and unit_polarity are differentiable
-    in the logits, once; using lse in a loss raises in backward.
+    reinforced (arXiv 2605.11775). All in nats. logp, entropy and unit_polarity are differentiable,
+    once: in the logits, or in the hidden states, the head's weight, bias and LoRA factors. Using
+    lse in a loss raises in backward.
+
+    Of ``head(hidden)`` backward computes the logits of each chunk again. Beyond results it takes
+    the workspace and, for a half-precision weight whose tokens need several slabs, the memory of
+    its gradient once more.
 
     Args:
-        logits: ``[..., V]`` float16, bfloat16, float32, or float64 (reference and cpu backends).
-            -inf masks a token: p = 0, gradient 0. Read without a copy where the leading dimensions
-            flatten to one stride and the last has stride 1.
+        logits: a tensor ``[..., V]``; or `Logits`, a tensor with a soft cap or padded columns; or
+            ``head(hidden)``, the logits of a `Head`, which are never held whole.
         targets: ``[...]`` int64, the sampled tokens; -100: ignored, all outputs and the gradient 0.
+            Of a head's ignored rows only a GPU computes the logits, so as not to wait for their
+            number.
         temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
-        softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
-        vocab_size: columns from there on are padding: never read, p = 0, gradient 0.
-        backend: "reference", "cpu", "triton" or "cuda"; by default ``PAPO_BACKEND`` or else the
-            fastest that serves the logits.
+        compute: backend and memory; None for `Compute()`.
 
     Returns:
         TokenStats(logp, entropy, unit_polarity, lse), each shaped like `targets`; float32, or
@@ -53,29 +66,34 @@ def token_stats(
         token that is masked has logp -inf and its row's gradient is 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected. A target out
-            of range raises for CPU tensors; on a GPU it makes its row NaN.
+        TypeError, ValueError: naming the argument, its value and what was expected; among them a
+            weight of zero elements, which is what ZeRO-3 leaves outside a gather. A target out of
+            range raises for CPU tensors; on a GPU it makes its row NaN.
     """
-    row = _checked_row(logits, targets, temperature, softcap, vocab_size)
-    stats = ops.run_token_stats(logits, flat(targets, torch.int64), row, backend or "")
+    if compute is None:
+        compute = _DEFAULT_COMPUTE
+    check_type("compute", compute, Compute)
+    if isinstance(logits, LazyLogits):
+        operands, call, _ = _head_call(logits, targets, temperature, compute, _no_more)
+        stats = run_linear_token_stats(operands, call, flat(targets, torch.int64))
+    else:
+        values, row = held_logits(logits, targets, temperature)
+        stats = run_token_stats(values, flat(targets, torch.int64), row, compute.backend or "")
     return TokenStats(*shaped(stats, targets))
 
 
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | Logits | LazyLogits,
     targets: Tensor,
     advantages: Tensor,
     token_weight: Tensor,
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
-    params: PolicyLossParams | None = None,
+    objective: Objective | None = None,
     weighting: PolarityWeighting | None = None,
     temperature: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    inplace: bool = False,
-    backend: str | None = None,
+    compute: Compute | None = None,
 ) -> PolicyLossOutput:
     """The clipped policy-gradient loss with polarity weighting, fused with its gradient.
 
@@ -86,23 +104,26 @@ def policy_loss(
         loss = sum over tokens of token_weight L
 
     w = scale (1 + strength phase h(polarity / sigma)) with polarity = r A c carries no gradient;
-    without `weighting`, w = 1. The gradient is formed in the forward pass, where logits require it.
+    without `weighting`, w = 1.
+
+    The gradient is formed in the forward pass, where one is asked for, and multiplied by the
+    upstream scalar in backward (free where that is 1). Of ``head(hidden)`` it is formed chunk by
+    chunk, with three matrix products in all and none computed again; the head's weight is read in
+    the forward pass only, so that under ZeRO-3 it need not be gathered for backward.
 
     Args:
-        logits, targets, temperature, softcap, vocab_size, backend: as for `token_stats`.
+        logits, targets, temperature, compute: as for `token_stats`. With half-precision hidden
+            states the gradient of a head's logits is half precision too: for float16 a loss scale
+            belongs into `token_weight`, where it keeps small gradients from vanishing.
         advantages: like `targets`, any real dtype.
-        token_weight: like `targets`: the loss mask times the normaliser of the aggregation, e.g.
+        token_weight: like `targets`: the loss mask times the normalizer of the aggregation, e.g.
             mask / mask.sum() for a token mean. A token of weight 0 contributes exactly nothing,
-            whatever its logits hold, and all its outputs are 0.
+            whatever its logits or hidden state hold, and all its outputs are 0.
         old_logp: logp under the policy that sampled, like `targets`; None: on-policy, r = 1 with
             the gradient of exp(logp - stop_gradient(logp)).
-        ref_logp: logp under the reference policy; needed where params.kl_coef is not 0.
-        params: the surrogate's options; None for `PolicyLossParams()`.
+        ref_logp: logp under the reference policy; needed where objective.kl_coef is not 0.
+        objective: the surrogate's options; None for `Objective()`.
         weighting: polarity weighting, None for none.
-        inplace: overwrite the logits with their gradient instead of allocating it. They must not be
-            a leaf or a view, and belong to this loss alone: another use in a loss, or a second
-            backward, raises. No effect under no_grad, nor under torch.compile, which places its
-            buffers itself.
 
     Returns:
         PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clipped):
@@ -111,28 +132,61 @@ def policy_loss(
     Raises:
         TypeError, ValueError: as for `token_stats`.
     """
-    row = _checked_row(logits, targets, temperature, softcap, vocab_size)
+    if compute is None:
+        compute = _DEFAULT_COMPUTE
+    check_type("compute", compute, Compute)
     tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
-    call = loss_inputs(
-        targets, tokens, params, weighting, row, acc_dtype(logits.dtype), backend, "the logits"
-    )
-    in_place = inplace and _overwritable(logits)
-    run = loss_ops.policy_loss_in_place if in_place else loss_ops.run_policy_loss
-    loss, *parts = run(logits, call)
+    if isinstance(logits, LazyLogits):
+        more = functools.partial(_head_loss, targets, tokens, objective, weighting)
+        operands, call, inputs = _head_call(logits, targets, temperature, compute, more)
+        # Of a split head only the ranks together know how many columns there are.
+        inputs = inputs._replace(row=call.options.row)
+        loss, *parts = run_linear_policy_loss(operands, call, inputs)
+    else:
+        values, row = held_logits(logits, targets, temperature)
+        backend, dtype = compute.backend or "", acc_dtype(values.dtype)
+        inputs = loss_inputs(
+            targets, tokens, objective, weighting, row, dtype, backend, "the logits"
+        )
+        inplace = compute.inplace and _overwritable(values)
+        loss, *parts = run_policy_loss(values, inputs, inplace)
     return PolicyLossOutput(loss, *shaped(parts, targets))
 
 
-def _checked_row(
-    logits: Tensor,
+T = TypeVar("T")
+
+
+def _head_call(
+    logits: LazyLogits,
     targets: Tensor,
     temperature: float,
-    softcap: float | None,
-    vocab_size: int | None,
-) -> RowParams:
-    check_float("logits", logits)
-    columns = check_row_options(logits.shape[-1], temperature, softcap, vocab_size)
-    check_targets("logits", logits, targets)
-    return RowParams(float(temperature), float(softcap or 0.0), columns)
+    compute: Compute,
+    more: Callable[[PassOptions], T],
+) -> tuple[Operands, HeadCall, T]:
+    """The checked call of a head, and what `more` makes of its options."""
+    if logits.head.group is None:
+        operands, options = prepare(logits, targets, temperature, compute)
+        return operands, HeadCall(options, None), more(options)
+    split, operands, options, made = agree(logits, targets, temperature, compute, more)
+    return operands, HeadCall(options, split), made
+
+
+def _no_more(options: PassOptions) -> None:
+    return None
+
+
+def _head_loss(
+    targets: Tensor,
+    tokens: TokenInputs,
+    objective: Objective | None,
+    weighting: PolarityWeighting | None,
+    options: PassOptions,
+) -> LossInputs:
+    dtype = acc_dtype(options.logits_dtype)
+    source = "the hidden states, weight, bias and lora"
+    return loss_inputs(
+        targets, tokens, objective, weighting, options.row, dtype, options.backend, source
+    )
 
 
 def _overwritable(logits: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .types import (
     ELSEWHERE,
     IGNORE_INDEX,
-    PolicyLossParams,
+    Objective,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -190,7 +190,7 @@ class _TokenLoss(NamedTuple):
 def _token_loss(
     stats: _Statistics,
     tokens: TokenInputs,
-    params: PolicyLossParams,
+    params: Objective,
     weighting: WeightingInputs | None,
 ) -> _TokenLoss:
     advantages = tokens.advantages.double()
@@ -303,7 +303,7 @@ def policy_loss_fwd(
     logits: Tensor,
     targets: Tensor,
     tokens: TokenInputs,
-    params: PolicyLossParams,
+    params: Objective,
     weighting: WeightingInputs | None,
     row: RowParams,
     dlogits: Tensor | None,

@@ -59,20 +59,6 @@ class PolicyLossOutput(NamedTuple):
     clipped: Tensor
 
 
-class LoRAHead(NamedTuple):
-    """A low-rank addition to the head: logits += scaling (h A^T) B^T. B A is never formed.
-
-    Attributes:
-        a: ``[r, D]``, of the weight's dtype.
-        b: ``[V, r]``, of the weight's dtype.
-        scaling: alpha / r.
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float = 1.0
-
-
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
@@ -90,7 +76,7 @@ def _check_range(name: str, value: object, low: float, *, open_low: bool = False
 
 
 @dataclass(frozen=True)
-class PolicyLossParams:
+class Objective:
     """The surrogate's options.
 
     Args:
@@ -218,7 +204,7 @@ class LossInputs(NamedTuple):
 
     targets: Tensor
     tokens: TokenInputs
-    params: PolicyLossParams
+    objective: Objective
     weighting: WeightingInputs | None
     row: RowParams
     backend: str

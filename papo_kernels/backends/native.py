@@ -17,7 +17,7 @@ from torch import Tensor
 from papo_kernels.checks import check_dlogits
 from papo_kernels.types import (
     STATE_SIZE,
-    PolicyLossParams,
+    Objective,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -105,7 +105,7 @@ class NativeBackend:
         logits: Tensor,
         targets: Tensor,
         tokens: TokenInputs,
-        params: PolicyLossParams,
+        params: Objective,
         weighting: WeightingInputs | None,
         row: RowParams,
         dlogits: Tensor | None,
@@ -163,7 +163,7 @@ def _row_params(native: ModuleType, row: RowParams) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _policy_loss_params(native: ModuleType, params: PolicyLossParams) -> Any:
+def _policy_loss_params(native: ModuleType, params: Objective) -> Any:
     return native.PolicyLossParams(
         params.clip_low,
         params.clip_high,

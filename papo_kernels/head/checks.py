@@ -1,10 +1,8 @@
-"""What the functions of hidden states accept, made ready for `linear_passes.py`: the counterpart of
-`checks.py`."""
+"""A head's call made ready for `passes.py`: checked, cast as autocast asks, flattened to rows."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,85 +11,47 @@ from papo_kernels.checks import (
     check_device,
     check_float,
     check_positive,
-    check_row_options,
     check_targets,
     check_type,
-    loss_inputs,
+    counted_columns,
 )
-from papo_kernels.types import (
-    LoRAHead,
-    LossInputs,
-    PolarityWeighting,
-    PolicyLossParams,
-    RowParams,
-    TokenInputs,
-    acc_dtype,
-)
+from papo_kernels.source import Compute, Head, KeepSet, LazyLogits, LoRA
+from papo_kernels.types import RowParams, acc_dtype
 
-from .keep import KeepSet
-from .passes import HeadInputs, HeadOptions, check_gathered
-
-
-class HeadArguments(NamedTuple):
-    """What makes logits of hidden states, as the public functions take it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora: LoRAHead | None
-    logit_scale: float | None
-    keep: KeepSet | None
-
-
-class RowArguments(NamedTuple):
-    """What makes a distribution of logits, as the public functions take it."""
-
-    temperature: float
-    softcap: float | None
-    vocab_size: int | None
-
-
-class ChunkArguments(NamedTuple):
-    """How it is computed, as the public functions take it."""
-
-    chunk_bytes: int | None
-    logits_dtype: torch.dtype | None
-    backend: str | None
+from .passes import Operands, PassOptions
 
 
 def prepare(
-    hidden: Tensor,
+    logits: LazyLogits,
     targets: Tensor,
-    head: HeadArguments,
-    row: RowArguments,
-    chunks: ChunkArguments,
+    temperature: float,
+    compute: Compute,
     rows: int | None = None,
-) -> tuple[HeadInputs, HeadOptions]:
-    """The arguments of a call, checked, cast as autocast asks and flattened to rows.
+) -> tuple[Operands, PassOptions]:
+    """The operands and options of a call.
 
     Args:
-        rows: of the whole weight, where `head.weight` is one rank's shard of it.
+        rows: of the whole weight, where the head holds one rank's shard of it.
     """
+    hidden, head, keep = logits
     check_float("hidden", hidden)
-    check_type("weight", head.weight, Tensor)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), _cast(head, dtype)
-    weight, bias, lora, logit_scale, keep = head
-    _check_weight(hidden, weight, shard=rows is not None)
+    weight, bias, lora = head.weight, head.bias, head.lora
+    check_gathered(weight, shard=rows is not None)
+    _check_weight(hidden, weight)
+    check_positive("temperature", temperature)
     total = weight.shape[0] if rows is None else rows
-    columns = check_row_options(total, *row, counted="rows of weight")
-    scale = 1.0
-    if logit_scale is not None:
-        check_positive("logit_scale", logit_scale, "None or a finite number > 0")
-        scale = float(logit_scale)
+    columns = counted_columns(total, head.vocab_size, "rows of weight")
     check_targets("hidden", hidden, targets)
     if bias is not None:
         _check_like_weight("bias", bias, weight, (weight.shape[0],))
     if lora is not None:
         _check_lora(lora, weight)
     offsets, ids = _checked_keep(keep, targets)
-    inputs = HeadInputs(
+    operands = Operands(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -100,41 +60,41 @@ def prepare(
         offsets,
         ids,
     )
-    options = HeadOptions(
-        # softcap(s z) / temperature, with the scale s moved into the other two.
-        RowParams(float(row.temperature) / scale, float(row.softcap or 0.0) / scale, columns),
-        chunks.backend or "",
+    # softcap(s z) / temperature, with the scale s moved into the other two.
+    scale = float(head.logit_scale or 1.0)
+    row = RowParams(float(temperature) / scale, float(head.softcap or 0.0) / scale, columns)
+    options = PassOptions(
+        row,
+        compute.backend or "",
         1.0 if lora is None else float(lora.scaling),
-        _logits_dtype(chunks.logits_dtype, hidden.dtype),
-        _workspace(chunks.chunk_bytes),
+        _logits_dtype(compute.logits_dtype, hidden.dtype),
+        compute.chunk_bytes or 0,
     )
-    return inputs, options
+    return operands, options
 
 
-def prepare_loss(
-    targets: Tensor,
-    tokens: TokenInputs,
-    params: PolicyLossParams | None,
-    weighting: PolarityWeighting | None,
-    options: HeadOptions,
-) -> LossInputs:
-    """The arguments of a policy loss beside those that `prepare` made `options` of."""
-    row, dtype = options.row, acc_dtype(options.logits_dtype)
-    source = "hidden, weight, bias and lora"
-    return loss_inputs(targets, tokens, params, weighting, row, dtype, options.backend, source)
+def check_gathered(weight: Tensor, shard: bool = False) -> None:
+    """ZeRO-3 leaves a tensor of zero elements in place of a partitioned weight. A `shard` of a
+    vocabulary may have no rows."""
+    if weight.numel() == 0 and not (shard and weight.dim() == 2):
+        raise ValueError(
+            f"weight: expected [V, D] with V >= 1, got shape {tuple(weight.shape)}: zero elements. "
+            "A weight partitioned by DeepSpeed ZeRO-3 was used outside a gather; call inside "
+            "deepspeed.zero.GatheredParameters([weight]) or a module that reads it"
+        )
 
 
-def _cast(head: HeadArguments, dtype: torch.dtype) -> HeadArguments:
-    bias, lora = head.bias, head.lora
-    return head._replace(
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    lora = head.lora
+    return replace(
+        head,
         weight=head.weight.to(dtype),
-        bias=None if bias is None else bias.to(dtype),
+        bias=None if head.bias is None else head.bias.to(dtype),
         lora=None if lora is None else lora._replace(a=lora.a.to(dtype), b=lora.b.to(dtype)),
     )
 
 
-def _check_weight(hidden: Tensor, weight: Tensor, shard: bool) -> None:
-    check_gathered(weight, allow_empty=shard)
+def _check_weight(hidden: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [V, D], got {tuple(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
@@ -154,7 +114,6 @@ def _check_weight(hidden: Tensor, weight: Tensor, shard: bool) -> None:
 
 
 def _check_like_weight(name: str, value: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
-    check_type(name, value, Tensor)
     if value.shape != shape:
         raise ValueError(
             f"{name}: expected shape {shape}, as weight is {tuple(weight.shape)}, got "
@@ -165,9 +124,7 @@ def _check_like_weight(name: str, value: Tensor, weight: Tensor, shape: tuple[in
     check_device(name, value, weight.device, "weight")
 
 
-def _check_lora(lora: LoRAHead, weight: Tensor) -> None:
-    check_type("lora", lora, LoRAHead)
-    check_type("lora.a", lora.a, Tensor)
+def _check_lora(lora: LoRA, weight: Tensor) -> None:
     rank = lora.a.shape[0] if lora.a.dim() else 0
     if rank == 0:
         raise ValueError(
@@ -175,10 +132,6 @@ def _check_lora(lora: LoRAHead, weight: Tensor) -> None:
         )
     _check_like_weight("lora.a", lora.a, weight, (rank, weight.shape[1]))
     _check_like_weight("lora.b", lora.b, weight, (weight.shape[0], rank))
-    if isinstance(lora.scaling, bool) or not isinstance(lora.scaling, (int, float)):
-        raise TypeError(f"lora.scaling: expected a number, got {type(lora.scaling).__name__}")
-    if not -math.inf < lora.scaling < math.inf:
-        raise ValueError(f"lora.scaling: expected a finite number, got {lora.scaling!r}")
 
 
 def _checked_keep(keep: KeepSet | None, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -209,13 +162,3 @@ def _logits_dtype(requested: torch.dtype | None, hidden: torch.dtype) -> torch.d
             f"{requested}"
         )
     return requested
-
-
-def _workspace(chunk_bytes: int | None) -> int:
-    if chunk_bytes is None:
-        return 0
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise TypeError(f"chunk_bytes: expected an int or None, got {type(chunk_bytes).__name__}")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected at least 1, got {chunk_bytes}")
-    return chunk_bytes

@@ -13,7 +13,7 @@ from torch import Tensor
 from papo_kernels.types import acc_dtype
 
 from .plan import Needs, Selection
-from .products import Head, low_rank, product
+from .products import Projection, low_rank, product
 
 # Of a float32 sum that is kept in two halves: large enough on a GPU for an efficient product.
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 8 * 2**20, 64 * 2**20
@@ -111,7 +111,7 @@ class Gradients:
     def __init__(
         self,
         hidden: Tensor,
-        head: Head,
+        head: Projection,
         full: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
         needs: Needs,
         slabs: int,

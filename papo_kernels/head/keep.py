@@ -1,13 +1,12 @@
 """Sampling filters (top-k, top-p, min-p): logits outside a token's kept ids become -inf.
 
-What is sampled with a filter is drawn from the renormalised distribution over the kept ids; logp,
+What is sampled with a filter is drawn from the renormalized distribution over the kept ids; logp,
 entropy, polarity and their gradients are then those of that distribution, in every backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +14,6 @@ from torch import Tensor
 from papo_kernels.types import IGNORE_INDEX
 
 _GROUP = 2**19  # ids handled together: their indices and values take about 20 MiB
-
-
-class KeepSet(NamedTuple):
-    """The ids that each token's filter kept, as compressed rows.
-
-    Attributes:
-        offsets: ``[N + 1]`` int64, nondecreasing, from 0 to nnz: token i kept
-            ``ids[offsets[i] : offsets[i + 1]]``, in any order; N counts the tokens of `targets` in
-            row-major order.
-        ids: ``[nnz]`` int64 in [0, vocab_size), the sampled id of each token among its own.
-    """
-
-    offsets: Tensor
-    ids: Tensor
 
 
 class KeepMask:
@@ -40,13 +25,16 @@ class KeepMask:
         offsets, ids: of the `KeepSet`, on the device of the logits.
         targets: ``[N]`` int64 sampled ids; rows of -100 need not keep anything.
         vocab_size: ids from there on are out of range.
+        checked: the ids have been checked, where that is done.
 
     Raises:
         ValueError: offsets that are not those of N rows over `ids`. On a CPU also an id out of
             range and a sampled id that was not kept; on a GPU these make their rows NaN.
     """
 
-    def __init__(self, offsets: Tensor, ids: Tensor, targets: Tensor, vocab_size: int) -> None:
+    def __init__(
+        self, offsets: Tensor, ids: Tensor, targets: Tensor, vocab_size: int, checked: bool = False
+    ) -> None:
         self._ids, self._targets, self._vocab_size = ids, targets, vocab_size
         self._counts = offsets.diff()
         self._host = offsets.cpu()
@@ -58,8 +46,8 @@ class KeepMask:
                 f"of keep.ids), got {ends[0]} to {ends[1]}"
                 + (" with a decrease" if bool((self._host_counts < 0).any()) else "")
             )
-        self._checked = False
-        if ids.device.type == "cpu":
+        self._checked = ids.device.type == "cpu"
+        if self._checked and not checked:
             self._check_ids()
 
     def _check_ids(self) -> None:
@@ -80,7 +68,6 @@ class KeepMask:
                     f"of the token at flat position {first + at} is not; a filter never removes "
                     "what was sampled from it"
                 )
-        self._checked = True
 
     @staticmethod
     def _lost(targets: Tensor, ids: Tensor, row_of: Tensor) -> Tensor:

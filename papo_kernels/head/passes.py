@@ -1,6 +1,6 @@
 """One call's passes over the chunks of its tokens: statistics, their gradient, the policy loss.
 
-`linear_ops.py` registers them with torch; `parallel.py` runs them on a shard of the vocabulary.
+`ops/linear.py` calls them, on the whole vocabulary or, with `shards.py`, on one rank's shard of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from papo_kernels.backends import choice as backends
-from papo_kernels.ops.token_stats import check_target_values
+from papo_kernels.backends.targets import check_target_values
 from papo_kernels.types import (
     ELSEWHERE,
     IGNORE_INDEX,
@@ -26,10 +26,10 @@ from papo_kernels.types import (
 from .gradients import Gradients
 from .keep import KeepMask
 from .plan import Needs, Selection, Workspace, active_rows, default_workspace, make_plan
-from .products import Head, write_logits
+from .products import Projection, write_logits
 
 
-class HeadInputs(NamedTuple):
+class Operands(NamedTuple):
     """The tensors of a call, as the operations' schemas order them; `hidden` is ``[N, D]``."""
 
     hidden: Tensor
@@ -46,7 +46,7 @@ class HeadInputs(NamedTuple):
         return Needs(*(grad and x is not None and x.requires_grad for x in self[:5]))
 
 
-class HeadOptions(NamedTuple):
+class PassOptions(NamedTuple):
     """`row.vocab_size` counts the whole vocabulary, `chunk_bytes` 0 is the default workspace."""
 
     row: RowParams
@@ -73,33 +73,45 @@ class Shard(NamedTuple):
 Step = Callable[[Selection, Tensor, Tensor | None], None]
 
 
-class HeadPass:
-    """The passes of one call. On a CPU a bad target or kept id raises before anything runs."""
+class Passes:
+    """The passes of one call. On a CPU a bad target or kept id raises before anything runs.
+
+    Args:
+        targets: ``[N]`` int64 ids of the whole vocabulary.
+        shard: None where the weight holds all of it.
+        checked: an earlier pass over the same targets and kept ids has not raised.
+    """
 
     def __init__(
-        self, inputs: HeadInputs, options: HeadOptions, targets: Tensor, shard: Shard | None = None
+        self,
+        operands: Operands,
+        options: PassOptions,
+        targets: Tensor,
+        shard: Shard | None = None,
+        checked: bool = False,
     ) -> None:
-        self._inputs, self._options, self._shard = inputs, options, shard
-        check_gathered(inputs.weight, allow_empty=shard is not None)
+        self._operands, self._options, self._shard = operands, options, shard
         vocab_size = options.row.vocab_size
-        check_target_values(targets, vocab_size)
+        if not checked:
+            check_target_values(targets, vocab_size)
         self._first = shard.first if shard is not None else 0
-        held = inputs.weight.shape[0]
+        held = operands.weight.shape[0]
         cut = max(0, min(held, vocab_size - self._first))
-        weight = inputs.weight[:cut]
-        self._head = Head(
+        weight = operands.weight[:cut]
+        self._head = Projection(
             weight if 1 in weight.stride() or cut == 0 else weight.contiguous(),
-            None if inputs.bias is None else inputs.bias[:cut],
-            inputs.lora_a,
-            None if inputs.lora_b is None else inputs.lora_b[:cut],
+            None if operands.bias is None else operands.bias[:cut],
+            operands.lora_a,
+            None if operands.lora_b is None else operands.lora_b[:cut],
             options.lora_scaling,
         )
         # A shard without rows stands as one masked column.
         self._columns = max(1, cut)
         self._row = options.row._replace(vocab_size=self._columns, sharded=shard is not None)
         self._keep = None
-        if inputs.keep_offsets is not None and inputs.keep_ids is not None:
-            self._keep = KeepMask(inputs.keep_offsets, inputs.keep_ids, targets, vocab_size)
+        if operands.keep_offsets is not None and operands.keep_ids is not None:
+            kept = (operands.keep_offsets, operands.keep_ids)
+            self._keep = KeepMask(*kept, targets, vocab_size, checked)
         self._targets = targets
         if shard is not None:
             # What is no id at all (on a GPU nothing has refused it) stays one that kernels refuse.
@@ -108,7 +120,7 @@ class HeadPass:
             outside = torch.where(targets == IGNORE_INDEX, IGNORE_INDEX, outside)
             local = targets - self._first
             self._targets = torch.where((local >= 0) & (local < cut), local, outside)
-        device, dtype = inputs.hidden.device, options.logits_dtype
+        device, dtype = operands.hidden.device, options.logits_dtype
         name = backends.choose(options.backend or None, device, dtype)
         self._backend = backends.module(name)
         self._narrowing = name != "cpu"
@@ -117,7 +129,7 @@ class HeadPass:
 
     def token_stats_fwd(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """logp, entropy, unit_polarity, lse ``[N]`` and the states ``[N, 6]`` of whole rows."""
-        hidden, dtype = self._inputs.hidden, acc_dtype(self._options.logits_dtype)
+        hidden, dtype = self._operands.hidden, acc_dtype(self._options.logits_dtype)
         rows = hidden.shape[0]
         outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(4)]
         outputs.append(hidden.new_zeros((rows, STATE_SIZE), dtype=torch.float64))
@@ -156,8 +168,8 @@ class HeadPass:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """What `policy_loss_fwd` of a backend returns for all tokens, and the gradients of the loss
         as `token_stats_bwd` does."""
-        tokens, params, weighting = inputs.tokens, inputs.params, inputs.weighting
-        hidden, dtype = self._inputs.hidden, acc_dtype(self._options.logits_dtype)
+        tokens, objective, weighting = inputs.tokens, inputs.objective, inputs.weighting
+        hidden, dtype = self._operands.hidden, acc_dtype(self._options.logits_dtype)
         rows = hidden.shape[0]
         outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(7)]
         outputs.append(hidden.new_zeros(rows, dtype=torch.bool))
@@ -171,7 +183,7 @@ class HeadPass:
                 logits,
                 targets,
                 TokenInputs(*(None if x is None else x[chunk] for x in tokens)),  # type: ignore[arg-type]
-                params,
+                objective,
                 weighting,
                 self._row,
                 dlogits,
@@ -189,7 +201,7 @@ class HeadPass:
     def _run(self, step: Step, ignored: Tensor, needs: Needs | None) -> tuple[Tensor | None, ...]:
         """`step` on every chunk's logits; where `needs` is given, it writes the logits' gradient
         and the gradients of the head's inputs are formed of it."""
-        hidden, columns = self._inputs.hidden, self._columns
+        hidden, columns = self._operands.hidden, self._columns
         active, shard = active_rows(ignored), self._shard
         dtype = self._options.logits_dtype
         weight_sum = 0
@@ -208,7 +220,7 @@ class HeadPass:
         work = Workspace(hidden, active, plan, dtype, self._narrowing)
         grads = None
         if needs is not None:
-            full = self._inputs[1:5]
+            full = self._operands[1:5]
             grads = Gradients(hidden, self._head, full, needs, plan.slabs, shard is not None)
         for slab in work.over_slabs():
             rows = hidden[slab]
@@ -230,20 +242,10 @@ class HeadPass:
 
     def _finish(self, state: Tensor) -> list[Tensor]:
         """The statistics of whole rows from their merged states, which hold all that is needed."""
-        unread = self._inputs.hidden.new_empty(
+        unread = self._operands.hidden.new_empty(
             (state.shape[0], 1), dtype=self._options.logits_dtype
         )
         targets = torch.where(self._targets == IGNORE_INDEX, IGNORE_INDEX, ELSEWHERE)
         row = self._row._replace(vocab_size=1)
         *outputs, _ = self._backend.token_stats_fwd(unread, targets, row, state)
         return [*outputs, state]
-
-
-def check_gathered(weight: Tensor, allow_empty: bool = False) -> None:
-    """ZeRO-3 leaves a tensor of zero elements in place of a partitioned weight."""
-    if weight.numel() == 0 and not (allow_empty and weight.dim() == 2):
-        raise ValueError(
-            f"weight: expected [V, D] with V >= 1, got shape {tuple(weight.shape)}: zero elements. "
-            "A weight partitioned by DeepSpeed ZeRO-3 was used outside a gather; call inside "
-            "deepspeed.zero.GatheredParameters([weight]) or a module that reads it"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor
 _TILE_BYTES = 8 * 2**20
 
 
-class Head(NamedTuple):
+class Projection(NamedTuple):
     """z = h W^T + b + scaling (h A^T) B^T; rows of padding are already cut from W, b and B."""
 
     weight: Tensor  # [V, D]
@@ -87,7 +87,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
             _direct(a, b[:, tile].to(wide), out[:, tile], add)
 
 
-def write_logits(head: Head, hidden: Tensor, logits: Tensor) -> None:
+def write_logits(head: Projection, hidden: Tensor, logits: Tensor) -> None:
     """The head's logits of `hidden [n, D]` into `logits [n, V]`, which may be wider."""
     if head.columns == 0:
         logits.fill_(-torch.inf)  # a shard without rows: one column that is no token
@@ -105,7 +105,7 @@ def write_logits(head: Head, hidden: Tensor, logits: Tensor) -> None:
         product(low, head.lora_b.t(), logits, add=True)
 
 
-def low_rank(head: Head, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+def low_rank(head: Projection, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """scaling h A^T, [n, r]."""
     assert head.lora_a is not None
     low = hidden.new_empty((hidden.shape[0], head.lora_a.shape[0]), dtype=dtype)

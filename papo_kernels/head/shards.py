@@ -1,4 +1,4 @@
-"""`linear_token_stats` and `linear_policy_loss` over a vocabulary split across ranks.
+"""A head whose rows are spread over ranks: the split, what is summed over it, and one checked call.
 
 Every rank of the group holds the same hidden states, targets and per-token inputs, and its own rows
 of the head's weight (Megatron's vocabulary parallelism): rank r's rows follow those of rank r - 1.
@@ -6,162 +6,40 @@ Any split will do, shards without rows and shards of nothing but padding among t
 the same results, those of the whole head to float32 rounding. Gradients: of the weight's shard on
 its own rank; of hidden, and of the LoRA factor A, the full one on every rank.
 
-Collectives of a call: one of a dozen integers, so that every rank knows the split and raises the
-same errors (not where `shards` tells); one all-gather of row states, 48 bytes per token (one per
-chunk of tokens in the loss, whose gradients are formed as it goes); one all-reduce of the partial
-gradient of hidden, in float32. Without gradients there is no all-reduce.
+A call is a collective: every rank makes it, and goes backward through it, with the same arguments
+but for `weight`, `bias` and `lora.b`, and the same upstream gradients. It exchanges a dozen
+integers, so that every rank knows the split and raises the same errors (not where `shards` tells);
+row states, 48 bytes per token, in one all-gather (in the loss, whose gradients are formed as it
+goes, in one per chunk of tokens); and, where there are gradients, the partial gradient of hidden in
+float32, in one all-reduce, which the loss makes in its forward pass.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from papo_kernels.backends.choice import choose
-from papo_kernels.checks import check_row_options, flat, shaped
-from papo_kernels.ops.policy_loss import FormedLoss
-from papo_kernels.ops.token_stats import refuse_double_backward, refuse_lse
+from papo_kernels.checks import counted_columns
 from papo_kernels.reference import merge_states
-from papo_kernels.types import (
-    LoRAHead,
-    PolarityWeighting,
-    PolicyLossOutput,
-    PolicyLossParams,
-    TokenInputs,
-    TokenStats,
-)
+from papo_kernels.source import Compute, LazyLogits
 
-from .checks import ChunkArguments, HeadArguments, RowArguments, prepare, prepare_loss
-from .keep import KeepSet
-from .passes import HeadInputs, HeadOptions, HeadPass, Shard
-from .plan import Needs, default_workspace
+from .checks import prepare
+from .passes import Operands, PassOptions, Shard
+from .plan import default_workspace
 
-
-def parallel_linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    group: dist.ProcessGroup | None = None,
-    shards: Sequence[int] | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    vocab_size: int | None = None,
-    chunk_bytes: int | None = None,
-    backend: str | None = None,
-    keep: KeepSet | None = None,
-    lora: LoRAHead | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> TokenStats:
-    """`linear_token_stats` with the rows of the head spread over the ranks of `group`.
-
-    A collective: every rank calls it, and goes backward through it, with the same arguments but for
-    `weight`, `bias` and `lora.b`, and the same upstream gradients.
-
-    Args:
-        weight: ``[V_r, D]``, this rank's rows, V_r >= 0. `bias` ``[V_r]`` and `lora.b`
-            ``[V_r, r]`` are split alike; `lora.a` is whole.
-        targets: ids in the whole vocabulary, and so are those of `keep`.
-        group: None for the default group.
-        shards: V_r of every rank, where known: saves the exchange of integers, and with it the wait
-            for a GPU; arguments are then checked on each rank alone, and `chunk_bytes` is needed
-            where the ranks' GPUs have different memory.
-        vocab_size: of the whole vocabulary: rows from there on, on whichever rank, are padding.
-        hidden, temperature, softcap, logit_scale, chunk_bytes, backend, keep, lora, logits_dtype:
-            as for `linear_token_stats`.
-
-    Returns:
-        TokenStats, the same on every rank.
-
-    Raises:
-        TypeError, ValueError: as `linear_token_stats`, on every rank where one of them does; and
-            for arguments that should be the same on every rank and are not.
-    """
-    split, inputs, options = _agree(
-        _Where(group, shards),
-        hidden,
-        targets,
-        HeadArguments(weight, bias, lora, logit_scale, keep),
-        RowArguments(temperature, softcap, vocab_size),
-        ChunkArguments(chunk_bytes, logits_dtype, backend),
-    )
-    stats = _TokenStats.apply(split, options, flat(targets, torch.int64), *inputs)
-    return TokenStats(*shaped(stats, targets))
-
-
-def parallel_linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    token_weight: Tensor,
-    *,
-    group: dist.ProcessGroup | None = None,
-    shards: Sequence[int] | None = None,
-    bias: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    params: PolicyLossParams | None = None,
-    weighting: PolarityWeighting | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    vocab_size: int | None = None,
-    chunk_bytes: int | None = None,
-    backend: str | None = None,
-    keep: KeepSet | None = None,
-    lora: LoRAHead | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> PolicyLossOutput:
-    """`linear_policy_loss` with the rows of the head spread over the ranks of `group`.
-
-    Three matrix products and no recomputation, as there; the gradient of hidden is reduced in the
-    forward pass, so backward needs no collective.
-
-    Args:
-        group, shards, weight, bias, lora, keep, vocab_size: as for `parallel_linear_token_stats`.
-        hidden, targets, advantages, token_weight, old_logp, ref_logp, params, weighting,
-            temperature, softcap, logit_scale, chunk_bytes, backend, logits_dtype: as for
-            `linear_policy_loss`.
-
-    Returns:
-        PolicyLossOutput, the same on every rank.
-
-    Raises:
-        TypeError, ValueError: as `parallel_linear_token_stats`.
-    """
-    tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
-    prepared = functools.partial(prepare_loss, targets, tokens, params, weighting)
-    split, inputs, options = _agree(
-        _Where(group, shards),
-        hidden,
-        targets,
-        HeadArguments(weight, bias, lora, logit_scale, keep),
-        RowArguments(temperature, softcap, vocab_size),
-        ChunkArguments(chunk_bytes, logits_dtype, backend),
-        prepared,
-    )
-    call = prepared(options)
-    needs = inputs.needs()
-    with torch.no_grad():
-        head_pass = HeadPass(inputs, options, call.targets, split.shard(options.row.vocab_size))
-        (token_loss, *parts), partial = head_pass.policy_loss(call, needs)
-        grads = split.reduce(partial, hidden.dtype)
-    loss = FormedLoss.apply(token_loss, grads, call.backend, *inputs[:5])
-    return PolicyLossOutput(loss, *shaped(parts, targets))
+T = TypeVar("T")
 
 
 # ---- the split ----------------------------------------------------------------------------------
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
     """Where this rank's rows lie."""
 
     group: dist.ProcessGroup | None
@@ -197,27 +75,20 @@ class _Split(NamedTuple):
         return [hidden, weight, bias, lora_a, lora_b]
 
 
-class _Where(NamedTuple):
-    """`group` and `shards` as the public functions take them."""
-
-    group: dist.ProcessGroup | None
-    shards: Sequence[int] | None
-
-
-def _agree(
-    where: _Where,
-    hidden: Tensor,
+def agree(
+    logits: LazyLogits,
     targets: Tensor,
-    head: HeadArguments,
-    row: RowArguments,
-    chunks: ChunkArguments,
-    check_more: Callable[[HeadOptions], object] = lambda options: None,
-) -> tuple[_Split, HeadInputs, HeadOptions]:
-    """The checked call; raises on every rank what it, or `check_more`, raises on one."""
-    group, shards = where
+    temperature: float,
+    compute: Compute,
+    more: Callable[[PassOptions], T],
+) -> tuple[Split, Operands, PassOptions, T]:
+    """The checked call, and what `more` makes of its options; raises on every rank what raises on
+    one. A collective, unless the head's `shards` are known."""
+    hidden, head, _ = logits
+    group, shards = head.group, head.shards
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
-            "group: expected a process group, but torch.distributed is not initialised"
+            "group: expected a process group, but torch.distributed is not initialized"
         )
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     if rank < 0:
@@ -229,18 +100,18 @@ def _agree(
                 f"shards: expected {world} numbers of rows, of which this rank's ({rank}) is "
                 f"{head.weight.shape[0]}, got {rows}"
             )
-        inputs, options = prepare(hidden, targets, head, row, chunks, sum(rows))
-        return _Split(group, rows, rank), inputs, options
+        operands, options = prepare(logits, targets, temperature, compute, sum(rows))
+        return Split(group, rows, rank), operands, options, more(options)
 
     error: Exception | None = None
     facts = dict.fromkeys(_FACTS, 0)
     try:
-        # No rank knows the number of rows yet: vocab_size is compared with it below.
-        unread = row._replace(vocab_size=None) if isinstance(row.vocab_size, int) else row
-        inputs, options = prepare(hidden, targets, head, unread, chunks, 1)
+        # No rank knows the number of all rows yet: vocab_size is compared with it below.
+        unread = logits._replace(head=replace(head, vocab_size=None))
+        operands, options = prepare(unread, targets, temperature, compute, 1)
         choose(options.backend or None, hidden.device, options.logits_dtype)
-        check_more(options)
-        facts = _facts(inputs, options, targets, row.vocab_size)
+        made = more(options)
+        facts = _facts(operands, options, targets, head.vocab_size)
     except (TypeError, ValueError) as caught:
         error = caught
     everyone = _exchange([int(error is None), *facts.values()], group, _device(hidden))
@@ -251,11 +122,11 @@ def _agree(
         if name not in _LOCAL and len(set(values)) > 1:
             raise ValueError(f"{name}: expected the same on every rank, got {list(values)}")
     rows = of_ranks["rows of weight"]
-    columns = check_row_options(sum(rows), *row, counted="rows of weight on all ranks")
+    columns = counted_columns(sum(rows), head.vocab_size, "rows of weight on all ranks")
     options = options._replace(
         row=options.row._replace(vocab_size=columns), chunk_bytes=min(of_ranks["workspace bytes"])
     )
-    return _Split(group, rows, rank), inputs, options
+    return Split(group, rows, rank), operands, options, made
 
 
 _LOCAL = ("rows of weight", "workspace bytes")
@@ -275,19 +146,19 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _facts(
-    inputs: HeadInputs, options: HeadOptions, targets: Tensor, vocab_size: int | None
+    operands: Operands, options: PassOptions, targets: Tensor, vocab_size: int | None
 ) -> dict[str, int]:
     values = (
-        inputs.weight.shape[0],
-        options.chunk_bytes or default_workspace(inputs.hidden.device),
-        inputs.weight.shape[1],
-        inputs.hidden.shape[0],
-        _DTYPES.index(inputs.hidden.dtype),
+        operands.weight.shape[0],
+        options.chunk_bytes or default_workspace(operands.hidden.device),
+        operands.weight.shape[1],
+        operands.hidden.shape[0],
+        _DTYPES.index(operands.hidden.dtype),
         _DTYPES.index(options.logits_dtype),
         -1 if vocab_size is None else vocab_size,
-        sum(needed << i for i, needed in enumerate(inputs.needs())),
-        0 if inputs.lora_a is None else inputs.lora_a.shape[0],
-        -1 if inputs.keep_ids is None else inputs.keep_ids.numel(),
+        sum(needed << i for i, needed in enumerate(operands.needs())),
+        0 if operands.lora_a is None else operands.lora_a.shape[0],
+        -1 if operands.keep_ids is None else operands.keep_ids.numel(),
         int(targets.sum()),
     )
     return dict(zip(_FACTS, values, strict=True))
@@ -317,33 +188,3 @@ def _raise_together(error: Exception | None, group: dist.ProcessGroup | None) ->
     if any(e != everyone[at] for e in everyone):
         message = f"{message} (on rank {at} of the group)"
     raise (TypeError if is_type else ValueError)(message) from error
-
-
-# ---- autograd -----------------------------------------------------------------------------------
-
-
-class _TokenStats(torch.autograd.Function):
-    """logp, entropy, unit_polarity and lse of all tokens; backward reduces over the ranks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, split: _Split, options: HeadOptions, targets: Tensor, *inputs: Any
-    ) -> tuple[Tensor, ...]:
-        shard = split.shard(options.row.vocab_size)
-        *stats, state = HeadPass(HeadInputs(*inputs), options, targets, shard).token_stats_fwd()
-        ctx.split, ctx.options = split, options
-        ctx.save_for_backward(*inputs, targets, state)
-        ctx.set_materialize_grads(False)
-        return tuple(stats)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        refuse_lse(grads[3])
-        if all(g is None for g in grads[:3]):
-            return (None,) * len(ctx.needs_input_grad)
-        *tensors, targets, state = ctx.saved_tensors
-        inputs, shard = HeadInputs(*tensors), ctx.split.shard(ctx.options.row.vocab_size)
-        head_pass = HeadPass(inputs, ctx.options, targets, shard)
-        partial = head_pass.token_stats_bwd(state, grads[:3], Needs(*ctx.needs_input_grad[3:8]))
-        return None, None, None, *ctx.split.reduce(partial, inputs.hidden.dtype), None, None

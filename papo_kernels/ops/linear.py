@@ -1,35 +1,38 @@
-"""The torch operations of the linear path: schemas, fake implementations and autograd.
+"""Statistics and policy loss of a head's logits as torch operations, and their autograd.
 
-The counterpart of `ops.py` and `loss_ops.py` for functions of hidden states and the head's weight.
-The operations take flattened rows and resolve backend and workspace when they run.
+The operations take flattened rows and resolve backend and workspace when they run. A head whose
+rows are spread over ranks talks to the other ranks, which no operation does: there the passes are
+called directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from papo_kernels.head.passes import HeadInputs, HeadOptions, HeadPass
+from papo_kernels.dispatch import kernel_or_operation
+from papo_kernels.head.checks import check_gathered
+from papo_kernels.head.passes import Operands, Passes, PassOptions
 from papo_kernels.head.plan import Needs
+from papo_kernels.head.shards import Split
 from papo_kernels.types import LossInputs, RowParams
 
-from . import token_stats as ops
+from .common import ROW_SCHEMA, refuse_double_backward, refuse_lse
 from .policy_loss import (
     LOSS_SCHEMA,
     OUTPUT_SCHEMA,
     FormedLoss,
     fake_policy_loss,
     flattened,
-    scaled,
     unflattened,
 )
-from .token_stats import ROW_SCHEMA, fake_token_stats, refuse_double_backward, refuse_lse
+from .token_stats import fake_token_stats
 
-HEAD_SCHEMA = (
+OPERAND_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
     "Tensor? keep_offsets, Tensor? keep_ids"
 )
@@ -38,38 +41,71 @@ CHUNK_SCHEMA = "float lora_scaling, ScalarType logits_dtype, SymInt chunk_bytes"
 GRADIENT_SCHEMA = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dlora_a, Tensor dlora_b"
 
 
+class HeadCall(NamedTuple):
+    """What a call does not differentiate: how to compute, and the split of the vocabulary, None
+    where one rank holds it all."""
+
+    options: PassOptions
+    split: Split | None
+
+    def passes(self, operands: Operands, targets: Tensor, checked: bool = False) -> Passes:
+        shard = None if self.split is None else self.split.shard(self.options.row.vocab_size)
+        return Passes(operands, self.options, targets, shard, checked)
+
+    def way(
+        self, operands: Operands, kernel: Callable[..., Any], operation: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The kernel, or the operation where something intercepts the call."""
+        return kernel if self.split else kernel_or_operation(operands, kernel, operation)
+
+    def summed(self, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> Sequence[Any]:
+        """The gradients of whole heads from what this rank formed; a collective."""
+        return grads if self.split is None else self.split.reduce(grads, dtype)
+
+
+def _flat(options: PassOptions) -> tuple[Any, ...]:
+    row, *rest = options
+    return *row[:3], *rest
+
+
 def _present(like: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake_gradients(inputs: HeadInputs, needs: list[bool]) -> tuple[Tensor, ...]:
-    wanted = (x if needed else None for x, needed in zip(inputs[:5], needs, strict=True))
-    return _present(inputs.hidden, [None if x is None else x.new_empty(x.shape) for x in wanted])
+def _wanted(grads: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
+    """The inverse of `_present`."""
+    return [g if needed else None for g, needed in zip(grads, needs, strict=True)]
 
 
-def _is_plain(inputs: HeadInputs) -> bool:
-    return all(x is None or ops.is_plain(x) for x in inputs)
+def _fake_gradients(operands: Operands, needs: list[bool]) -> tuple[Tensor, ...]:
+    wanted = (x if needed else None for x, needed in zip(operands[:5], needs, strict=True))
+    return _present(operands.hidden, [None if x is None else x.new_empty(x.shape) for x in wanted])
 
 
-# ---- linear_token_stats -------------------------------------------------------------------------
+# ---- token_stats --------------------------------------------------------------------------------
 
 
-def _head_pass(arguments: Sequence[Any]) -> HeadPass:
+def _unflattened(arguments: Sequence[Any]) -> tuple[Operands, HeadCall, Tensor]:
     """Of the arguments hidden to chunk_bytes of an operation."""
     *tensors, targets, temperature, softcap, vocab_size, backend = arguments[:12]
     row = RowParams(temperature, softcap, vocab_size)
-    return HeadPass(HeadInputs(*tensors), HeadOptions(row, backend, *arguments[12:]), targets)
+    options = PassOptions(row, backend, *arguments[12:])
+    return Operands(*tensors), HeadCall(options, None), targets
+
+
+def _stats(operands: Operands, call: HeadCall, targets: Tensor) -> tuple[Tensor, ...]:
+    return call.passes(operands, targets).token_stats_fwd()
 
 
 @custom_op(
     "papo::linear_token_stats",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}) -> (Tensor logp, "
+    schema=f"({OPERAND_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}) -> (Tensor logp, "
     "Tensor entropy, Tensor unit_polarity, Tensor lse, Tensor state)",
 )
 def linear_token_stats(*arguments: Any) -> tuple[Tensor, ...]:
     """logp, entropy, unit_polarity, lse `[N]` and the row state `[N, 6]` that backward needs."""
-    return _head_pass(arguments).token_stats_fwd()
+    return _stats(*_unflattened(arguments))
 
 
 @linear_token_stats.register_fake
@@ -77,143 +113,140 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return fake_token_stats(hidden)
 
 
+def _stats_operation(operands: Operands, call: HeadCall, targets: Tensor) -> tuple[Tensor, ...]:
+    return tuple(linear_token_stats(*operands, targets, *_flat(call.options)))
+
+
+Upstream = tuple[Tensor | None, ...]
+
+
+def _stats_bwd(
+    operands: Operands,
+    call: HeadCall,
+    targets: Tensor,
+    state: Tensor,
+    grads: Upstream,
+    needs: Needs,
+) -> Sequence[Tensor | None]:
+    check_gathered(operands.weight, shard=call.split is not None)
+    passes = call.passes(operands, targets, checked=True)
+    return call.summed(passes.token_stats_bwd(state, grads, needs), operands.hidden.dtype)
+
+
 @custom_op(
     "papo::linear_token_stats_bwd",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}, Tensor state, "
+    schema=f"({OPERAND_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}, Tensor state, "
     "Tensor? g_logp, Tensor? g_entropy, Tensor? g_unit_polarity, bool[] needs) -> "
     f"({GRADIENT_SCHEMA})",
 )
 def linear_token_stats_bwd(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients where `needs` says so, for upstream gradients `[N]`, None being zero."""
-    *call, state, g_logp, g_entropy, g_unit_polarity, needs = arguments
+    *flat, state, g_logp, g_entropy, g_unit_polarity, needs = arguments
     upstream = (g_logp, g_entropy, g_unit_polarity)
-    grads = _head_pass(call).token_stats_bwd(state, upstream, Needs(*needs))
-    return _present(call[0], grads)
+    grads = _stats_bwd(*_unflattened(flat), state, upstream, Needs(*needs))
+    return _present(flat[0], grads)
 
 
 @linear_token_stats_bwd.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(HeadInputs(*arguments[:7]), arguments[-1])
+    return _fake_gradients(Operands(*arguments[:7]), arguments[-1])
 
 
-def _token_stats_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.options = *inputs[:8], inputs[8:]
-    ctx.save_for_backward(*tensors, output[-1])
-    ctx.set_materialize_grads(False)
-    # A traced graph asks for the gradient of every output, so lse cannot refuse one here.
-    ctx.mark_non_differentiable(*output[3:])
-
-
-def _token_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    refuse_lse(grads[3])
-    needs = Needs(*ctx.needs_input_grad[:5])
-    others = (None,) * (len(ctx.needs_input_grad) - len(needs))
-    if all(g is None for g in grads[:3]):
-        return *(None for _ in needs), *others
-    *tensors, targets, state = ctx.saved_tensors
-    inputs = HeadInputs(*tensors)
-    results: Sequence[Tensor | None]
-    if _is_plain(inputs):
-        results = _head_pass((*tensors, targets, *ctx.options)).token_stats_bwd(
-            state, grads[:3], needs
-        )
-    else:
-        formed = linear_token_stats_bwd(
-            *inputs, targets, *ctx.options, state, *grads[:3], list(needs)
-        )
-        results = [g if needed else None for g, needed in zip(formed, needs, strict=True)]
-    return *results, *others
-
-
-linear_token_stats.register_autograd(_token_stats_backward, setup_context=_token_stats_context)
+def _stats_bwd_operation(
+    operands: Operands,
+    call: HeadCall,
+    targets: Tensor,
+    state: Tensor,
+    grads: Upstream,
+    needs: Needs,
+) -> Sequence[Tensor | None]:
+    flat = (*operands, targets, *_flat(call.options))
+    return _wanted(linear_token_stats_bwd(*flat, state, *grads, list(needs)), needs)
 
 
 class _TokenStats(torch.autograd.Function):
-    """The same autograd without the dispatcher, in which lse refuses a gradient."""
+    """logp, entropy, unit_polarity and lse `[N]`; backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *stats, state = _head_pass(arguments).token_stats_fwd()
-        ctx.save_for_backward(*arguments[:8], state)
-        ctx.options = arguments[8:]
+    def forward(ctx: Any, call: HeadCall, targets: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        operands = Operands(*tensors)
+        run = call.way(operands, _stats, _stats_operation)
+        *stats, state = run(operands, call, targets)
+        ctx.save_for_backward(*operands, targets, state)
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return tuple(stats)
 
-    backward = staticmethod(_token_stats_backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        refuse_lse(grads[3])
+        if all(g is None for g in grads[:3]):
+            return (None,) * 9
+        *tensors, targets, state = ctx.saved_tensors
+        operands, needs = Operands(*tensors), Needs(*ctx.needs_input_grad[2:7])
+        run = ctx.call.way(operands, _stats_bwd, _stats_bwd_operation)
+        formed = run(operands, ctx.call, targets, state, grads[:3], needs)
+        return None, None, *formed, None, None
 
 
 def run_linear_token_stats(
-    inputs: HeadInputs, options: HeadOptions, targets: Tensor
+    operands: Operands, call: HeadCall, targets: Tensor
 ) -> tuple[Tensor, ...]:
-    """`linear_token_stats`, by the shortest way: logp, entropy, unit_polarity, lse `[N]`."""
-    row, *rest = options
-    arguments = (*inputs, targets, *row[:3], *rest)
-    if not _is_plain(inputs):
-        return tuple(linear_token_stats(*arguments)[:4])
-    outputs: tuple[Tensor, ...] = _TokenStats.apply(*arguments)
+    """logp, entropy, unit_polarity and lse `[N]`."""
+    outputs: tuple[Tensor, ...] = _TokenStats.apply(call, targets, *operands)
     return outputs
 
 
-# ---- linear_policy_loss -------------------------------------------------------------------------
+# ---- policy_loss --------------------------------------------------------------------------------
+
+
+def _losses(
+    operands: Operands, call: HeadCall, inputs: LossInputs, needs: Needs
+) -> tuple[Any, ...]:
+    """The fields of `PolicyLossOutput`, then the gradients of the loss; None where not needed."""
+    passes = call.passes(operands, inputs.targets)
+    (token_loss, *parts), grads = passes.policy_loss(inputs, needs)
+    return token_loss.sum(), *parts, *call.summed(grads, operands.hidden.dtype)
 
 
 @custom_op(
     "papo::linear_policy_loss",
     mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {LOSS_SCHEMA}, {CHUNK_SCHEMA}, bool[] needs) -> ({OUTPUT_SCHEMA}, "
+    schema=f"({OPERAND_SCHEMA}, {LOSS_SCHEMA}, {CHUNK_SCHEMA}, bool[] needs) -> ({OUTPUT_SCHEMA}, "
     f"{GRADIENT_SCHEMA})",
 )
 def linear_policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`, then the gradients of the loss where `needs` says so."""
-    *call, lora_scaling, logits_dtype, chunk_bytes, needs = arguments
-    inputs, loss = HeadInputs(*call[:7]), unflattened(call[7:])
-    options = HeadOptions(loss.row, loss.backend, lora_scaling, logits_dtype, chunk_bytes)
-    (token_loss, *parts), grads = HeadPass(inputs, options, loss.targets).policy_loss(
-        loss, Needs(*needs)
-    )
-    return token_loss.sum(), *parts, *_present(inputs.hidden, grads)
+    *flat, lora_scaling, logits_dtype, chunk_bytes, needs = arguments
+    operands, inputs = Operands(*flat[:7]), unflattened(flat[7:])
+    options = PassOptions(inputs.row, inputs.backend, lora_scaling, logits_dtype, chunk_bytes)
+    outputs = _losses(operands, HeadCall(options, None), inputs, Needs(*needs))
+    return *outputs[:8], *_present(operands.hidden, outputs[8:])
 
 
 @linear_policy_loss.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = HeadInputs(*arguments[:7])
-    return *fake_policy_loss(inputs.hidden), *_fake_gradients(inputs, arguments[-1])
+    operands = Operands(*arguments[:7])
+    return *fake_policy_loss(operands.hidden), *_fake_gradients(operands, arguments[-1])
 
 
-def _policy_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[8:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    *_, ctx.backend, _, _, _, ctx.formed = inputs
-
-
-def _policy_loss_backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    wanted, others = ctx.needs_input_grad[:5], (None,) * (len(ctx.needs_input_grad) - 5)
-    if g_loss is None:
-        return *(None for _ in wanted), *others
-    if any(want and not formed for want, formed in zip(wanted, ctx.formed, strict=True)):
-        raise RuntimeError("papo::linear_policy_loss was called with needs=False for an input")
-    saved = zip(ctx.saved_tensors, ctx.formed, strict=True)
-    grads = [g if formed else None for g, formed in saved]
-    return *scaled(grads, g_loss, ctx.backend), *others
-
-
-linear_policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
+def _losses_operation(
+    operands: Operands, call: HeadCall, inputs: LossInputs, needs: Needs
+) -> tuple[Any, ...]:
+    chunks = call.options[2:]
+    outputs = linear_policy_loss(*operands, *flattened(inputs), *chunks, list(needs))
+    return *outputs[:8], *_wanted(outputs[8:], needs)
 
 
 def run_linear_policy_loss(
-    inputs: HeadInputs, options: HeadOptions, call: LossInputs
+    operands: Operands, call: HeadCall, inputs: LossInputs
 ) -> tuple[Tensor, ...]:
-    """`linear_policy_loss`, by the shortest way: the fields of `PolicyLossOutput`."""
-    needs = inputs.needs()
-    if not _is_plain(inputs):
-        _, _, *chunks = options
-        outputs = linear_policy_loss(*inputs, *flattened(call), *chunks, list(needs))
-        return tuple(outputs[:8])
-    with torch.no_grad():
-        head_pass = HeadPass(inputs, options, call.targets)
-        (token_loss, *parts), grads = head_pass.policy_loss(call, needs)
-    return FormedLoss.apply(token_loss, grads, call.backend, *inputs[:5]), *parts
+    """The fields of `PolicyLossOutput`."""
+    needs = operands.needs()
+    detached = Operands(*(None if x is None else x.detach() for x in operands))
+    run = call.way(operands, _losses, _losses_operation)
+    outputs = run(detached, call, inputs, needs)
+    loss, parts, grads = outputs[0], outputs[1:8], outputs[8:]
+    return FormedLoss.apply(loss, grads, inputs.backend, False, *operands[:5])[1], *parts

@@ -1,4 +1,4 @@
-"""The policy loss as torch operations, out of place and in place: the counterpart of `ops.py`."""
+"""The policy loss of logits as torch operations, out of place and in place, and its autograd."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from papo_kernels.backends.targets import check_target_values
+from papo_kernels.dispatch import kernel_or_operation
 from papo_kernels.types import (
     LossInputs,
-    PolicyLossParams,
+    Objective,
     RowParams,
     TokenInputs,
     WeightingInputs,
     acc_dtype,
 )
 
-from . import token_stats as ops
-from .token_stats import as_rows, backend_for, check_target_values, refuse_double_backward
+from .common import as_rows, backend_for, refuse_double_backward, run_scale_, scaled
 
 # ---- what the operations of a loss share ---------------------------------------------------------
 
@@ -38,7 +39,7 @@ OUTPUT_SCHEMA = (
 
 def flattened(inputs: LossInputs) -> tuple[Any, ...]:
     """The arguments of `LOSS_SCHEMA`."""
-    targets, tokens, params, weighting, row, backend = inputs
+    targets, tokens, objective, weighting, row, backend = inputs
     scalars: tuple[Tensor | None, ...] = (None, None, None)
     shape, strength, dead_zone = "sign", 0.0, 0.0
     if weighting is not None:
@@ -47,11 +48,11 @@ def flattened(inputs: LossInputs) -> tuple[Any, ...]:
     options = [
         row.temperature,
         row.softcap,
-        params.clip_low,
-        params.clip_high,
-        params.dual_clip or 0.0,
-        params.kl_coef,
-        params.entropy_coef,
+        objective.clip_low,
+        objective.clip_high,
+        objective.dual_clip or 0.0,
+        objective.kl_coef,
+        objective.entropy_coef,
         strength,
         dead_zone,
     ]
@@ -69,7 +70,7 @@ def unflattened(arguments: Sequence[Any]) -> LossInputs:
     return LossInputs(
         targets,
         TokenInputs(*tokens),
-        PolicyLossParams(clip_low, clip_high, dual_clip or None, kl_coef, entropy_coef),
+        Objective(clip_low, clip_high, dual_clip or None, kl_coef, entropy_coef),
         weighting,
         RowParams(temperature, softcap, vocab_size),
         backend,
@@ -82,62 +83,17 @@ def fake_policy_loss(like: Tensor) -> tuple[Tensor, ...]:
     return like.new_empty((), dtype=acc), *parts, like.new_empty(n, dtype=torch.bool)
 
 
-def scaled(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
-    """Gradients formed in the forward pass times the upstream scalar, in place where this is their
-    last use: a graph that is kept may come back for them, and a traced one must not write to what
-    its forward part returns."""
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    results: list[Tensor | None] = []
-    for grad in grads:
-        if grad is not None:
-            # A tensor of its own lets the leaf take the memory over instead of copying it.
-            grad = grad.clone() if kept or not ops.is_plain(grad) else grad.detach()
-            rows = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)
-            ops.run_scale_(rows, factor, backend)
-        results.append(grad)
-    return results
+# ---- the operations -----------------------------------------------------------------------------
 
 
-class FormedLoss(torch.autograd.Function):
-    """The sum of token losses whose gradients were formed along with them.
-
-    Args:
-        token_loss: `[N]`.
-        grads: of the sum, one for each of `inputs`; None where that needs none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        token_loss: Tensor,
-        grads: tuple[Tensor | None, ...],
-        backend: str,
-        *inputs: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(*grads)
-        ctx.set_materialize_grads(False)
-        ctx.backend = backend
-        return token_loss.sum()
-
-    @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        if g_loss is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return None, None, None, *scaled(ctx.saved_tensors, g_loss, ctx.backend)
-
-
-# ---- policy_loss --------------------------------------------------------------------------------
-
-
-def _token_losses(logits: Tensor, inputs: LossInputs, dlogits: Tensor | None) -> tuple[Tensor, ...]:
-    """What `policy_loss_fwd` of a backend returns; `dlogits` receives the gradient of the loss."""
-    check_target_values(inputs.targets, inputs.row.vocab_size)
-    targets, tokens, params, weighting, row, backend = inputs
-    outputs: tuple[Tensor, ...] = backend_for(backend, logits).policy_loss_fwd(
-        logits, targets, tokens, params, weighting, row, dlogits
+def _kernel(logits: Tensor, inputs: LossInputs, dlogits: Tensor | None) -> tuple[Tensor, ...]:
+    """The fields of `PolicyLossOutput`; `dlogits [N, V]` receives the gradient of the loss."""
+    targets, tokens, objective, weighting, row, backend = inputs
+    check_target_values(targets, row.vocab_size)
+    token_loss, *parts = backend_for(backend, logits).policy_loss_fwd(
+        logits, targets, tokens, objective, weighting, row, dlogits
     )
-    return outputs
+    return token_loss.sum(), *parts
 
 
 @custom_op(
@@ -149,53 +105,14 @@ def policy_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`, then the gradient of the loss (`[0]` if not needed)."""
     *arguments, needs_grad = rest
     dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
-    token_loss, *parts = _token_losses(
-        logits, unflattened(arguments), dlogits if needs_grad else None
-    )
-    return token_loss.sum(), *parts, dlogits
+    inputs = unflattened(arguments)
+    return *_kernel(logits, inputs, dlogits if needs_grad else None), dlogits
 
 
 @policy_loss.register_fake
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs_grad = rest[-1]
     return *fake_policy_loss(logits), logits.new_empty(logits.shape if needs_grad else (0,))
-
-
-def _policy_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[-1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    *_, ctx.backend, ctx.needs_grad = inputs
-    ctx.nothing = (None,) * (len(inputs) - 1)
-
-
-def _policy_loss_backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    if g_loss is None:
-        return None, *ctx.nothing
-    if not ctx.needs_grad:
-        raise RuntimeError("papo::policy_loss was called with needs_grad=False")
-    return *scaled(ctx.saved_tensors, g_loss, ctx.backend), *ctx.nothing
-
-
-policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
-
-
-def run_policy_loss(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
-    """`policy_loss` of `logits [..., V]`, by the shortest way: the fields of `PolicyLossOutput`."""
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if not ops.is_plain(logits):
-        return tuple(policy_loss(as_rows(logits), *flattened(inputs), needs_grad)[:-1])
-    rows = as_rows(logits.detach())
-    if not needs_grad:
-        token_loss, *parts = _token_losses(rows, inputs, None)
-        return token_loss.sum(), *parts
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    token_loss, *parts = _token_losses(rows, inputs, dlogits.view(-1, dlogits.shape[-1]))
-    return FormedLoss.apply(token_loss, (dlogits,), inputs.backend, logits), *parts
-
-
-# ---- policy_loss in place -----------------------------------------------------------------------
 
 
 @custom_op(
@@ -205,8 +122,7 @@ def run_policy_loss(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
 )
 def policy_loss_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`; the logits become the gradient of the loss."""
-    token_loss, *parts = _token_losses(logits, unflattened(arguments), logits)
-    return token_loss.sum(), *parts
+    return _kernel(logits, unflattened(arguments), logits)
 
 
 @policy_loss_.register_fake
@@ -214,52 +130,98 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return fake_policy_loss(logits)
 
 
-class _PolicyLossInPlace(torch.autograd.Function):
-    """Autograd of `policy_loss_`, as of any in-place operation: the logits become its output.
+# ---- autograd -----------------------------------------------------------------------------------
 
-    So a later use of the logits brings a gradient to that output, which is refused, and a saved
-    copy made earlier fails autograd's own version check.
+
+class FormedLoss(torch.autograd.Function):
+    """A loss whose gradients were formed along with it.
+
+    In place, the one input becomes an output, as that of any in-place operation does. So a later
+    use of it brings a gradient to that output, which is refused, and a copy that was saved earlier
+    fails autograd's own version check.
+
+    Args:
+        grads: of the loss, one for each of `inputs`; None where that needs none.
+        inplace: the gradient is in the storage of the one input.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
-        rows = logits.detach().view(-1, logits.shape[-1])
-        if ops.is_plain(logits):
-            token_loss, *parts = _token_losses(rows, inputs, rows)
-            outputs = (token_loss.sum(), *parts)
-        else:
-            outputs = policy_loss_(rows, *flattened(inputs))
-        ctx.mark_dirty(logits)
-        ctx.save_for_backward(logits)
-        ctx.mark_non_differentiable(*outputs[1:])
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        grads: Sequence[Tensor | None],
+        backend: str,
+        inplace: bool,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        if inplace:
+            ctx.mark_dirty(*inputs)
+        ctx.save_for_backward(*(inputs if inplace else grads))
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.spent = inputs.backend, False
-        return logits, *outputs
+        ctx.backend, ctx.inplace, ctx.spent, ctx.others = backend, inplace, False, (None,) * 4
+        return (inputs[0] if inplace else None), loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, g_input: Tensor | None, g_loss: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        g_logits, g_loss = grads[:2]
-        if g_logits is not None:
+        if g_input is not None:
             raise RuntimeError(
-                "policy_loss(inplace=True) overwrote the logits with their gradient, but another "
-                "part of the loss uses them too; pass inplace=False"
+                "policy_loss(compute=Compute(inplace=True)) overwrote the logits with their "
+                "gradient, but another part of the loss uses them too; pass inplace=False"
             )
         if g_loss is None:
-            return None, None
+            return (None,) * len(ctx.needs_input_grad)
+        if not ctx.inplace:
+            return *ctx.others, *scaled(ctx.saved_tensors, g_loss, ctx.backend)
         if ctx.spent:
             raise RuntimeError(
-                "policy_loss(inplace=True) can be differentiated once: its gradient buffer was "
-                "handed on; pass inplace=False to go backward a second time"
+                "policy_loss(compute=Compute(inplace=True)) can be differentiated once: its "
+                "gradient buffer was handed on; pass inplace=False to go backward a second time"
             )
-        (dlogits,) = ctx.saved_tensors
         ctx.spent = True
-        dlogits = dlogits.detach()
-        ops.run_scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
-        return dlogits, None
+        dlogits = ctx.saved_tensors[0].detach()
+        run_scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
+        return *ctx.others, dlogits
 
 
-def policy_loss_in_place(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
-    """`policy_loss_` on `logits [..., V]`, differentiable once."""
-    _, *outputs = _PolicyLossInPlace.apply(logits, inputs)
-    return tuple(outputs)
+def _losses(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    return _kernel(as_rows(logits), inputs, None)
+
+
+def _losses_operation(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    return tuple(policy_loss(as_rows(logits), *flattened(inputs), False)[:-1])
+
+
+def _formed(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    """What `_losses` returns, then the gradient of the loss in the shape of the logits."""
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return *_kernel(as_rows(logits), inputs, dlogits.view(-1, logits.shape[-1])), dlogits
+
+
+def _formed_operation(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    *outputs, dlogits = policy_loss(as_rows(logits), *flattened(inputs), True)
+    return *outputs, dlogits.view(logits.shape)
+
+
+def _formed_in_place(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    rows = logits.view(-1, logits.shape[-1])
+    return *_kernel(rows, inputs, rows), logits
+
+
+def _formed_in_place_operation(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    return *policy_loss_(logits.view(-1, logits.shape[-1]), *flattened(inputs)), logits
+
+
+def run_policy_loss(
+    logits: Tensor, inputs: LossInputs, inplace: bool = False
+) -> tuple[Tensor, ...]:
+    """The fields of `PolicyLossOutput` for `logits [..., V]`; `inplace`, the logits become the
+    gradient of the loss, which can then be differentiated once."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return kernel_or_operation((logits,), _losses, _losses_operation)(logits, inputs)
+    kernel, operation = _formed, _formed_operation
+    if inplace:
+        kernel, operation = _formed_in_place, _formed_in_place_operation
+    run = kernel_or_operation((logits,), kernel, operation)
+    loss, *parts, dlogits = run(logits.detach(), inputs)
+    return FormedLoss.apply(loss, (dlogits,), inputs.backend, inplace, logits)[1], *parts

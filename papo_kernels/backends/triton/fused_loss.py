@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from papo_kernels.checks import HALVES, check_dlogits
-from papo_kernels.types import PolicyLossParams, RowParams, TokenInputs, WeightingInputs
+from papo_kernels.types import Objective, RowParams, TokenInputs, WeightingInputs
 
 from . import launch
 from .gradient import Part, fill_zeros, program_part, row_beside, scale_part, write_gradient
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     scale: Tensor
 
 
-class Objective(NamedTuple):
+class LossNumbers(NamedTuple):
     """The call's and the objective's numbers; ``has_*`` and ``is_*`` are 0.0 or 1.0, ``dual_clip``
     0.0 is off."""
 
@@ -168,7 +168,7 @@ def policy_loss_fwd(
     logits: Tensor,
     targets: Tensor,
     tokens: TokenInputs,
-    params: PolicyLossParams,
+    params: Objective,
     weighting: WeightingInputs | None,
     row: RowParams,
     dlogits: Tensor | None,
@@ -243,14 +243,14 @@ def _inputs(targets: Tensor, tokens: TokenInputs, weighting: WeightingInputs | N
 @lru_cache(maxsize=256)
 def _objective(
     numbers: Numbers,
-    params: PolicyLossParams,
+    params: Objective,
     weighting: tuple[float, str, float] | None,
     has_old: bool,
     has_ref: bool,
-) -> Objective:
+) -> LossNumbers:
     """`weighting`: its strength, shape and dead zone."""
     strength, shape, dead_zone = weighting or (0.0, "", 0.0)
-    objective = Objective(
+    objective = LossNumbers(
         numbers,
         params.clip_low,
         params.clip_high,
@@ -263,7 +263,7 @@ def _objective(
         strength,
         dead_zone,
     )
-    return Objective(numbers, *map(float, objective[1:]))
+    return LossNumbers(numbers, *map(float, objective[1:]))
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:

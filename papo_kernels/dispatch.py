@@ -1,0 +1,59 @@
+"""Whether a call may go to its kernel directly, or has to be a torch operation.
+
+torch's dispatcher spends more time in Python than a small kernel takes. Traced graphs, fake
+tensors, subclasses and dispatch modes need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+T = TypeVar("T")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing traces or intercepts a call on `tensor`."""
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def kernel_or_operation(
+    tensors: Iterable[Tensor | None], kernel: Callable[..., T], operation: Callable[..., T]
+) -> Callable[..., T]:
+    """`kernel` where every tensor is plain, else `operation`; both take the same arguments."""
+    for tensor in tensors:
+        if tensor is not None and not is_plain(tensor):
+            return operation
+    return kernel
+
+
+def filled(value: float, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """`value` as a 0-dim tensor on the device of `like`, without a host sync; not to be written to:
+    eager calls share it."""
+    device = like.device
+    if not is_plain(like):
+        # A sum, unlike full(), leaves the number a variable of a traced graph.
+        return torch.zeros((), dtype=dtype, device=device) + value
+    if device.type == "cpu":
+        return _filled(value, dtype, device, 0)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        # What another stream fills may not be there yet; and a captured graph outlives the cache.
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        return _filled(value, dtype, device, stream)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _filled(value: float, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import papo_kernels
-from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
+from papo_kernels import (
+    Compute,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    PolicyLossOutput,
+    TokenStats,
+)
 from tests.oracle import acc_dtype, plain_policy_loss, plain_token_stats
 
 
@@ -26,7 +33,7 @@ class Case:
     token_weight: Tensor | None = None
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
-    params: PolicyLossParams = field(default_factory=PolicyLossParams)
+    objective: Objective = field(default_factory=Objective)
     weighting: PolarityWeighting | None = None
 
     @property
@@ -34,13 +41,23 @@ class Case:
         return {name: getattr(self, name) for name in ("temperature", "softcap", "vocab_size")}
 
     def token_stats(self, logits: Tensor, backend: str | None) -> TokenStats:
-        return papo_kernels.token_stats(logits, self.targets, **self.row, backend=backend)
+        return papo_kernels.token_stats(
+            Logits(logits, self.softcap, self.vocab_size),
+            self.targets,
+            temperature=self.temperature,
+            compute=Compute(backend),
+        )
 
-    def policy_loss(self, logits: Tensor, backend: str | None, **more: Any) -> PolicyLossOutput:
-        names = ("advantages", "token_weight", "old_logp", "ref_logp", "params", "weighting")
-        inputs = {name: getattr(self, name) for name in names}
+    def policy_loss(
+        self, logits: Tensor, backend: str | None, *, inplace: bool = False
+    ) -> PolicyLossOutput:
+        names = ("advantages", "token_weight", "old_logp", "ref_logp", "objective", "weighting")
         return papo_kernels.policy_loss(
-            logits, self.targets, **inputs, **self.row, backend=backend, **more
+            Logits(logits, self.softcap, self.vocab_size),
+            self.targets,
+            **{name: getattr(self, name) for name in names},
+            temperature=self.temperature,
+            compute=Compute(backend, inplace=inplace),
         )
 
 
@@ -148,7 +165,7 @@ def make_loss_case(
     v: int,
     *,
     on_policy: bool = False,
-    params: PolicyLossParams | None = None,
+    objective: Objective | None = None,
     weighting: PolarityWeighting | None = None,
     seed: int = 0,
     **more: Any,
@@ -171,7 +188,7 @@ def make_loss_case(
         token_weight=token_weight,
         old_logp=None if on_policy else (logp + 0.4 * draw()).to(dtype),
         ref_logp=(logp + 0.4 * draw()).to(dtype),
-        params=PolicyLossParams() if params is None else params,
+        objective=Objective() if objective is None else objective,
         weighting=weighting,
     )
     token_weight[_undecided(case)] = 0.0
@@ -181,7 +198,7 @@ def make_loss_case(
 def _undecided(case: Case) -> Tensor:
     """Tokens near a discontinuity: a clip bound, the dead zone, polarity 0."""
     exact = plain_policy_loss(case, torch.float64)
-    p, c, r = case.params, exact.unit_polarity.abs(), exact.ratio
+    p, c, r = case.objective, exact.unit_polarity.abs(), exact.ratio
     near = torch.zeros_like(r, dtype=torch.bool)
     bounds = [1.0 - p.clip_low, 1.0 + p.clip_high, *([p.dual_clip] if p.dual_clip else [])]
     if case.old_logp is not None:

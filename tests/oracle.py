@@ -105,7 +105,7 @@ def plain_policy_loss(
             h = torch.where(c.abs() <= w.dead_zone, 0.0, polarity.sign())
         weight = w.scale * (1.0 + w.strength * w.phase * h)
     weight = torch.where(entropy.isnan(), torch.nan, weight)
-    adv, p = weight.detach() * A, case.params
+    adv, p = weight.detach() * A, case.objective
     plain, bounded = ratio * adv, ratio.clamp(1.0 - p.clip_low, 1.0 + p.clip_high) * adv
     loss, clipped = -torch.minimum(plain, bounded), bounded < plain
     if p.dual_clip is not None:
@@ -238,7 +238,7 @@ def check_token_stats(case: Case, backend: str | None, seed: int = 0) -> Tensor:
 
 def check_policy_loss(case: Case, backend: str | None, factor: float = 1.0, **more: Any) -> Tensor:
     """Every output of `policy_loss` and the gradient of `factor * loss`, which it returns."""
-    acc, s, p = acc_dtype(case.logits.dtype), _scales(case), case.params
+    acc, s, p = acc_dtype(case.logits.dtype), _scales(case), case.objective
     logits = case.logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     # Not a leaf, so that inplace=True may have it.
     actual = case.policy_loss(logits.mul(1.0) if more.get("inplace") else logits, backend, **more)

@@ -245,7 +245,7 @@ def run_linear_policy_loss(
 ) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`."""
     needs = operands.needs()
-    detached = Operands(*(None if x is None else x.detach() for x in operands))
+    detached = Operands(*(None if x is None else x.detach() for x in operands))  # type: ignore[arg-type]
     run = call.way(operands, _losses, _losses_operation)
     outputs = run(detached, call, inputs, needs)
     loss, parts, grads = outputs[0], outputs[1:8], outputs[8:]

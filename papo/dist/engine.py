@@ -154,8 +154,8 @@ class Engine:
             model=policy, optimizer=self.adamw, config=ds_config, dist_init_required=False
         )
         if self._stage == 3:
-            for parameter in policy.head.parameters_read:
-                deepspeed.zero.register_external_parameter(policy.head, parameter)
+            for parameter in policy.scoring.parameters_read:
+                deepspeed.zero.register_external_parameter(policy.scoring, parameter)
         for name, parameter in self.trained_parameters():
             if name in exact:
                 self._write_master(parameter, exact.pop(name).to(self.device, torch.float32))

@@ -7,9 +7,9 @@ whose logits exist a chunk of tokens at a time.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,106 +17,72 @@ from torch import Tensor, nn
 from papo.model.attention import shared_prompts
 from papo.model.load import decoder_of, recomputed_layers
 from papo_kernels import (
+    Compute,
+    Head,
     KeepSet,
+    Objective,
     PolarityWeighting,
     PolicyLossOutput,
-    PolicyLossParams,
     TokenStats,
-    linear_policy_loss,
-    linear_token_stats,
+    policy_loss,
+    token_stats,
 )
 
-# What configs call the number that logits are multiplied with (Cohere, Falcon-H1) or divided by
-# (Granite).
-_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
+class Scoring(nn.Module):
+    """Statistics, or the loss, of hidden states.
 
-class HeadOptions(NamedTuple):
-    """What lies between hidden states and statistics: u = softcap(logit_scale z) / temperature.
+    A module of its own because the engine registers the head's parameters with it, so that ZeRO-3's
+    hooks gather them around it and around nothing else.
 
-    Attributes:
+    Args:
+        head: of the language model, whose parameters it holds.
         temperature: of sampling; logp, entropy and polarity are all at this temperature.
-        softcap, logit_scale: the model's own, see `of`; None where it has none.
-        backend: papo_kernels backend, None chooses.
+        compute: how; its `logits_dtype` is chosen here.
         full_logits: logits in float32. None: where the device multiplies half-precision numbers
             into float32 (CUDA); a CPU would have to widen them first, at several times the cost.
-        chunk_bytes: workspace of the head, None for its default.
     """
 
-    temperature: float
-    softcap: float | None = None
-    logit_scale: float | None = None
-    backend: str | None = None
-    full_logits: bool | None = None
-    chunk_bytes: int | None = None
-
-    @classmethod
-    def of(cls, config: Any, temperature: float, **more: Any) -> HeadOptions:
-        """With the soft cap (Gemma) and logit scale of a model config."""
-        text = config.get_text_config()
-        scale = math.prod(getattr(text, name, None) or 1.0 for name in _LOGIT_FACTORS)
-        scale /= math.prod(getattr(text, name, None) or 1.0 for name in _LOGIT_DIVISORS)
-        softcap = getattr(text, "final_logit_softcapping", None)
-        return cls(temperature, softcap, None if scale == 1.0 else scale, **more)
-
-    def arguments(self, hidden: Tensor) -> dict[str, Any]:
-        """As papo_kernels takes them."""
-        full = hidden.is_cuda if self.full_logits is None else self.full_logits
-        named = self._asdict()
-        del named["full_logits"]
-        return {**named, "logits_dtype": None if full else hidden.dtype}
-
-
-class Head(nn.Module):
-    """The LM head and what is computed from its logits, which are never whole.
-
-    Reads the projection's weight and bias itself instead of calling it; the engine registers them
-    with this module, so that ZeRO-3's hooks gather them around it.
-    """
-
-    def __init__(self, projection: nn.Module, options: HeadOptions) -> None:
+    def __init__(
+        self, head: Head, temperature: float, compute: Compute, full_logits: bool | None
+    ) -> None:
         super().__init__()
-        # A list keeps the projection out of this module's children: it belongs to the model.
-        self._projection = [projection]
-        self._options = options
+        self._head = head
+        self._temperature = temperature
+        self._compute = compute
+        self._full_logits = full_logits
 
     @property
     def parameters_read(self) -> list[nn.Parameter]:
         """The head's weight and, where there is one, its bias."""
-        return list(self._projection[0].parameters())
+        held = (self._head.weight, self._head.bias)
+        return [p for p in held if isinstance(p, nn.Parameter)]
 
     def forward(
         self,
         hidden: Tensor,
         targets: Tensor,
         tokens: Mapping[str, Any] | None,
-        params: PolicyLossParams | None,
+        objective: Objective | None,
         weighting: PolarityWeighting | None,
-        keep: tuple[Tensor, Tensor] | None = None,
+        keep: KeepSet | None = None,
     ) -> TokenStats | PolicyLossOutput:
         """The statistics, or with `tokens` (the loss's per-token inputs by name) the loss.
 
-        `keep`: offsets and ids of the `KeepSet` that the sampler drew from, None for all ids.
+        `keep`: the ids that the sampler drew from, None for all.
         """
-        projection: Any = self._projection[0]
         # Some backbones leave their residual in float32 (Mamba).
-        hidden = hidden.to(projection.weight.dtype)
-        options = {
-            "bias": getattr(projection, "bias", None),
-            "keep": None if keep is None else KeepSet(*keep),
-            **self._options.arguments(hidden),
+        hidden = hidden.to(self._head.weight.dtype)
+        full = hidden.is_cuda if self._full_logits is None else self._full_logits
+        how: dict[str, Any] = {
+            "temperature": self._temperature,
+            "compute": replace(self._compute, logits_dtype=None if full else hidden.dtype),
         }
+        logits = self._head(hidden, keep=keep)
         if tokens is None:
-            return linear_token_stats(hidden, projection.weight, targets, **options)
-        return linear_policy_loss(
-            hidden,
-            projection.weight,
-            targets,
-            **tokens,
-            params=params,
-            weighting=weighting,
-            **options,
+            return token_stats(logits, targets, **how)
+        return policy_loss(
+            logits, targets, **tokens, objective=objective, weighting=weighting, **how
         )
 
 
@@ -128,20 +94,27 @@ class Policy(nn.Module):
         temperature: sampling temperature; logp, entropy and polarity are all at this temperature.
         dropout: keep the model's dropout, and whatever else it does in training alone, in passes
             with gradient.
-        more: the rest of `HeadOptions`.
+        compute: backend and workspace of the head, None for `Compute()`.
+        full_logits: as for `Scoring`.
     """
 
     causal_lm: Any
-    head: Head
+    scoring: Scoring
 
     def __init__(
-        self, causal_lm: Any, *, temperature: float, dropout: bool = False, **more: Any
+        self,
+        causal_lm: Any,
+        *,
+        temperature: float,
+        dropout: bool = False,
+        compute: Compute | None = None,
+        full_logits: bool | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.dropout = dropout
-        options = HeadOptions.of(causal_lm.config, temperature, **more)
-        self.head = Head(causal_lm.get_output_embeddings(), options)
+        head = Head.of(causal_lm)
+        self.scoring = Scoring(head, temperature, compute or Compute(), full_logits)
 
     def train(self, mode: bool = True) -> Policy:
         """Switch between passes with gradient and without; dropout only where it is kept."""
@@ -155,7 +128,7 @@ class Policy(nn.Module):
         self,
         batch: dict[str, Any],
         tokens: Mapping[str, Any] | None = None,
-        params: PolicyLossParams | None = None,
+        objective: Objective | None = None,
         weighting: PolarityWeighting | None = None,
     ) -> tuple[Tensor, ...]:
         """Fields of `TokenStats` (no `tokens`) or of `PolicyLossOutput`, per token `[N]`."""
@@ -168,8 +141,8 @@ class Policy(nn.Module):
             ).last_hidden_state
         selected = hidden.flatten(0, 1).index_select(0, batch["logit_index"])
         cut = batch["keep_offsets"] is not None
-        keep = (batch["keep_offsets"], batch["keep_ids"]) if cut else None
-        return self.head(selected, batch["targets"], tokens, params, weighting, keep)
+        keep = KeepSet(batch["keep_offsets"], batch["keep_ids"]) if cut else None
+        return self.scoring(selected, batch["targets"], tokens, objective, weighting, keep)
 
 
 MODEL_INPUTS = (
@@ -210,14 +183,14 @@ def stats_of(engine: Any, batch: Any) -> TokenStats:
 
 
 def loss_of(
-    engine: Any, batch: Any, params: PolicyLossParams, weighting: PolarityWeighting | None
+    engine: Any, batch: Any, objective: Objective, weighting: PolarityWeighting | None
 ) -> PolicyLossOutput:
     """Policy loss of a micro-batch; `loss` is the sum of token_weight times the token's loss."""
     return PolicyLossOutput(
         *engine.forward(
             {k: getattr(batch, k) for k in MODEL_INPUTS},
             {k: getattr(batch, k) for k in LOSS_INPUTS},
-            params,
+            objective,
             weighting,
         )
     )

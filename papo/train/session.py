@@ -35,7 +35,7 @@ from papo.rollout import HFSampler, SamplingParams
 from papo.train.evaluate import evaluate
 from papo.train.experience import Collected
 from papo.train.schedule import seed_of
-from papo_kernels import PolicyLossParams, TokenStats
+from papo_kernels import Compute, Objective, TokenStats
 from papo_kernels.backends import choice as backends
 
 # torch compiles its CPU products for every shape it meets and keeps the code: with rows of any
@@ -83,7 +83,7 @@ class Session:
             self.phase = PhaseController(config.phase)
             self.weighting = WeightController(config.weighting)
             self.prediction = EntropyPrediction(config.optim, self.engine.trained_numel)
-            self.loss_params = PolicyLossParams(
+            self.loss_params = Objective(
                 config.loss.clip_low,
                 config.loss.clip_high,
                 config.loss.dual_clip,
@@ -157,9 +157,8 @@ class Session:
             causal_lm,
             temperature=config.rollout.temperature,
             dropout=config.model.dropout,
-            backend=config.loss.backend,
+            compute=Compute(config.loss.backend, None if chunk is None else chunk << 20),
             full_logits=config.loss.full_logits,
-            chunk_bytes=None if chunk is None else chunk << 20,
         )
 
     def _check_limits(self, eos: Sequence[int]) -> None:
@@ -252,7 +251,7 @@ class Session:
 
     def _create_optimizer_state(self) -> None:
         """One update of rate 0 that weighs nothing: then the moments exist, to be filled."""
-        out = loss_of(self.engine, self.make_batch([IDLE]), PolicyLossParams(), None)
+        out = loss_of(self.engine, self.make_batch([IDLE]), Objective(), None)
         self.engine.backward(out.loss, last=True)
         self.engine.step(0.0, blocked=False)
 

@@ -17,7 +17,7 @@ from papo.policy.objective import evaluating, loss_of, sampler_kl, stats_of
 from papo.policy.prediction import UpdateEffect
 from papo.policy.weighting import BranchSums, WeightController, branch_sums
 from papo.train.stats import pass_count
-from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams
+from papo_kernels import Objective, PolarityWeighting, PolicyLossOutput
 
 MakeBatch = Callable[[Sequence[TrainingSequence]], MicroBatch]
 
@@ -162,7 +162,7 @@ def update(
     make_batch: MakeBatch,
     *,
     micro_batch_size: int,
-    params: PolicyLossParams,
+    params: Objective,
     weighting: PolarityWeighting | None,
     controller: WeightController,
     lr: float,

@@ -16,8 +16,8 @@ def draw() -> str:
     canvas = Canvas(
         WIDTH,
         HEIGHT,
-        "Diagram: a row of 151,936 bfloat16 logits is cut into eight slices, one for each block of a "
-        "cluster. In a block a copy warp, compute warps and a finish warp work on three rows at once.",
+        "Diagram: a row of 151,936 bfloat16 logits is cut into eight slices, one for each block of "
+        "a cluster. In a block a copy warp, compute warps and a finish warp work on three rows.",
     )
     _cluster(canvas)
     _block(canvas)

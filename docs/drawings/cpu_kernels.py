@@ -36,7 +36,7 @@ PANELS = (
     Panel(
         458,
         "Clipped loss with entropy bonus, and its gradient",
-        "TRL: its log-prob and entropy in an eager loss",
+        "papo: in place of the logits; TRL: its statistics in an eager loss",
         {
             "papo": "papo loss+grad, entropy",
             "torch.compile": "compile fwd+bwd",
@@ -67,8 +67,8 @@ def draw(path: Path) -> str:
     canvas.text(
         18,
         HEIGHT - 30,
-        f"{machine['cpu']} ({machine['isa']}), {machine['date'][:10]}: process CPU time, cold cache, "
-        f"medians of {record['rounds']} interleaved rounds. "
+        f"{machine['cpu']} ({machine['isa']}), {machine['date'][:10]}: process CPU time, cold "
+        f"cache, medians of {record['rounds']} interleaved rounds. "
         f"torch {machine['torch'].partition('+')[0]}, TRL {machine['trl']}.",
         color="muted",
         size=11.5,

@@ -26,8 +26,8 @@ def draw(paths: Sequence[Path]) -> str:
     canvas = Canvas(
         WIDTH,
         HEIGHT,
-        "Line chart: mean entropy of the sampled tokens over 40 steps. Four runs of papo end between "
-        "0.5 and 1.2 nats; the run of grpo ends at 0.1.",
+        "Line chart: mean entropy of the sampled tokens over 40 steps. Four runs of papo end "
+        "between 0.5 and 1.2 nats; the run of grpo ends at 0.1.",
     )
     canvas.text(18, 26, "Mean entropy of a step's tokens, nats", size=15, bold=True)
     _axes(canvas)

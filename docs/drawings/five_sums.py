@@ -70,8 +70,8 @@ def draw() -> str:
     canvas = Canvas(
         WIDTH,
         HEIGHT,
-        "Diagram: one pass over a row of logits keeps its maximum, the sampled logit and four sums; "
-        "log-prob, entropy and the state term follow from them, and from those the polarity.",
+        "Diagram: one pass over a row of logits keeps its maximum, the sampled logit and four "
+        "sums; log-prob, entropy and the state term follow from them, and from those the polarity.",
     )
     headers = ("one row of logits", "one pass keeps", "statistics", "polarity")
     for x, words in zip((18, 214, 436, 692), headers, strict=True):

@@ -1,0 +1,23 @@
+"""What the documents say that scripts make: the images and the memory table."""
+
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks import memory_model
+from docs.drawings import IMAGES, ROOT, draw_all
+
+
+def test_the_images_are_what_the_scripts_draw() -> None:
+    drawn = draw_all()
+    committed = {path.name: path.read_text() for path in IMAGES.glob("*.svg")}
+    assert sorted(committed) == sorted(drawn)
+    for name, image in drawn.items():
+        assert committed[name] == image, f"{name}: run `make drawings`"
+        ElementTree.fromstring(image)
+
+
+def test_the_memory_table_is_what_the_model_gives() -> None:
+    table = memory_model.table((8192, 32768), torch.bfloat16)
+    page = (ROOT / "docs" / "head.md").read_text()
+    assert table in page, "run: python -m benchmarks.memory_model"

@@ -1,5 +1,5 @@
 // papo_kernels._C: pointers as integers, strides and sizes in, a RuntimeError out. The callers
-// (papo_kernels/_native_impl.py) own the tensors and have validated them.
+// (papo_kernels/backends/native.py) own the tensors and have validated them.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

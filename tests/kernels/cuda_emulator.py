@@ -23,7 +23,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from papo_kernels import backend, cuda_impl, tuning
+from papo_kernels.backends import choice as backend
+from papo_kernels.backends import cuda as cuda_impl
+from papo_kernels.backends import tuning
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("calls", "fused_loss", "statistics", "streamed", "token_stats")
@@ -261,7 +263,7 @@ def emulated(
     resident: int = 2,
     seed: int = 0,
 ) -> Iterator[Native]:
-    """`papo_kernels.cuda_impl` serves CPU tensors, on a device of these limits.
+    """`papo_kernels.backends.cuda` serves CPU tensors, on a device of these limits.
 
     Args:
         max_cluster: 0: as on sm_80, without clusters.
@@ -283,8 +285,8 @@ def emulated(
 
     backend._choose.cache_clear()
     with (
-        mock.patch("papo_kernels._native.module", lambda: native),
-        mock.patch("papo_kernels.cuda_impl.BACKEND._launch", launch),
+        mock.patch("papo_kernels.backends.extension.module", lambda: native),
+        mock.patch("papo_kernels.backends.cuda.BACKEND._launch", launch),
         mock.patch.dict(backend._CANNOT, {"cuda": cannot}),
     ):
         yield native

@@ -69,7 +69,7 @@ def compiled(arch, call):
     """The kernels that `call` would launch, as (name, kernel)."""
     from triton.runtime import driver
 
-    from papo_kernels.triton_impl import launch
+    from papo_kernels.backends.triton import launch
 
     kernels = []
 
@@ -103,14 +103,14 @@ def logits_of(v, dtype, n):
 
 
 def stats(v, dtype, n=100, softcap=0.0):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     targets = torch.zeros(n, dtype=torch.int64)
     triton_impl.token_stats_fwd(logits_of(v, dtype, n), targets, RowParams(0.9, softcap, v))
 
 
 def backward(v, dtype, n=100, squares=True):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     g, targets = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     state = torch.zeros(n, 6, dtype=torch.float64)
@@ -120,7 +120,7 @@ def backward(v, dtype, n=100, squares=True):
 
 
 def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     g, logits = torch.zeros(n), logits_of(v, dtype, n)
     triton_impl.policy_loss_fwd(
@@ -136,7 +136,7 @@ def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
 
 
 def scale(dtype):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     triton_impl.scale_(logits_of(LONG, dtype, 8), torch.ones(()))
 
@@ -256,7 +256,7 @@ def test_both_entry_points_scan_with_the_same_instructions():
 
 def test_nothing_but_the_variant_leads_to_a_compilation():
     """Rows, columns, temperature, alignment of row tensors, coefficients: a kernel each, once."""
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     def calls():
         for n, v, t, clip in (

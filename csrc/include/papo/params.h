@@ -89,7 +89,7 @@ struct PolicyLossOut {
   bool* clipped;
 };
 
-// How rows are cut on a GPU, as papo_kernels/tuning.py has it from the table or the environment;
+// How rows are cut on a GPU, as papo_kernels/backends/tuning.py has it from the table or the environment;
 // zeros: derived from the device. csrc/cuda/choice.h says what fits.
 struct TileChoice {
   int kernel;  // kOnChip, kStreamed; 0: on chip where rows fit

@@ -1,5 +1,6 @@
 """What the documents say that scripts make: the images and the memory table."""
 
+import re
 from xml.etree import ElementTree
 
 import torch
@@ -21,3 +22,13 @@ def test_the_memory_table_is_what_the_model_gives() -> None:
     table = memory_model.table((8192, 32768), torch.bfloat16)
     page = (ROOT / "docs" / "head.md").read_text()
     assert table in page, "run: python -m benchmarks.memory_model"
+
+
+def test_the_readme_reads_the_charts_figures_out() -> None:
+    readme = (ROOT / "README.md").read_text()
+    alt = re.search(r"!\[([^]]*)\]\(docs/images/cpu-kernels\.svg\)", readme)
+    chart = (IMAGES / "cpu-kernels.svg").read_text()
+    assert alt is not None
+    figures = re.findall(r"\d[\d.,]*\d", alt[1])
+    assert len(figures) > 12
+    assert [figure for figure in figures if figure not in chart] == []

@@ -26,7 +26,7 @@ from torch import Tensor
 from papo_kernels import backend, cuda_impl, tuning
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("calls", "fused_loss", "statistics", "streamed", "token_stats")
+SOURCES = ("calls", "from_state", "resident", "resident_stats", "scale", "streamed")
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -65,8 +65,8 @@ TokenInputs = _struct(
         for name in ("targets", "advantages", "token_weight", "old_logp", "ref_logp", "state")
     ),
 )
-PolicyLossParams = _struct(
-    "PolicyLossParams",
+Objective = _struct(
+    "Objective",
     *((name, F64) for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")),
 )
 Weighting = _struct(
@@ -201,7 +201,7 @@ class Native:
     TokenStatsOut = TokenStatsOut
     TokenStatsGrads = TokenStatsGrads
     TokenInputs = TokenInputs
-    PolicyLossParams = PolicyLossParams
+    Objective = PolicyLossParams
     Weighting = Weighting
     PolicyLossOut = PolicyLossOut
     TileChoice = TileChoice
@@ -231,8 +231,8 @@ class Native:
         args = (logits, targets, state, grads, row, dlogits, launch)
         self._call("token_stats_bwd", [logits, dlogits], *args)
 
-    def policy_loss(self, logits, tokens, params, weighting, row, out, dlogits, launch):
-        args = (logits, tokens, params, weighting, row, out, dlogits, launch)
+    def policy_loss(self, logits, tokens, objective, weighting, row, out, dlogits, launch):
+        args = (logits, tokens, objective, weighting, row, out, dlogits, launch)
         self._call("policy_loss", [logits, dlogits], *args)
 
     def scale(self, matrix, factor, launch):

@@ -176,7 +176,7 @@ double scaled_logit(double z, const papo::RowParams& row) {
 Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
                  const papo::RowParams& row) {
   Row u(z.size());
-  for (size_t i = 0; i < z.size(); ++i) u[i] = papo::scaled_logit(z[i], row);
+  for (size_t i = 0; i < z.size(); ++i) u[i] = scaled_logit(z[i], row);
   const auto state = one_pass<double>(u, 0, static_cast<int>(u.size()));
   const auto grad = papo::make_row_grad(state, papo::finish(state, u[target]), g);
   Row dz(z.size(), 0.0);
@@ -193,7 +193,7 @@ Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
 double objective(const Row& z, int target, const papo::Upstream<double>& g,
                  const papo::RowParams& row) {
   Row u(z.size());
-  for (size_t i = 0; i < z.size(); ++i) u[i] = papo::scaled_logit(z[i], row);
+  for (size_t i = 0; i < z.size(); ++i) u[i] = scaled_logit(z[i], row);
   const Exact s = exact_stats(u, target);
   const long double total = g.entropy * s.entropy + g.unit_polarity * s.unit_polarity;
   return static_cast<double>(u[target] == -kInf ? total : total + g.logp * s.logp);

@@ -266,7 +266,7 @@ def test_rows_that_contribute_nothing(device_limits):
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
-def test_bad_rows_are_nan_and_their_neighbours_are_not(bad, device_limits):
+def test_bad_rows_are_nan_and_their_neighbors_are_not(bad, device_limits):
     """One such element anywhere, or all of them; a single -inf is a masked token and no bad row."""
     v, row = 1601, 3
     others = [i for i in range(9) if i != row]

@@ -14,8 +14,7 @@ namespace {
 
 using cpu::kChunk;
 
-// Elements whose maximum is taken before their exponentials. Between the two they stay in the L1
-// cache.
+// Elements whose maximum is taken before their exponentials. They stay in the L1 cache for both.
 constexpr int64_t kBlock = 1024;
 static_assert(kChunk % kBlock == 0, "a chunk is a whole number of blocks");
 
@@ -188,8 +187,7 @@ struct GradWriter {
   using V = typename Acc<S>::Vec;
   using Scalar = typename Acc<S>::Scalar;
   static constexpr int kStep = 2 * lanes<V>();
-  // Only where nothing is subtracted: in e a - e^2 b the error of e may be larger than what is
-  // left.
+  // Only where nothing is subtracted: in e a - e^2 b the error of e may exceed what is left.
   static constexpr bool kIsCoarse = kLogpOnly && std::is_same_v<S, BFloat16>;
 
   Prep<V> prep;

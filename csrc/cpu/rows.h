@@ -71,8 +71,7 @@ class Rows {
     return state;
   }
 
-  // Chunks are merged in order, whichever thread scanned them: the number of threads changes no
-  // bit.
+  // Chunks are merged in order, whichever thread scanned them: the bits do not depend on threads.
   template <typename ChunkState>
   RowScan merge_row(int64_t i, int64_t target, const ChunkState& chunk_state) const {
     RowScan scan{RowState<double>::empty(), target_u(i, target)};

@@ -1,5 +1,4 @@
-// The entry points: a call is checked, gets its constants and tiles, and goes to the kernel that
-// serves it.
+// The entry points. A call is checked, gets its constants and tiles, and goes to a kernel.
 #include <math.h>
 #include <stdio.h>
 
@@ -16,7 +15,7 @@ struct Low {
   uint32_t bits;
 };
 
-// The type's number at or above `least` < 0: the next one toward 0, or one near that.
+// A number of the type near `least` < 0, and no larger in magnitude where the type has one.
 Low low_of(DType dtype, float least) {
   if (dtype == DType::kFloat32) {
     Low low = {least, 0};
@@ -31,8 +30,7 @@ Low low_of(DType dtype, float least) {
     __builtin_memcpy(&low.value, &bits, sizeof(bits));
     return low;
   }
-  // float16: minus the power of two below -least, within [2^-14, 2^15], or minus the largest
-  // number.
+  // float16: a power of two within [2^-14, 2^15], or the largest number, and a minus sign.
   if (least <= -65504.0f) return {-65504.0f, 0xfbfffbffu};
   int exponent;
   frexpf(-least, &exponent);  // 2^(exponent - 1) <= -least
@@ -88,8 +86,7 @@ Status cannot_run(int cluster, int shared_bytes) {
 }
 
 // Runs a call whose rows are to be summed. If the device cannot run the tile's clusters, all rows
-// are streamed, also those of statistics, so that the sums of a row have the same bits in every
-// call.
+// are streamed, also those of statistics: a row's sums have the same bits in every call.
 Status launch_rows(RowsCall call, const Launch& launch) {
   const DeviceLimits limits = device_of(launch.device).limits;
   const Chosen chosen =

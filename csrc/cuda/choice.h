@@ -33,8 +33,7 @@ inline const char* no_power_of_two(const char* what, int value) {
   return text;
 }
 
-// Whether a multiprocessor has room for `blocks` blocks of so many compute warps and the service
-// warps.
+// Why a multiprocessor has no room for `blocks` blocks of so many compute warps; null if it has.
 inline const char* why_crowded(int64_t warps, int blocks, int64_t shared_bytes,
                                const DeviceLimits& device) {
   if (blocks < 1) return beyond("blocks", blocks, "the least", 1);

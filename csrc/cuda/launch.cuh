@@ -189,8 +189,7 @@ namespace cuda {
 constexpr int kClusterPtx = 90;
 constexpr int kAnyPtx = 80;
 
-// Launches a persistent grid: `work` clusters, or as many as the device runs at a time if those are
-// fewer.
+// Launches a persistent grid of `work` clusters, or of as many as the device runs at a time.
 template <typename... Params, typename... Args>
 Status launch_persistent(void (*kernel)(Params...), LaunchShape shape, int64_t work,
                          const Launch& launch, const Args&... args) {
@@ -200,8 +199,8 @@ Status launch_persistent(void (*kernel)(Params...), LaunchShape shape, int64_t w
   return launch_kernel(kernel, shape, launch.stream, args...);
 }
 
-// Calls fn(In{}, Out{}) with the stored types of a call. Of float32 logits the gradient may be
-// half-width.
+// Calls fn(In{}, Out{}) with the stored types of a call. float32 logits may have a half-width
+// gradient.
 template <typename Fn>
 Status with_types(const Matrix& logits, const Matrix& dlogits, const Fn& fn) {
   const DType out = dlogits.data == nullptr ? logits.dtype : dlogits.dtype;

@@ -186,8 +186,7 @@ class ResidentRows {
     for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
   }
 
-  // For warp 0, the softcapped logit of the sampled token if it is in this block's slice. Otherwise
-  // -inf.
+  // Warp 0 gets the softcapped logit of the sampled token if it is in this block's slice, or -inf.
   template <typename At>
   PAPO_DEVICE float sampled(const Job& job, const At& stage) const {
     const int place = job.column - slice_.begin;

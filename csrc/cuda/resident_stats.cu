@@ -111,8 +111,7 @@ class StatsRows {
     int k = 0;
     for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
       for (int slice = 0; slice < tile_.cluster; ++slice) {
-        // Also for the slices of other teams: a parity tells two phases apart, so none may be
-        // missed.
+        // Also for slices of other teams: a parity tells two phases apart, so none may be missed.
         machine::barrier_wait(full(at.buffer), at.parity, "full");
         if ((slice & (stats_.teams - 1)) == team) {
           scan(job, slice, mine, at.buffer, masked, k);

@@ -83,8 +83,8 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
 }
 
 // Returns the row's gradient, if the call wants one: that of its token's loss, or of its statistics
-// with the upstream gradients. Whoever `writes` writes the row's outputs. A null `weighting` is
-// loaded here.
+// with the upstream gradients. The thread for which `writes` is true writes the row's outputs. A
+// null `weighting` is loaded here.
 PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan scan,
                                    const TokenNumbers& numbers,
                                    const WeightingValues<float>* weighting, bool writes) {

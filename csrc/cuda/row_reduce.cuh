@@ -3,10 +3,10 @@
 // Lanes count in base 2, about a maximum m that their warp shares. With unit = log2(e)/temperature:
 //   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y
 // In the usual case y comes from one fma, x unit - M, where M is m unit rounded. The rounding error
-// o = m unit - M is known exactly and is the same for every element: the sums are about m - o /
-// unit. A warp leaves the sums of all elements but its maximum, which about itself adds exactly 1,
-// 0, 1, 0. So beside a nearly certain token the others keep their digits. From there on the sums
-// are a RowState<double> in nats, merged as everywhere else.
+// o = m unit - M is known exactly and is the same for every element: the sums are about m - o/unit.
+// A warp leaves the sums of all elements but its maximum, which about itself adds exactly 1 to Z
+// and Z2, and 0 to T and T2. So beside a nearly certain token the others keep their digits. From
+// there on the sums are a RowState<double> in nats, merged as everywhere else.
 #pragma once
 
 #include "papo/row_state.h"
@@ -17,8 +17,7 @@ namespace cuda {
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
-// y of a masked logit. 2^y is 0 here, and its product with y is too, where that with -inf would be
-// NaN.
+// y of a masked logit. 2^y and 2^y y are then 0, where y = -inf would make the product NaN.
 constexpr float kFloor = -500.0f;
 
 // 2^x for |x| <= 2^-4, good to 2e-9.
@@ -98,8 +97,7 @@ struct LaneSums {
     Z2 = machine::mul(a2, Z2);
   }
 
-  // Takes out one element at y = o, which is in one of the two halves. What it added is known
-  // exactly.
+  // Takes out one element at y = o, which is in one of the halves. What it added is known exactly.
   PAPO_DEVICE void take_out(float o) {
     const float e = machine::exp2_fast(o);
     const Pair by = Z.lo >= e ? Pair{-e, 0.0f} : Pair{0.0f, -e};
@@ -253,8 +251,7 @@ class WarpScan {
  private:
   enum Mode : int { kNothing, kFast, kCareful };  // kNothing: only masked logits so far
 
-  // Moves to the warp's maximum if that is new. Returns false if the row is bad, which it then
-  // stays.
+  // Moves to the warp's maximum if that is new. Returns false if the row is bad, for good.
   PAPO_DEVICE bool raise(float lane_top) {
     const float raw = unordered(machine::warp_max(ordered(lane_top)));
     if (!(raw < infinity<float>())) {
@@ -290,8 +287,7 @@ class WarpScan {
   }
 
   // Leaves each lane one of the warp's four totals: number `which` of Z, T, Z2, T2. In the first
-  // two steps a lane keeps half of what it has, so that there are a third of the shuffles of four
-  // sums.
+  // two steps a lane keeps half of what it has. That takes a third of the shuffles of four sums.
   PAPO_DEVICE float warp_total(int lane, int& which) const {
     const float Z = sums_.Z.lo + sums_.Z.hi;
     const float T1 = sums_.T.lo + sums_.T.hi;

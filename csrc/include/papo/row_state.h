@@ -23,7 +23,7 @@ struct RowState {
     if (max == new_max) return *this;
     const A shift = max - new_max;
     const A alpha = exp(shift);
-    // Below here alpha * shift is 0 too, but for a shift of -inf it would come out as NaN.
+    // Nothing is left of the sums, and a shift of -inf would turn them into NaN.
     if (alpha == A(0)) return {new_max, A(0), A(0), A(0), A(0)};
     const A alpha2 = alpha * alpha;
     return {new_max, alpha * Z, alpha * (T + shift * Z), alpha2 * Z2, alpha2 * (T2 + shift * Z2)};

@@ -1,9 +1,11 @@
 """The CUDA sources compiled for this machine's CPU, where every CUDA thread is a fiber.
 
-`emulated()` lets backend "cuda" serve CPU tensors: the kernels, launchers and wrappers are the real
-ones; only csrc/cuda/machine.cuh, the layer of PTX instructions, is replaced (see
-tests/cpp/emulated_machine.h for what that reports). The device is made up, and small, so that
-short rows already spread over clusters and buffers.
+The kernels, launchers and wrappers are the real ones. Only csrc/cuda/machine.cuh, the layer of PTX
+instructions, is replaced; tests/cpp/emulated_machine.h says what that reports. The library is built
+once, for all processes and runs.
+
+`EmulatedBackend` is the CUDA backend for CPU tensors, an object with the functions of the backend
+protocol. Within `emulated()` the backend called "cuda" serves CPU tensors too.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,7 +31,7 @@ from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.backends import tuning
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("calls", "fused_loss", "statistics", "streamed", "token_stats")
+SOURCES = ("calls", "from_state", "resident", "resident_stats", "scale", "streamed")
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -67,8 +70,8 @@ TokenInputs = _struct(
         for name in ("targets", "advantages", "token_weight", "old_logp", "ref_logp", "state")
     ),
 )
-PolicyLossParams = _struct(
-    "PolicyLossParams",
+Objective = _struct(
+    "Objective",
     *((name, F64) for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")),
 )
 Weighting = _struct(
@@ -148,11 +151,20 @@ StatsTile = _struct(
 Chosen = _struct("Chosen", ("tile", Tile), ("stats", StatsTile), ("error", ctypes.c_char_p))
 
 H100 = DeviceLimits(132, 232448, 233472, 16)
+# Made-up devices, as arguments of `emulated`. The small ones spread short rows over clusters.
+DEVICES: dict[str, dict[str, int]] = {
+    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
+    "ahead": {},
+    # Two buffers fit at most: sums and gradient of a row follow each other.
+    "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
+    # As on sm_80: rows are streamed.
+    "no_clusters": {"max_cluster": 0},
+    "h100": {name: getattr(H100, name) for name, _ in H100._fields_[1:]},
+}
 
 
 def _built() -> Path:
-    """The emulated backend as a shared library, compiled once for all processes and runs until what
-    it is made of changes."""
+    """The kernels as a shared library, compiled when what it is made of has changed."""
     inputs = sorted(
         path
         for pattern in ("csrc/include/papo/*", "csrc/cuda/*", "tests/cpp/emulated_*")
@@ -178,7 +190,7 @@ def _built() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The emulated backend."""
+    """The emulated kernels behind the C interface of tests/cpp/emulated_cuda.cpp."""
     lib = ctypes.CDLL(str(_built()))
     for name in ("token_stats_fwd", "token_stats_bwd", "policy_loss", "scale"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
@@ -203,7 +215,7 @@ class Native:
     TokenStatsOut = TokenStatsOut
     TokenStatsGrads = TokenStatsGrads
     TokenInputs = TokenInputs
-    PolicyLossParams = PolicyLossParams
+    Objective = Objective
     Weighting = Weighting
     PolicyLossOut = PolicyLossOut
     TileChoice = TileChoice
@@ -233,8 +245,8 @@ class Native:
         args = (logits, targets, state, grads, row, dlogits, launch)
         self._call("token_stats_bwd", [logits, dlogits], *args)
 
-    def policy_loss(self, logits, tokens, params, weighting, row, out, dlogits, launch):
-        args = (logits, tokens, params, weighting, row, out, dlogits, launch)
+    def policy_loss(self, logits, tokens, objective, weighting, row, out, dlogits, launch):
+        args = (logits, tokens, objective, weighting, row, out, dlogits, launch)
         self._call("policy_loss", [logits, dlogits], *args)
 
     def scale(self, matrix, factor, launch):
@@ -263,11 +275,11 @@ def emulated(
     resident: int = 2,
     seed: int = 0,
 ) -> Iterator[Native]:
-    """`papo_kernels.backends.cuda` serves CPU tensors, on a device of these limits.
+    """Backend "cuda" serves CPU tensors, on a device of these limits.
 
     Args:
         max_cluster: 0: as on sm_80, without clusters.
-        resident: clusters (blocks, for kernels without) that run at a time.
+        resident: clusters that run at a time, or blocks of kernels that use none.
         seed: of the order in which threads run and transfers arrive.
     """
     native = Native()
@@ -291,6 +303,36 @@ def emulated(
     ):
         yield native
     backend._choose.cache_clear()
+
+
+class EmulatedBackend:
+    """The CUDA backend for CPU tensors: the four functions of the backend protocol.
+
+    Every call starts from the same state of the emulated machine, so its result depends on its
+    arguments alone.
+
+    Args:
+        device: arguments of `emulated`, such as those in `DEVICES`.
+    """
+
+    def __init__(self, **device: int) -> None:
+        self._device = device
+
+    def token_stats_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        with emulated(**self._device):
+            return cuda_impl.BACKEND.token_stats_fwd(*args, **options)
+
+    def token_stats_bwd(self, *args: Any, **options: Any) -> Tensor:
+        with emulated(**self._device):
+            return cuda_impl.BACKEND.token_stats_bwd(*args, **options)
+
+    def policy_loss_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        with emulated(**self._device):
+            return cuda_impl.BACKEND.policy_loss_fwd(*args, **options)
+
+    def scale_(self, *args: Any, **options: Any) -> None:
+        with emulated(**self._device):
+            cuda_impl.BACKEND.scale_(*args, **options)
 
 
 def at_offset(x: Tensor, stride: int, elements: int) -> Tensor:

@@ -16,7 +16,7 @@ from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 from tests.cases import LAYOUTS, LOGITS, Case, make_case, make_loss_case
 from tests.kernels import test_golden
-from tests.kernels.cuda_emulator import at_offset, emulated
+from tests.kernels.cuda_emulator import DEVICES, EmulatedBackend, at_offset, emulated
 from tests.kernels.test_extremes import check_nearly_certain_tokens
 from tests.oracle import check_policy_loss, check_token_stats
 
@@ -27,14 +27,6 @@ EVERY_TERM = PolicyLossParams(
 )
 WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The same call in the three ways there are to run it; the device's limits decide.
-DEVICES = {
-    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
-    "ahead": {},
-    # Two buffers fit at most: sums and gradient of a row follow each other.
-    "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
-    "no_clusters": {"max_cluster": 0},
-}
 # (N, V, which regime it covers)
 SHAPES = (
     (1, 1, "one element: less than a word, one lane of one warp"),
@@ -46,7 +38,8 @@ SHAPES = (
 )
 
 
-@pytest.fixture(params=DEVICES)
+# The three ways there are to run a call; the device's limits decide.
+@pytest.fixture(params=["ahead", "in_turn", "no_clusters"])
 def device_limits(request):
     return DEVICES[request.param]
 
@@ -122,6 +115,24 @@ def test_a_slice_of_several_buffers():
         check_policy_loss(case, "cuda", inplace=True)
         assert native.widest_cluster == 8
         check_token_stats(case, "cuda")
+
+
+def test_the_backend_as_an_object():
+    """The four functions, one after the other, with no emulated machine around them."""
+    served = EmulatedBackend(**DEVICES["in_turn"])
+    logits, targets, row = torch.randn(3, 50), torch.tensor([7, -100, 49]), RowParams(0.8, 0.0, 50)
+    *stats, state = served.token_stats_fwd(logits, targets, row)
+    *wanted, wanted_state = reference.token_stats_fwd(logits, targets, row)
+    torch.testing.assert_close(stats, wanted)
+    grads = (torch.ones(3), None, torch.ones(3))
+    dlogits = served.token_stats_bwd(logits, targets, state, grads, row)
+    served.scale_(dlogits, torch.tensor(2.0))
+    wanted_dlogits = 2 * reference.token_stats_bwd(logits, targets, wanted_state, grads, row)
+    torch.testing.assert_close(dlogits, wanted_dlogits)
+    tokens = TokenInputs(torch.ones(3), torch.ones(3), None, None)
+    args = (logits, targets, tokens, PolicyLossParams(), None, row, None)
+    got, expected = served.policy_loss_fwd(*args), reference.policy_loss_fwd(*args)
+    torch.testing.assert_close(got, tuple(expected))
 
 
 # ---- orders -------------------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def test_rows_that_contribute_nothing(device_limits):
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
-def test_bad_rows_are_nan_and_their_neighbours_are_not(bad, device_limits):
+def test_bad_rows_are_nan_and_their_neighbors_are_not(bad, device_limits):
     """One such element anywhere, or all of them; a single -inf is a masked token and no bad row."""
     v, row = 1601, 3
     others = [i for i in range(9) if i != row]

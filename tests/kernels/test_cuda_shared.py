@@ -17,19 +17,13 @@ from tests.kernels import (
     test_protocol,
     test_regimes,
 )
-from tests.kernels.cuda_emulator import H100, emulated
+from tests.kernels.cuda_emulator import DEVICES, emulated
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEFT_OUT = {
     "test_complaint_21_more_rows_than_a_grid_dimension_holds": "14 s; the grid is one-dimensional",
-}
-# An H100's limits; a small device whose blocks hold one row at a time; one as sm_80.
-DEVICES = {
-    "h100": {name: getattr(H100, name) for name, _ in H100._fields_[1:]},
-    "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
-    "no_clusters": {"max_cluster": 0},
 }
 
 
@@ -59,7 +53,7 @@ MODULES = (test_complaints, test_extremes, test_policy_loss, test_protocol, test
 # Everything on the device that matters most, what users ran into on the others too.
 CASES = [
     pytest.param(device, *test.values, id=f"{test.id}-{device}")
-    for device in DEVICES
+    for device in ("h100", "in_turn", "no_clusters")
     for module in (MODULES if device == "h100" else (test_complaints,))
     for test in shared_tests(module)
 ]

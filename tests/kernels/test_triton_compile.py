@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.types import RowParams, TokenInputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -127,7 +127,7 @@ def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
         logits,
         torch.zeros(n, dtype=torch.int64),
         TokenInputs(g, g, g, g),
-        PolicyLossParams(),
+        Objective(),
         None,
         RowParams(0.9, softcap, v),
         (logits if narrow is None else logits_of(v, narrow, n)) if gradient else None,
@@ -272,8 +272,10 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
                 triton_impl.token_stats_bwd(logits, targets, state, (values, None, values), row)
                 for old, kl in ((values, 0.0), (None, 0.5)):
                     tokens = TokenInputs(values, values, old, values)
-                    params = PolicyLossParams(clip, clip, None, kl, clip)
-                    triton_impl.policy_loss_fwd(logits, targets, tokens, params, None, row, logits)
+                    objective = Objective(clip, clip, None, kl, clip)
+                    triton_impl.policy_loss_fwd(
+                        logits, targets, tokens, objective, None, row, logits
+                    )
             triton_impl.scale_(logits, torch.ones(()))
 
     kernels = compiled(90, calls)

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Case, environment, produced, time_interleaved, write_json
 from benchmarks.peers import logp_entropy
 from benchmarks.shapes import CPU_SHAPES, Shape
-from papo_kernels import PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Objective, policy_loss, token_stats
 from papo_kernels.backends import extension as _native
 
 try:
@@ -67,8 +67,8 @@ class Workload:
             self.advantages,
             self.token_weight,
             old_logp=self.old_logp,
-            params=PolicyLossParams(entropy_coef=entropy_coef),
-            inplace=True,
+            objective=Objective(entropy_coef=entropy_coef),
+            compute=Compute(inplace=True),
         )
         out.loss.backward()
         return self.scratch

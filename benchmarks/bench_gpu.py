@@ -97,7 +97,7 @@ class Bench:
         work = LinearWorkload(shape, self.device)
         cases = [
             Case("three bare products", work.products),
-            Case("papo linear_policy_loss", work.loss),
+            Case("papo policy_loss", work.loss),
         ]
         cases += peers.linear_cases(work.hidden, work.weight, work.targets)
         measured = measure(cases, max(5, self.rounds // 4), self.stopwatch)

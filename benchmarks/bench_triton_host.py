@@ -60,24 +60,25 @@ class Driver:
 
 def calls() -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
-    from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+    from papo_kernels import Compute, Objective, PolarityWeighting, policy_loss, token_stats
 
     logits = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16)
     leaf = logits.clone().requires_grad_()
     targets, values = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
-    params, weighting = PolicyLossParams(entropy_coef=0.01), PolarityWeighting(0.5, 0.5)
+    objective, weighting = Objective(entropy_coef=0.01), PolarityWeighting(0.5, 0.5)
+    compute = Compute("triton")
 
     def stats(of: torch.Tensor = logits) -> None:
-        token_stats(of, targets, backend="triton")
+        token_stats(of, targets, compute=compute)
 
     def loss(of: torch.Tensor = logits, **more: Any) -> None:
-        policy_loss(of, targets, values, values, old_logp=values, backend="triton", **more)
+        policy_loss(of, targets, values, values, old_logp=values, compute=compute, **more)
 
     return {
         "token_stats": stats,
         "token_stats, differentiable": lambda: stats(leaf),
         "policy_loss": loss,
-        "policy_loss, weighted": lambda: loss(params=params, weighting=weighting),
+        "policy_loss, weighted": lambda: loss(objective=objective, weighting=weighting),
         "policy_loss, differentiable": lambda: loss(leaf),
     }
 

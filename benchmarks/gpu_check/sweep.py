@@ -21,7 +21,7 @@ from benchmarks.gpu_check.worker import LOST
 from benchmarks.gpu_workload import Workload
 from benchmarks.harness import Case, Stopwatch, measure, one_line, produced
 from benchmarks.shapes import Shape
-from papo_kernels import policy_loss
+from papo_kernels import Compute, policy_loss
 from papo_kernels.backends import tuning
 
 ROUNDS = 5
@@ -224,8 +224,7 @@ def _reference_gradient(work: Workload, rows: Tensor) -> Tensor:
         work.token_weight[rows].double(),
         old_logp=work.old_logp[rows].double(),
         weighting=work.weighting,
-        inplace=True,
-        backend="reference",
+        compute=Compute("reference", inplace=True),
     )
     out.loss.backward()
     return logits

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from papo_kernels.backends.choice import choose
 from papo_kernels.checks import counted_columns
-from papo_kernels.reference import merge_states
 from papo_kernels.source import Compute, LazyLogits
 
 from .checks import prepare
@@ -55,6 +54,9 @@ class Split(NamedTuple):
         return Shard(first, columns, self._merge)
 
     def _merge(self, state: Tensor) -> Tensor:
+        # Here, since importing papo_kernels loads no backend.
+        from papo_kernels.reference import merge_states
+
         states = state.new_empty((len(self.rows) * state.shape[0], state.shape[1]))
         dist.all_gather_into_tensor(states, state.contiguous(), group=self.group)
         return merge_states(states.view(len(self.rows), *state.shape))

@@ -176,6 +176,9 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(*operands, targets, state)
         ctx.call = call
         ctx.set_materialize_grads(False)
+        # Where `refuse_lse` has to let a gradient of lse pass, there is none.
+        if run is _stats_operation:
+            ctx.mark_non_differentiable(stats[3])
         return tuple(stats)
 
     @staticmethod

@@ -108,6 +108,9 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, state)
         ctx.row, ctx.backend = row, backend
         ctx.set_materialize_grads(False)
+        # Where `refuse_lse` has to let a gradient of lse pass, there is none.
+        if run is _operation:
+            ctx.mark_non_differentiable(stats[3])
         return tuple(stats)
 
     @staticmethod

@@ -16,7 +16,7 @@ from papo.policy.weighting import WeightController
 from papo.train.session import Session
 from papo.train.stats import attach, token_stats_of
 from papo.train.step import Update, update
-from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo_kernels import Objective, PolarityWeighting
 from tests.distributed import tasks
 from tests.distributed.configs import deepspeed_dict
 from tests.distributed.tasks import make_batch, sequences, whole_weights
@@ -47,7 +47,7 @@ def step(
         make_batch,
         **{
             "micro_batch_size": 64,
-            "params": PolicyLossParams(),
+            "params": Objective(),
             "weighting": None,
             "controller": controller or WeightController(tasks.Weighting()),
             "lr": 1e-3,

@@ -22,7 +22,7 @@ from papo.policy.weighting import WeightController
 from papo.train.experience import with_token_weights
 from papo.train.stats import token_stats_of
 from papo.train.step import Update, update
-from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo_kernels import Compute, Objective, PolarityWeighting
 from tests.trainer.tiny import small_llama
 
 VOCABULARY = 96
@@ -117,7 +117,7 @@ def one_update(
         part,
         make_batch,
         micro_batch_size=micro,
-        params=PolicyLossParams(),
+        params=Objective(),
         weighting=weighting,
         controller=WeightController(Weighting()),
         lr=lr,
@@ -186,7 +186,7 @@ def run_unfused(tied: bool, aggregation: str, frozen: bool) -> dict[str, Any]:
             torch.full((n,), s.advantage),
             torch.full((n,), s.weight),
             weighting=PolarityWeighting(strength=0.5, phase=0.7, scale=1.1),
-            backend="reference",
+            compute=Compute("reference"),
         )
         out.loss.backward()
         loss += float(out.loss)
@@ -228,12 +228,12 @@ def run_nothing(stage: int) -> dict[str, Any]:
 
 def run_head_outside_a_gather() -> dict[str, Any]:
     """What a user of ZeRO-3 gets who passes the head's weight by attribute."""
-    from papo_kernels import linear_token_stats
+    from papo_kernels import Head, token_stats
 
     e = make_engine(3, tied=False)
     weight = e.policy.causal_lm.get_output_embeddings().weight
     try:
-        linear_token_stats(torch.zeros(4, weight.ds_shape[1]), weight, torch.arange(4))
+        token_stats(Head(weight)(torch.zeros(4, weight.ds_shape[1])), torch.arange(4))
         message = ""
     except ValueError as error:
         message = str(error)
@@ -289,7 +289,7 @@ def run_first_ratio(dtype: str) -> list[float]:
 
     ratios: list[float] = []
     for piece in micro_batches(part, 4, count=2):
-        ratios += loss_of(e, make_batch(piece), PolicyLossParams(), None).ratio.tolist()
+        ratios += loss_of(e, make_batch(piece), Objective(), None).ratio.tolist()
     return ratios
 
 
@@ -320,7 +320,7 @@ def run_stats(temperature: float) -> dict[str, Any]:
         trained,
         make_batch,
         micro_batch_size=4,
-        params=PolicyLossParams(),
+        params=Objective(),
         weighting=None,
         controller=WeightController(Weighting()),
         lr=0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Logits, Objective, PolarityWeighting, policy_loss, token_stats
 from tests.cases import make_case, make_loss_case
 
 pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]
@@ -40,9 +40,9 @@ def test_gradcheck_of_the_loss(on_policy, backend, dtypes):
     """Away from the kinks, where weight and clipping are constant under the small step."""
     if torch.float64 not in dtypes:
         return
-    params = PolicyLossParams(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0)
+    objective = Objective(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0)
     case = make_loss_case(
-        "normal", 8, 7, dtype=torch.float64, on_policy=on_policy, params=params, softcap=6.0
+        "normal", 8, 7, dtype=torch.float64, on_policy=on_policy, objective=objective, softcap=6.0
     )
     if on_policy:
         # r = exp(logp - stop_gradient(logp)) is 1 under a finite step too: its difference quotient
@@ -51,15 +51,14 @@ def test_gradcheck_of_the_loss(on_policy, backend, dtypes):
         (here,) = torch.autograd.grad(case.policy_loss(leaf, backend).loss, leaf)
         old_logp = case.token_stats(case.logits, backend).logp.detach()
         out = policy_loss(
-            leaf,
+            Logits(leaf, softcap=6.0),
             case.targets,
             case.advantages,
             case.token_weight,
             old_logp=old_logp,
             ref_logp=case.ref_logp,
-            params=params,
-            softcap=6.0,
-            backend=backend,
+            objective=objective,
+            compute=Compute(backend),
         )
         torch.testing.assert_close(here, torch.autograd.grad(out.loss, leaf)[0])
         return
@@ -125,10 +124,10 @@ def test_gradient_of_a_non_contiguous_batch(backend, device):
     g = torch.Generator().manual_seed(3)
     batch = torch.randn(3, 5, 40, generator=g).to(device).requires_grad_()
     targets = torch.randint(40, (3, 4), generator=g).to(device)
-    token_stats(batch[:, :-1], targets, backend=backend).logp.sum().backward()
+    token_stats(batch[:, :-1], targets, compute=Compute(backend)).logp.sum().backward()
     assert batch.grad[:, -1].eq(0).all()
     dense = batch.detach()[:, :-1].contiguous().requires_grad_()
-    token_stats(dense, targets, backend=backend).logp.sum().backward()
+    token_stats(dense, targets, compute=Compute(backend)).logp.sum().backward()
     assert torch.equal(batch.grad[:, :-1], dense.grad)
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from papo_kernels import policy_loss, token_stats
+from papo_kernels import Compute, policy_loss, token_stats
 from papo_kernels.backends import choice as backends
 from papo_kernels.backends import extension as _native
 from tests.cases import make_case
@@ -62,7 +62,7 @@ def test_the_argument_beats_the_environment_beats_the_preference(served):
     policy_loss(LOGITS, TARGETS, TARGETS.float(), TARGETS.float())
     assert set(served) == {"reference"}
     served.clear()
-    token_stats(LOGITS, TARGETS, backend="cpu")
+    token_stats(LOGITS, TARGETS, compute=Compute("cpu"))
     assert set(served) == {"cpu"}
     served.clear()
     os.environ["PAPO_BACKEND"] = ""
@@ -72,11 +72,9 @@ def test_the_argument_beats_the_environment_beats_the_preference(served):
 
 def test_backward_uses_the_backend_of_forward(served):
     logits = LOGITS.clone().requires_grad_()
-    loss = token_stats(logits, TARGETS, backend="reference").entropy.sum()
-    loss = (
-        loss
-        + policy_loss(logits, TARGETS, TARGETS.float(), TARGETS.float(), backend="reference").loss
-    )
+    loss = token_stats(logits, TARGETS, compute=Compute("reference")).entropy.sum()
+    values = TARGETS.float()
+    loss = loss + policy_loss(logits, TARGETS, values, values, compute=Compute("reference")).loss
     (2.0 * loss).backward()
     assert set(served) == {"reference"}
 
@@ -86,8 +84,8 @@ def test_the_choice_is_logged_once(fresh, caplog):
     for _ in range(3):
         token_stats(LOGITS, TARGETS)
     assert [r.getMessage() for r in caplog.records] == ["cpu for torch.float32 logits on cpu"]
-    token_stats(LOGITS, TARGETS, backend="reference")
-    token_stats(LOGITS, TARGETS, backend="reference")
+    token_stats(LOGITS, TARGETS, compute=Compute("reference"))
+    token_stats(LOGITS, TARGETS, compute=Compute("reference"))
     (message,) = [r.getMessage() for r in caplog.records[1:]]
     assert message == "reference for torch.float32 logits on cpu (asked for by backend)"
 
@@ -108,7 +106,7 @@ def test_the_reference_as_a_fallback_is_a_warning_with_the_reason(fresh, caplog)
 def test_what_cannot_serve_raises_with_the_reason(source, fresh):
     def call(name, logits=LOGITS):
         if source == "backend":
-            return token_stats(logits, TARGETS, backend=name)
+            return token_stats(logits, TARGETS, compute=Compute(name))
         fresh.setenv("PAPO_BACKEND", name)
         return token_stats(logits, TARGETS)
 
@@ -146,9 +144,9 @@ def test_a_missing_extension_says_how_to_build_it():
 import sys
 sys.modules["papo_kernels._C"] = None
 import torch
-from papo_kernels import token_stats
+from papo_kernels import Compute, token_stats
 try:
-    token_stats(torch.zeros(1, 4), torch.tensor([1]), backend="cpu")
+    token_stats(torch.zeros(1, 4), torch.tensor([1]), compute=Compute("cpu"))
 except ValueError as error:
     print(error)
 """
@@ -160,9 +158,9 @@ except ValueError as error:
 def test_an_unknown_instruction_set_says_what_there_is():
     code = """
 import torch
-from papo_kernels import token_stats
+from papo_kernels import Compute, token_stats
 try:
-    token_stats(torch.zeros(1, 4), torch.tensor([1]), backend="cpu")
+    token_stats(torch.zeros(1, 4), torch.tensor([1]), compute=Compute("cpu"))
 except ValueError as error:
     print(error)
 """

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Logits, Objective, policy_loss, token_stats
 from tests.cases import make_case, make_loss_case
 from tests.oracle import (
     assert_close,
@@ -25,10 +25,10 @@ from tests.oracle import (
 )
 
 
-def gradients(logits, targets, backend, **options):
+def gradients(logits, targets, backend, softcap=None):
     """Of logp + entropy + unit_polarity over all finite values."""
     z = logits.detach().clone().requires_grad_()
-    stats = token_stats(z, targets, backend=backend, **options)
+    stats = token_stats(Logits(z, softcap), targets, compute=Compute(backend))
     total = sum(torch.where(x.isfinite(), x, 0.0).sum() for x in stats[:3])
     return stats, torch.autograd.grad(total, z)[0]
 
@@ -41,7 +41,9 @@ def test_complaint_01_padded_columns_do_not_enter_the_sums(v, vocab_size, backen
     logits = torch.randn(1, v, generator=torch.Generator().manual_seed(0)).to(device)
     logits[:, vocab_size:] = 1e4
     targets = torch.arange(rows, device=device) * (vocab_size // rows)
-    stats = token_stats(logits.expand(rows, v), targets, vocab_size=vocab_size, backend=backend)
+    stats = token_stats(
+        Logits(logits.expand(rows, v), vocab_size=vocab_size), targets, compute=Compute(backend)
+    )
     plain = torch.log_softmax(logits[0, :vocab_size].double(), 0)
     assert (stats.logp <= 0).all()
     torch.testing.assert_close(stats.logp.double(), plain[targets], rtol=0, atol=2e-6)
@@ -143,7 +145,7 @@ def test_complaint_09_packed_next_token_labels(backend, device):
     logits = torch.randn(1, 12, 50, generator=g).to(device)
     labels = torch.randint(50, (1, 12), generator=g).to(device)
     labels[0, 5] = -100
-    logp = token_stats(logits[:, :-1], labels[:, 1:], backend=backend).logp
+    logp = token_stats(logits[:, :-1], labels[:, 1:], compute=Compute(backend)).logp
     eager = torch.log_softmax(logits.double(), -1)
     for t in range(11):
         label = int(labels[0, t + 1])
@@ -153,7 +155,7 @@ def test_complaint_09_packed_next_token_labels(backend, device):
 
 def test_complaint_10_the_ratio_scales_the_gradient(backend, device):
     """A ratio that is dropped shows as a gradient that ignores old_logp (Liger #1082)."""
-    case = make_loss_case("normal", 8, 60, device=device, params=PolicyLossParams(1.0, math.inf))
+    case = make_loss_case("normal", 8, 60, device=device, objective=Objective(1.0, math.inf))
     logits = case.logits.requires_grad_()
     grads = []
     for shift in (0.0, math.log(3.0)):
@@ -163,8 +165,8 @@ def test_complaint_10_the_ratio_scales_the_gradient(backend, device):
             case.advantages,
             case.token_weight,
             old_logp=case.old_logp - shift,
-            params=case.params,
-            backend=backend,
+            objective=case.objective,
+            compute=Compute(backend),
         )
         grads.append(torch.autograd.grad(out.loss, logits)[0])
     assert grads[0].abs().max() > 1e-3
@@ -181,7 +183,7 @@ def test_complaint_11_the_normaliser_is_an_argument(backend, device):
     targets = torch.randint(40, (3, 8), generator=g).to(device)
     advantages = torch.randn(3, 1, generator=g).expand(3, 8).to(device)
     mask = (torch.arange(8) < torch.tensor([[8], [3], [5]])).float().to(device)
-    old_logp = token_stats(logits, targets, backend="reference").logp - 0.1
+    old_logp = token_stats(logits, targets, compute=Compute("reference")).logp - 0.1
     ratio = math.exp(0.1)
     normalisers = {
         "token": (mask / mask.sum(), ((-ratio * advantages) * mask).sum() / mask.sum()),
@@ -192,7 +194,9 @@ def test_complaint_11_the_normaliser_is_an_argument(backend, device):
         "constant": (mask / (3 * 8), ((-ratio * advantages) * mask).sum() / 24),
     }
     for weight, expected in normalisers.values():
-        out = policy_loss(logits, targets, advantages, weight, old_logp=old_logp, backend=backend)
+        out = policy_loss(
+            logits, targets, advantages, weight, old_logp=old_logp, compute=Compute(backend)
+        )
         torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -234,7 +238,9 @@ def test_complaint_15_gradient_of_a_nearly_certain_token(p, v, backend, device, 
             plain_token_stats(leaf, rows, dtype=acc).logp.sum().backward()
             grads.append(leaf.grad[at])
         leaf = logits[:n].requires_grad_()
-        (dz,) = torch.autograd.grad(token_stats(leaf, rows[:n], backend=backend).logp.sum(), leaf)
+        (dz,) = torch.autograd.grad(
+            token_stats(leaf, rows[:n], compute=Compute(backend)).logp.sum(), leaf
+        )
         # Where fewer rows are run, plain torch is still judged by all of them.
         actual = grads[0].to(dtype)
         actual[:n] = dz[at[0][:n], at[1][:n]]
@@ -257,7 +263,7 @@ def test_complaint_21_more_rows_than_a_grid_dimension_holds(backend, device):
     logits = torch.randn(n, v, generator=torch.Generator().manual_seed(6)).to(device)
     targets = torch.arange(n, device=device) % v
     z = logits.requires_grad_()
-    stats = token_stats(z, targets, backend=backend)
+    stats = token_stats(z, targets, compute=Compute(backend))
     exact = plain_token_stats(logits.detach(), targets)
     for a, b in zip(stats, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-6)
@@ -277,7 +283,7 @@ def test_complaint_23_entropy_of_262144_equal_logits(backend, device, dtypes, si
     v = sizes(262_144, 32_768)
     for dtype in dtypes[-3:]:
         logits = torch.full((1, v), 0.5, dtype=dtype, device=device)
-        stats = token_stats(logits, torch.tensor([v - 1], device=device), backend=backend)
+        stats = token_stats(logits, torch.tensor([v - 1], device=device), compute=Compute(backend))
         assert stats.entropy.item() == pytest.approx(math.log(v), abs=1e-5)
         assert stats.logp.item() == pytest.approx(-math.log(v), abs=1e-5)
         assert abs(stats.unit_polarity.item()) < 1e-10
@@ -291,7 +297,9 @@ def test_complaint_29_softcap_is_that_of_transformers(softcap, backend, device):
     capped = torch.tanh(capped) * softcap
     for target in (0, 50, 75, 100):
         stats = token_stats(
-            z, torch.tensor([target], device=device), softcap=softcap, backend=backend
+            Logits(z, softcap=softcap),
+            torch.tensor([target], device=device),
+            compute=Compute(backend),
         )
         expected = torch.log_softmax(capped, -1)[0, target].item()
         assert stats.logp.item() == pytest.approx(expected, rel=2e-6, abs=2e-6)
@@ -313,7 +321,7 @@ def test_complaint_33_nearly_deterministic_tokens(gap, backend, device):
 def test_complaint_38_tiny_vocabularies_with_and_without_grad(v, backend, device, sizes):
     n = sizes(4, 1)
     check_token_stats(make_case("normal", n, v, device=device), backend)
-    case = make_loss_case("normal", n, v, device=device, params=PolicyLossParams(entropy_coef=0.1))
+    case = make_loss_case("normal", n, v, device=device, objective=Objective(entropy_coef=0.1))
     check_policy_loss(case, backend)
     with torch.no_grad():
         out = case.policy_loss(case.logits, backend)

@@ -10,29 +10,30 @@ import sys
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
+from papo_kernels import Compute, Objective, PolarityWeighting, token_stats
 from papo_kernels.backends import extension as _native
 from tests.cases import make_case, make_loss_case
 
-PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
+PARAMS = Objective(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
 CHUNK = 16384  # csrc/cpu/row_kernels.h
 
 # The kernel suite's core, run in a process that was told to use one instruction set.
 ISA_CHECK = """
 import torch
-from papo_kernels import PolarityWeighting, PolicyLossParams, _native
+from papo_kernels import Compute, Objective, PolarityWeighting, token_stats
+from papo_kernels.backends import cpu as cpu_impl, extension
 from tests.cases import LOGITS, make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
-assert _native.cpu_isa() == {isa!r}, _native.cpu_isa()
-params = PolicyLossParams(0.2, 0.28, 2.0, 0.04, 0.01)
+assert extension.cpu_isa() == {isa!r}, extension.cpu_isa()
+objective = Objective(0.2, 0.28, 2.0, 0.04, 0.01)
 weighting = PolarityWeighting(0.5, 0.7, "tanh", sigma=0.1)
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for kind in LOGITS:
         for row in ({{}}, {{"temperature": 0.7}}, {{"softcap": 20.0}}):
             check_token_stats(make_case(kind, 6, 133, dtype=dtype, **row), "cpu")
             case = make_loss_case(
-                kind, 6, 133, dtype=dtype, params=params, weighting=weighting, **row
+                kind, 6, 133, dtype=dtype, objective=objective, weighting=weighting, **row
             )
             check_policy_loss(case, "cpu", inplace=kind == "normal", factor=1.5)
     # Tails of every length around one and two vectors; V beyond a block and a chunk.
@@ -43,11 +44,10 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
         bad[i + 1, 2999 - i] = value
     bad[4] = -torch.inf
-    from papo_kernels import token_stats
-    entropy = token_stats(bad, torch.zeros(5, dtype=torch.int64), backend="cpu").entropy
+    targets = torch.zeros(5, dtype=torch.int64)
+    entropy = token_stats(bad, targets, compute=Compute("cpu")).entropy
     assert entropy.isnan().tolist() == [False, True, True, False, True], entropy
 # Loading, multiplying and rounding every half-precision number there is, to nearest even.
-from papo_kernels import cpu_impl
 for dtype in (torch.bfloat16, torch.float16):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
     for factor in (1.5, 0.3, -3.0, 1e-4):
@@ -60,7 +60,7 @@ for dtype in (torch.bfloat16, torch.float16):
 # The gradient is rounded to bfloat16 almost as if it had been exact: within 0.53 of a unit in the
 # last place, 0.5 being the format's own, down to the smallest normal numbers.
 z = torch.linspace(-74.0, 3.0, 1 << 14).to(torch.bfloat16).view(1, -1).requires_grad_()
-token_stats(z, torch.tensor([9]), backend="cpu").logp.sum().backward()
+token_stats(z, torch.tensor([9]), compute=Compute("cpu")).logp.sum().backward()
 exact = -torch.softmax(z.detach().double(), 1)
 exact[0, 9] += 1.0
 units = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 8)
@@ -117,7 +117,7 @@ def test_results_do_not_depend_on_the_number_of_threads(n, v, dtype, with_thread
         n,
         v,
         dtype=dtype,
-        params=PARAMS,
+        objective=PARAMS,
         weighting=PolarityWeighting(0.5, 0.5),
         vocab_size=v - 1 if v > 100 else None,
     )
@@ -132,7 +132,7 @@ def test_results_do_not_depend_on_the_number_of_threads(n, v, dtype, with_thread
 
 def test_bad_and_ignored_rows_where_rows_are_split(with_threads):
     """Two rows on eight threads: NaN in one part of a row reaches all of it and nothing else."""
-    case = make_loss_case("normal", 2, 100_000, params=PARAMS)
+    case = make_loss_case("normal", 2, 100_000, objective=PARAMS)
     with_threads(8)
     clean = everything(case, False)
     case.logits[1, 70_000] = torch.nan
@@ -147,7 +147,7 @@ def test_bad_and_ignored_rows_where_rows_are_split(with_threads):
 
 def test_run_to_run_determinism(with_threads):
     with_threads(4)
-    case = make_loss_case("normal", 3, 120_000, params=PARAMS)
+    case = make_loss_case("normal", 3, 120_000, objective=PARAMS)
     first = everything(case, False)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, everything(case, False), strict=True))
@@ -155,7 +155,7 @@ def test_run_to_run_determinism(with_threads):
 
 def _in_child(queue, logits, targets):
     torch.set_num_threads(2)
-    queue.put(token_stats(logits, targets, backend="cpu").logp.tolist())
+    queue.put(token_stats(logits, targets, compute=Compute("cpu")).logp.tolist())
 
 
 def test_a_forked_process_can_call_the_kernels(with_threads):
@@ -176,7 +176,7 @@ def test_a_forked_process_can_call_the_kernels(with_threads):
 def test_nothing_outside_the_rows_is_written(dtype):
     """Gradient in place over a slice of a larger buffer, at every alignment within a cache line."""
     n, v = 3, 77
-    case = make_loss_case("normal", n, v, dtype=dtype, params=PARAMS)
+    case = make_loss_case("normal", n, v, dtype=dtype, objective=PARAMS)
     from papo_kernels.backends import cpu as cpu_impl
     from papo_kernels.types import RowParams
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, reference
+from papo_kernels import Objective, PolarityWeighting, reference
 from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 from tests.cases import LAYOUTS, LOGITS, Case, make_case, make_loss_case
@@ -22,9 +22,7 @@ from tests.oracle import check_policy_loss, check_token_stats
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-EVERY_TERM = PolicyLossParams(
-    clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01
-)
+EVERY_TERM = Objective(clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, V, which regime it covers)
@@ -50,7 +48,7 @@ def test_shapes(n, v, device_limits):
         for dtype in DTYPES:
             check_token_stats(make_case("normal", n, v, dtype=dtype), "cuda")
             case = make_loss_case(
-                "normal", n, v, dtype=dtype, params=EVERY_TERM, weighting=WEIGHTING
+                "normal", n, v, dtype=dtype, objective=EVERY_TERM, weighting=WEIGHTING
             )
             check_policy_loss(case, "cuda", factor=-1.5)
             check_policy_loss(case, "cuda", inplace=True)
@@ -62,7 +60,7 @@ def test_kinds(kind, device_limits):
         for dtype in DTYPES:
             check_token_stats(make_case(kind, 16, 1601, dtype=dtype), "cuda")
             case = make_loss_case(
-                kind, 16, 1601, dtype=dtype, params=EVERY_TERM, weighting=WEIGHTING
+                kind, 16, 1601, dtype=dtype, objective=EVERY_TERM, weighting=WEIGHTING
             )
             check_policy_loss(case, "cuda", inplace=True)
 
@@ -104,14 +102,14 @@ def test_padding_columns(device_limits):
                 more = {"dtype": dtype, "vocab_size": vocab_size}
                 dlogits = check_token_stats(make_case("normal", 6, v, **more), "cuda")
                 assert dlogits[:, vocab_size:].eq(0).all()
-                case = make_loss_case("normal", 6, v, params=EVERY_TERM, **more)
+                case = make_loss_case("normal", 6, v, objective=EVERY_TERM, **more)
                 assert check_policy_loss(case, "cuda")[:, vocab_size:].eq(0).all()
 
 
 def test_a_slice_of_several_buffers():
     """37,500 columns do not fit one buffer of 32 KB; the ring holds one more than they fill."""
     with emulated(shared_per_block=110000, shared_per_multiprocessor=110000) as native:
-        case = make_loss_case("normal", 4, 300001, dtype=torch.bfloat16, params=EVERY_TERM)
+        case = make_loss_case("normal", 4, 300001, dtype=torch.bfloat16, objective=EVERY_TERM)
         check_policy_loss(case, "cuda", inplace=True)
         assert native.widest_cluster == 8
         check_token_stats(case, "cuda")
@@ -144,7 +142,7 @@ def one_call(case: Case, dlogits: torch.Tensor | None) -> tuple[torch.Tensor, ..
         case.logits,
         case.targets,
         TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp),
-        case.params,
+        case.objective,
         WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6),
         RowParams(case.temperature, case.softcap or 0.0, case.logits.shape[1]),
         dlogits,
@@ -154,7 +152,7 @@ def one_call(case: Case, dlogits: torch.Tensor | None) -> tuple[torch.Tensor, ..
 @pytest.mark.parametrize("v", [900, 3001, 8200])
 def test_every_order_of_threads_gives_the_same_bits(v, device_limits):
     """Sixteen orders, one to three clusters at a time: a missing barrier changes or hangs one."""
-    case = make_loss_case("normal", 11, v, dtype=torch.bfloat16, params=EVERY_TERM)
+    case = make_loss_case("normal", 11, v, dtype=torch.bfloat16, objective=EVERY_TERM)
     first = None
     for seed in range(16):
         with emulated(**device_limits, resident=1 + seed % 3, seed=seed):
@@ -180,7 +178,7 @@ def test_complaint_10_the_ratio_to_ones_own_logp_is_exactly_one(v, device_limits
                 for dlogits in (None, torch.empty_like(logits[rows])):
                     tokens = TokenInputs(ones[rows], ones[rows], logp[rows].contiguous(), None)
                     _, again, *_, ratio, _ = cuda_impl.policy_loss_fwd(
-                        moved[rows], targets[rows], tokens, PolicyLossParams(), None, row, dlogits
+                        moved[rows], targets[rows], tokens, Objective(), None, row, dlogits
                     )
                     assert torch.equal(again, logp[rows])
                     assert ratio.eq(1.0).all()
@@ -193,7 +191,7 @@ def test_complaint_10_the_ratio_to_ones_own_logp_is_exactly_one(v, device_limits
 def test_every_alignment_of_both_matrices(dtype, device_limits):
     """Rows that start anywhere within a word, in the logits and, elsewhere, in the gradient."""
     n, v = 3, 1203
-    case = make_loss_case("normal", n, v, dtype=dtype, params=EVERY_TERM)
+    case = make_loss_case("normal", n, v, dtype=dtype, objective=EVERY_TERM)
     per_word = 16 // case.logits.element_size()
     expected = None
     with emulated(**device_limits):
@@ -212,7 +210,7 @@ def test_every_alignment_of_both_matrices(dtype, device_limits):
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_float32_logits_with_a_narrower_gradient(narrow, device_limits):
-    case = make_loss_case("normal", 5, 1203, params=EVERY_TERM)
+    case = make_loss_case("normal", 5, 1203, objective=EVERY_TERM)
     row = RowParams(1.0, 0.0, 1203)
     g = torch.randn(3, 5)
     with emulated(**device_limits):
@@ -229,7 +227,7 @@ def test_float32_logits_with_a_narrower_gradient(narrow, device_limits):
 
 
 def test_in_place_and_beside_are_the_same(device_limits):
-    case = make_loss_case("masked", 9, 3001, dtype=torch.bfloat16, params=EVERY_TERM)
+    case = make_loss_case("masked", 9, 3001, dtype=torch.bfloat16, objective=EVERY_TERM)
     row = RowParams(1.0, 0.0, 3001)
     g = tuple(torch.randn(3, 9))
     with emulated(**device_limits):
@@ -255,7 +253,7 @@ def test_rows_that_contribute_nothing(device_limits):
     n, v = 70, 40
     with emulated(**device_limits):
         for left_out in (range(0, n), range(3, 40), range(1, n, 2)):
-            case = make_loss_case("normal", n, v, dtype=torch.bfloat16, params=EVERY_TERM)
+            case = make_loss_case("normal", n, v, dtype=torch.bfloat16, objective=EVERY_TERM)
             rows = torch.tensor(list(left_out))
             case.targets[rows[::2]] = -100
             case.token_weight[rows] = 0.0
@@ -273,7 +271,7 @@ def test_bad_rows_are_nan_and_their_neighbors_are_not(bad, device_limits):
     others = [i for i in range(9) if i != row]
     with emulated(**device_limits):
         for dtype in DTYPES:
-            case = make_loss_case("normal", 9, v, dtype=dtype, params=EVERY_TERM)
+            case = make_loss_case("normal", 9, v, dtype=dtype, objective=EVERY_TERM)
             case.targets[row], case.token_weight[row] = 5, 0.1
             expected_grad = torch.empty_like(case.logits)
             expected = one_call(case, expected_grad)
@@ -320,7 +318,7 @@ def test_nearly_certain_tokens(v, device_limits):
 
 def test_merged_states_of_shards(device_limits):
     """Three shards of the vocabulary, then outputs and gradients from the merged state."""
-    case = make_loss_case("masked", 9, 3001, params=EVERY_TERM, temperature=0.8)
+    case = make_loss_case("masked", 9, 3001, objective=EVERY_TERM, temperature=0.8)
     row = RowParams(0.8, 0.0, 3001)
     edges = (0, 1000, 1009, 3001)
     g = tuple(torch.randn(3, 9))
@@ -349,11 +347,11 @@ def test_merged_states_of_shards(device_limits):
             dz = cuda_impl.token_stats_bwd(z, t, whole, g, r)
             torch.testing.assert_close(dz, dstats[:, mine], **close)
             dz = torch.empty_like(z)
-            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.params, weighting, r, dz, whole)
+            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.objective, weighting, r, dz, whole)
             for x, y in zip(got, outputs, strict=True):
                 torch.testing.assert_close(x, y, **close)
             torch.testing.assert_close(dz, dloss[:, mine], **close)
-            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.params, weighting, r, None, whole)
+            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.objective, weighting, r, None, whole)
             for x, y in zip(got, outputs, strict=True):
                 torch.testing.assert_close(x, y, **close)
 

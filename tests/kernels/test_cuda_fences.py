@@ -50,7 +50,7 @@ def test_every_access_is_ordered(name):
     """Loss in place and alone, statistics, and their gradient from a state: several rows per block,
     two orders of threads."""
     n, v, dtype, tile, stats = ROWS[name]
-    case = make_loss_case("normal", n, v, dtype=dtype, params=EVERY_TERM)
+    case = make_loss_case("normal", n, v, dtype=dtype, objective=EVERY_TERM)
     row = RowParams(1.0, 0.0, v)
     asked = tuning.ForcedTile("streamed" if tile is None else None, tile, stats)
     for seed in range(2):

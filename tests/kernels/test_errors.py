@@ -8,20 +8,26 @@ import pytest
 import torch
 
 import papo_kernels
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Logits, Objective, PolarityWeighting, policy_loss, token_stats
 
 N, V = 3, 11
 
 
 def good(device="cpu", **changes):
-    """Arguments of a correct `policy_loss` call, with changes."""
+    """Arguments of a correct `policy_loss` call, with changes; also of `Logits` and `Compute`."""
     arguments = {
         "logits": torch.zeros(N, V, device=device),
         "targets": torch.zeros(N, dtype=torch.int64, device=device),
         "advantages": torch.ones(N, device=device),
         "token_weight": torch.ones(N, device=device),
     }
-    return {**arguments, **changes}
+    arguments = {**arguments, **changes}
+    row = {name: arguments.pop(name) for name in ("softcap", "vocab_size") if name in arguments}
+    if row:
+        arguments["logits"] = Logits(arguments["logits"], **row)
+    if "backend" in arguments:
+        arguments["compute"] = Compute(arguments.pop("backend"))
+    return arguments
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -61,6 +67,7 @@ ROW_ERRORS = [
     ("vocab_size", 12, ValueError, r"vocab_size: .*\[1, 11\].*got 12"),
     ("vocab_size", 5.0, TypeError, r"vocab_size: expected an int or None, got float"),
     ("vocab_size", True, TypeError, r"vocab_size: .*got bool"),
+    ("compute", "cpu", TypeError, r"compute: expected Compute, got str"),
     ("backend", "cudnn", ValueError, r"backend: expected one of .*'cudnn'"),
 ]
 LOSS_ERRORS = [
@@ -75,8 +82,8 @@ LOSS_ERRORS = [
     ("old_logp", [0.0] * N, TypeError, r"old_logp: expected a tensor, got list"),
     ("old_logp", zeros(N).requires_grad_(), ValueError, r"old_logp: .*without gradient.*detach"),
     ("ref_logp", zeros(N, V), ValueError, r"ref_logp: expected shape \(3,\).*\(3, 11\)"),
-    ("params", {"clip_low": 0.2}, TypeError, r"params: expected PolicyLossParams, got dict"),
-    ("params", PolicyLossParams(kl_coef=0.1), ValueError, r"ref_logp: .*kl_coef is 0\.1"),
+    ("objective", {"clip_low": 0.2}, TypeError, r"objective: expected Objective, got dict"),
+    ("objective", Objective(kl_coef=0.1), ValueError, r"ref_logp: .*kl_coef is 0\.1"),
     ("weighting", 0.5, TypeError, r"weighting: expected PolarityWeighting, got float"),
 ]
 
@@ -115,10 +122,10 @@ def test_complaint_41_targets_out_of_range(bad, backend, device):
     targets = torch.tensor([2, bad, 3], device=device)
     logits = torch.zeros(N, V, device=device).requires_grad_()
     calls = [
-        lambda z: token_stats(z, targets, backend=backend),
-        lambda z: policy_loss(**good(device, logits=z, targets=targets), backend=backend),
+        lambda z: token_stats(z, targets, compute=Compute(backend)),
+        lambda z: policy_loss(**good(device, logits=z, targets=targets), compute=Compute(backend)),
         lambda z: policy_loss(
-            **good(device, logits=z, targets=targets), inplace=True, backend=backend
+            **good(device, logits=z, targets=targets), compute=Compute(backend, inplace=True)
         ),
     ]
     message = rf"targets: expected values in \[0, 11\) or -100.*got {bad} at flat position 1"
@@ -133,7 +140,9 @@ def test_complaint_41_targets_out_of_range(bad, backend, device):
             assert out.logp.isnan().tolist() == [False, True, False]
     if device == "cpu":
         with pytest.raises(ValueError, match=r"targets: expected values in \[0, 5\).*got 7"):
-            token_stats(logits, torch.tensor([0, 7, 1]), vocab_size=5, backend=backend)
+            token_stats(
+                Logits(logits, vocab_size=5), torch.tensor([0, 7, 1]), compute=Compute(backend)
+            )
 
 
 def test_tensors_on_different_devices():
@@ -180,9 +189,9 @@ WEIGHTING_ERRORS = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), PARAM_ERRORS)
-def test_policy_loss_params(options, error, message):
+def test_objective(options, error, message):
     with pytest.raises(error, match=message):
-        PolicyLossParams(**options)
+        Objective(**options)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), WEIGHTING_ERRORS)
@@ -192,21 +201,21 @@ def test_polarity_weighting(options, error, message):
 
 
 def test_bounds_are_inclusive_where_they_say_so():
-    PolicyLossParams(clip_low=1.0, clip_high=math.inf, kl_coef=0, entropy_coef=-1)
-    PolicyLossParams(clip_low=0, clip_high=0)
+    Objective(clip_low=1.0, clip_high=math.inf, kl_coef=0, entropy_coef=-1)
+    Objective(clip_low=0, clip_high=0)
     PolarityWeighting(0, -1, dead_zone=0)
     PolarityWeighting(0.999, 1)
 
 
 def test_dataclasses_are_frozen():
     with pytest.raises(AttributeError):
-        PolicyLossParams().clip_low = 0.1
+        Objective().clip_low = 0.1
     with pytest.raises(AttributeError):
         PolarityWeighting(0.5, 0.5).strength = 0.1
 
 
 def test_public_names():
-    names = {"PolarityWeighting", "PolicyLossOutput", "PolicyLossParams", "TokenStats"}
+    names = {"Objective", "PolarityWeighting", "PolicyLossOutput", "TokenStats"}
     assert names | {"policy_loss", "token_stats"} <= set(papo_kernels.__all__)
     assert papo_kernels.TokenStats._fields == ("logp", "entropy", "unit_polarity", "lse")
     assert papo_kernels.PolicyLossOutput._fields == (

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
+from papo_kernels import Compute, Objective, PolarityWeighting, token_stats
 from papo_kernels.backends import choice as backends
 from papo_kernels.types import RowParams, TokenInputs, acc_dtype
 from tests.cases import make_case, make_loss_case
 from tests.oracle import assert_close, check_policy_loss, check_token_stats, plain_token_stats
 
-PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
+PARAMS = Objective(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 WEIGHTINGS = {
     "unweighted": None,
     "sign": PolarityWeighting(0.5, 0.7, scale=1.1),
@@ -51,7 +51,9 @@ def test_extreme_logits(name, temperature, backend, device, dtypes, sizes):
         targets = torch.tensor([5, 5])
         exact = plain_token_stats(logits, targets, temperature=temperature)
         leaf = logits.to(device).requires_grad_()
-        actual = token_stats(leaf, targets.to(device), temperature=temperature, backend=backend)
+        actual = token_stats(
+            leaf, targets.to(device), temperature=temperature, compute=Compute(backend)
+        )
         for x, y in zip(actual, exact, strict=True):
             torch.testing.assert_close(x.cpu(), y.float(), rtol=2e-6, atol=2e-6)
         (dz,) = torch.autograd.grad(sum(x.sum() for x in actual[:3]), leaf)
@@ -74,7 +76,7 @@ def test_all_that_a_bad_row_reports_is_nan(bad, name, backend, device, dtypes, s
     n, v = sizes((9, 333), (3, 140))
     for dtype in sizes(dtypes, dtypes[-1:]):
         more = {"dtype": dtype, "device": device}
-        case = make_loss_case("normal", n, v, params=PARAMS, weighting=WEIGHTINGS[name], **more)
+        case = make_loss_case("normal", n, v, objective=PARAMS, weighting=WEIGHTINGS[name], **more)
         case.targets[1], case.token_weight[1] = 7, 0.1
         case.logits[1, slice(None) if bad == "all -inf" else 40] = float(bad.split()[-1])
         dlogits = check_token_stats(case, backend)
@@ -145,6 +147,6 @@ def check_nearly_certain_tokens(backend, device, v):
                 (dz,) = torch.autograd.grad(getattr(stats, name).sum(), leaf)
                 grads.append(dz[rows, rows])
             leaf = logits.to(device).requires_grad_()
-            stats = token_stats(leaf, rows.to(device), backend=backend)
+            stats = token_stats(leaf, rows.to(device), compute=Compute(backend))
             (dz,) = torch.autograd.grad(getattr(stats, name).sum(), leaf)
             assert_close(f"d{name} at {p}", dz.cpu()[rows, rows], *grads, scale=grads[0].abs())

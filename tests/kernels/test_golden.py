@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo_kernels import Objective, PolarityWeighting
 from tests.cases import Case
 from tests.oracle import acc_dtype, golden_cases
 
@@ -41,7 +41,7 @@ def build(golden: dict[str, Any], dtype: torch.dtype, device: str) -> Case:
         token_weight=token(1.0),
         old_logp=token(golden["old_logp"]),
         ref_logp=token(golden["ref_logp"]),
-        params=PolicyLossParams(
+        objective=Objective(
             clip_low=golden["clip_low"],
             clip_high=golden["clip_high"],
             dual_clip=golden["dual_clip"],

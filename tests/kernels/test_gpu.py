@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Objective, PolarityWeighting, policy_loss, token_stats
 from papo_kernels.backends import tuning
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats, plain_token_stats
@@ -20,7 +20,7 @@ from tests.oracle import check_policy_loss, check_token_stats, plain_token_stats
 pytestmark = pytest.mark.gpu
 GPU = pytest.mark.parametrize("name", ["cuda", "triton"])
 
-PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
+PARAMS = Objective(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
 
 # (N, V, regime)
@@ -41,10 +41,11 @@ def require(name: str) -> None:
         pytest.skip("the extension was built without CUDA")
 
 
-def loss_of(logits: Tensor, targets: Tensor, backend: str, **more):
+def loss_of(logits: Tensor, targets: Tensor, backend: str, inplace: bool = False, **more):
     n = targets.numel()
     ones = torch.ones(n, device=logits.device)
-    return policy_loss(logits, targets, ones, ones / n, backend=backend, **more)
+    compute = Compute(backend, inplace=inplace)
+    return policy_loss(logits, targets, ones, ones / n, compute=compute, **more)
 
 
 @pytest.fixture(params=["resident", "streamed", "triton"])
@@ -68,7 +69,7 @@ def test_small_cases_of_every_kernel(family, n, v):
     for dtype in (torch.bfloat16, torch.float32):
         more = {"dtype": dtype, "device": "cuda"}
         check_token_stats(make_case("normal", n, v, **more), name)
-        case = make_loss_case("normal", n, v, params=PARAMS, weighting=WEIGHTING, **more)
+        case = make_loss_case("normal", n, v, objective=PARAMS, weighting=WEIGHTING, **more)
         check_policy_loss(case, name, factor=-1.5)
         check_policy_loss(case, name, inplace=True)
 
@@ -81,7 +82,7 @@ def test_complaint_19_20_more_than_2_to_the_31_elements(name):
     last = slice(-3, None)
     rows = logits[last].clone()
     exact = plain_token_stats(rows, targets[last])
-    out = token_stats(logits, targets, backend=name)
+    out = token_stats(logits, targets, compute=Compute(name))
     torch.testing.assert_close(out.logp[last].double(), exact.logp, rtol=0, atol=2e-6)
     torch.testing.assert_close(out.entropy[last].double(), exact.entropy, rtol=0, atol=2e-6)
     logits = logits.requires_grad_().mul(1.0)
@@ -98,7 +99,7 @@ def test_complaint_19_20_more_than_2_to_the_31_elements(name):
 def test_complaint_21_more_than_65535_rows(name):
     require(name)
     check_token_stats(make_case("normal", 70001, 40, device="cuda"), name)
-    check_policy_loss(make_loss_case("normal", 70001, 40, params=PARAMS, device="cuda"), name)
+    check_policy_loss(make_loss_case("normal", 70001, 40, objective=PARAMS, device="cuda"), name)
 
 
 @GPU
@@ -144,7 +145,7 @@ def test_complaint_26_no_host_sync_and_graph_capture(name):
     def call() -> tuple[Tensor, Tensor]:
         leaf = logits.detach().requires_grad_()
         out = loss_of(leaf, targets, name, weighting=weighting)
-        stats = token_stats(leaf, targets, backend=name)
+        stats = token_stats(leaf, targets, compute=Compute(name))
         (out.loss + stats.entropy.mean()).backward()
         return out.weight, leaf.grad
 
@@ -198,7 +199,13 @@ def test_rows_that_fit_on_chip_run_the_resident_kernel():
 def test_the_same_bits_every_time(name, n):
     require(name)
     case = make_loss_case(
-        "normal", n, 151937, params=PARAMS, dtype=torch.bfloat16, device="cuda", weighting=WEIGHTING
+        "normal",
+        n,
+        151937,
+        objective=PARAMS,
+        dtype=torch.bfloat16,
+        device="cuda",
+        weighting=WEIGHTING,
     )
     first = [case.policy_loss(case.logits, name), case.token_stats(case.logits, name)]
     for _ in range(3):

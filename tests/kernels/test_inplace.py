@@ -1,4 +1,4 @@
-"""`policy_loss(inplace=True)`: the gradient takes the logits' storage, and every misuse is refused
+"""`Compute(inplace=True)`: the gradient takes the logits' storage, and every misuse is refused
 (complaint 14: peers corrupt other gradients silently)."""
 
 from __future__ import annotations
@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss
+from papo_kernels import Compute, Objective, PolarityWeighting, policy_loss
 from tests.cases import make_loss_case
 from tests.oracle import check_policy_loss
 
 pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]
-EVERY_TERM = PolicyLossParams(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
+EVERY_TERM = Objective(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 
 
 def small_case(device, **more):
@@ -27,7 +27,7 @@ def test_same_as_out_of_place(backend, device, dtypes):
                 301,
                 dtype=dtype,
                 device=device,
-                params=EVERY_TERM,
+                objective=EVERY_TERM,
                 weighting=PolarityWeighting(0.5, 0.7),
             )
             check_policy_loss(case, backend, inplace=True)
@@ -75,8 +75,7 @@ def test_any_leading_shape(backend, device):
         z,
         *map(batch, (case.targets, case.advantages, case.token_weight)),
         old_logp=batch(case.old_logp),
-        inplace=True,
-        backend=backend,
+        compute=Compute(backend, inplace=True),
     )
     assert torch.equal(torch.autograd.grad(out.loss, leaf)[0], expected)
 

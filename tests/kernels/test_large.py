@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from papo_kernels import policy_loss, token_stats
+from papo_kernels import Compute, policy_loss, token_stats
 from tests.cases import make_loss_case
 
 pytestmark = pytest.mark.large
@@ -45,7 +45,7 @@ def test_complaint_19_statistics_and_their_gradient(case, backend):
     small = few.logits.requires_grad_()
     expected = few.token_stats(small, backend)
     large = logits.requires_grad_()
-    stats = token_stats(large, repeated(few.targets, n), backend=backend)
+    stats = token_stats(large, repeated(few.targets, n), compute=Compute(backend))
     assert all(same(a, b) for a, b in zip(stats, expected, strict=True))
     (dz,) = torch.autograd.grad(stats.logp.sum() + stats.unit_polarity.sum(), large)
     (want,) = torch.autograd.grad(expected.logp.sum() + expected.unit_polarity.sum(), small)
@@ -66,8 +66,7 @@ def test_complaint_19_loss_in_place(case, backend):
         large,
         *(repeated(x, n) for x in (few.targets, few.advantages, few.token_weight)),
         old_logp=repeated(few.old_logp, n),
-        inplace=True,
-        backend=backend,
+        compute=Compute(backend, inplace=True),
     )
     for a, b in zip(out[1:], expected[1:], strict=True):
         assert same(a, b)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo_kernels import Objective, PolarityWeighting
 from tests.cases import make_loss_case
 
 pytestmark = pytest.mark.plumbing
@@ -67,9 +67,9 @@ class _Model(torch.autograd.Function):
 
 @pytest.fixture
 def case(backend, device):
-    params = PolicyLossParams(clip_high=0.28, kl_coef=0.04, entropy_coef=0.01)
+    objective = Objective(clip_high=0.28, kl_coef=0.04, entropy_coef=0.01)
     weighting = PolarityWeighting(0.5, 0.5)
-    return make_loss_case("normal", N, V, device=device, params=params, weighting=weighting)
+    return make_loss_case("normal", N, V, device=device, objective=objective, weighting=weighting)
 
 
 def test_the_meter_sees_a_temporary(case, device):

@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.testing._internal.optests import aot_autograd_check
 
-import papo_kernels  # noqa: F401  registers the operations
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
-from papo_kernels.ops import token_stats as ops
+from papo_kernels import (
+    Compute,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    dispatch,
+    policy_loss,
+    token_stats,
+)
 from tests.cases import make_loss_case
 
 pytestmark = pytest.mark.plumbing
@@ -29,7 +36,7 @@ def samples(name, backend, device):
     """Arguments of one operation: plain, optional ones absent, strided, in half precision."""
     logits, rest = loss_arguments(device)
     targets = rest[0]
-    strided = torch.zeros(N, V + 3, device=device)[:, :V].copy_(logits).requires_grad_()
+    strided = torch.zeros(N, V + 3, device=device)[:, :V].copy_(logits)
     narrow, narrow_rest = loss_arguments(device, torch.bfloat16)
     row = (0.9, 20.0, V - 2)
     _, _, _, _, state = torch.ops.papo.token_stats(logits, targets, *row, backend)
@@ -37,14 +44,15 @@ def samples(name, backend, device):
     without = (*rest[:3], None, None, None, None, None, *rest[8:])
     targets = torch.arange(N, device=device)
     if name == "token_stats":
-        for z in (logits.requires_grad_(), strided, narrow, logits[:0]):
+        for z in (logits, strided, narrow, logits[:0]):
             yield z, targets[: len(z)], *row, backend
     elif name == "token_stats_bwd":
         yield logits, targets, state, g, None, None, *row, backend
-        yield strided.detach(), targets, state, None, g, -g, *row, backend
+        yield strided, targets, state, None, g, -g, *row, backend
     elif name == "policy_loss":
-        for z, more in ((logits.requires_grad_(), rest), (strided, without), (narrow, narrow_rest)):
-            yield z, *more, backend, z.requires_grad
+        yield logits, *rest, backend, True
+        yield strided, *without, backend, True
+        yield narrow, *narrow_rest, backend, False
     elif name == "policy_loss_":
         for z, more in ((logits, rest), (narrow, narrow_rest), (logits.clone(), without)):
             yield z, *more, backend
@@ -71,24 +79,61 @@ def test_complaint_28_opcheck(name, backend, device):
     assert checked
 
 
+def statistics_of(backend, logits, targets):
+    """The differentiable ones."""
+    logits = Logits(logits, 20.0, V - 2)
+    return token_stats(logits, targets, temperature=0.9, compute=Compute(backend))[:3]
+
+
+def loss_of(backend, logits, *arguments):
+    targets, advantages, token_weight, old_logp, ref_logp, phase, sigma, scale = arguments
+    return policy_loss(
+        Logits(logits, vocab_size=V - 2),
+        targets,
+        advantages,
+        token_weight,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        objective=Objective(0.2, 0.28, 3.0, 0.04, 0.01),
+        weighting=PolarityWeighting(0.5, phase, sigma=sigma, scale=scale),
+        temperature=0.9,
+        compute=Compute(backend),
+    )
+
+
+@pytest.mark.parametrize("kind", ["strided", "half precision", "no rows"])
+def test_complaint_28_traced_gradients(kind, backend, device):
+    """The part of opcheck that an operation without autograd escapes, for the two functions."""
+    dtype = torch.bfloat16 if kind == "half precision" else torch.float32
+    logits, (*tokens, phase, sigma, scale, _, _, _) = loss_arguments(device, dtype)
+    if kind == "strided":
+        logits = torch.zeros(N, V + 3, device=device)[:, :V].copy_(logits)
+    elif kind == "no rows":
+        logits, tokens = logits[:0], [x[:0] for x in tokens]
+    logits.requires_grad_()
+    arguments = (backend, logits, *tokens, phase, sigma, scale)
+    aot_autograd_check(statistics_of, arguments[:3], {}, dynamic=True)
+    aot_autograd_check(loss_of, arguments, {}, dynamic=True)
+
+
 def training_step(backend, inplace):
     """Hidden states to a loss with every option, statistics beside it; tensors in, tensors out."""
 
     def step(hidden, weight, targets, advantages, token_weight, old_logp, phase):
         logits = hidden @ weight.t()
-        stats = token_stats(logits, targets, temperature=0.9, softcap=30.0, backend=backend)
+        stats = token_stats(
+            Logits(logits, softcap=30.0), targets, temperature=0.9, compute=Compute(backend)
+        )
         out = policy_loss(
-            logits * 1.0,
+            Logits(logits * 1.0, vocab_size=V - 1),
             targets,
             advantages,
             token_weight,
             old_logp=old_logp,
             ref_logp=old_logp,
-            params=PolicyLossParams(kl_coef=0.04, entropy_coef=0.01),
+            objective=Objective(kl_coef=0.04, entropy_coef=0.01),
             weighting=PolarityWeighting(0.5, phase),
-            vocab_size=V - 1,
-            inplace=inplace,
-            backend=backend,
+            compute=Compute(backend, inplace=inplace),
         )
         return out.loss + 0.1 * stats.unit_polarity.sum() + stats.entropy.mean(), out.weight
 
@@ -145,14 +190,14 @@ def test_complaint_27_no_compilation_per_shape(backend, device):
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def statistics(logits, targets):
-        return token_stats(logits, targets, temperature=0.7, backend=backend)[:3]
+        return token_stats(logits, targets, temperature=0.7, compute=Compute(backend))[:3]
 
     counts = []
     for n, v in [(4, 20), (5, 30), (6, 31), (9, 33), (10, 4000)]:
         logits = torch.randn(n, v, generator=torch.Generator().manual_seed(n)).to(device)
         targets = torch.arange(n, device=device)
         got = statistics(logits, targets)
-        expected = token_stats(logits, targets, temperature=0.7, backend=backend)[:3]
+        expected = token_stats(logits, targets, temperature=0.7, compute=Compute(backend))[:3]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         counts.append(counter.frame_count)
     assert counts[-1] == counts[0]
@@ -169,8 +214,8 @@ def test_no_compilation_per_phase_sigma_and_scale(as_tensor, backend, device):
 
     def weights(phase, sigma, scale):
         weighting = PolarityWeighting(0.5, phase, shape="tanh", sigma=sigma, scale=scale)
-        call = (logits, targets, advantages, token_weight)
-        return policy_loss(*call, weighting=weighting, vocab_size=V - 2, backend=backend).weight
+        call = (Logits(logits, vocab_size=V - 2), targets, advantages, token_weight)
+        return policy_loss(*call, weighting=weighting, compute=Compute(backend)).weight
 
     compiled = torch.compile(weights, fullgraph=True, backend=counter)
     counts = []
@@ -187,14 +232,28 @@ def test_numbers_of_eager_calls_are_made_once(device):
     """Also when the first call that needs them runs in inference mode, whose tensors autograd
     refuses; a fake tensor is never among them."""
     like = torch.zeros(3, dtype=torch.int64, device=device)
-    ops._filled.cache_clear()
+    dispatch._filled.cache_clear()
     with FakeTensorMode():
-        assert isinstance(ops.filled(0.25, torch.float32, like), FakeTensor)
+        assert isinstance(dispatch.filled(0.25, torch.float32, like), FakeTensor)
     with torch.inference_mode():
-        first = ops.filled(0.25, torch.float32, like)
+        first = dispatch.filled(0.25, torch.float32, like)
     assert not first.is_inference() and type(first) is torch.Tensor and first.item() == 0.25
-    assert ops.filled(0.25, torch.float32, like) is first
-    assert ops.filled(0.25, torch.float64, like).dtype == torch.float64
+    assert dispatch.filled(0.25, torch.float32, like) is first
+    assert dispatch.filled(0.25, torch.float64, like).dtype == torch.float64
+
+
+def test_the_two_ways_of_a_call(path, device):
+    """What the fixture `path` says of a call is so, forward and backward."""
+    logits, (targets, advantages, token_weight, *_) = loss_arguments(device)
+    logits = logits[:, : V - 2].contiguous().requires_grad_()
+    with torch.profiler.profile() as profiler:
+        total = policy_loss(logits.mul(1.0), targets, advantages, token_weight).loss
+        total = total + token_stats(logits, targets).entropy.sum()
+        compute = Compute(inplace=True)
+        out = policy_loss(logits.mul(1.0), targets, advantages, token_weight, compute=compute)
+        (2.0 * (total + out.loss)).backward()
+    seen = {event.name for event in profiler.events() if event.name.startswith("papo::")}
+    assert seen == ({f"papo::{x}" for x in OPERATIONS} if path == "dispatcher" else set())
 
 
 def test_errors_inside_compiled_code(backend, device):
@@ -205,5 +264,5 @@ def test_errors_inside_compiled_code(backend, device):
         compiled(
             torch.zeros(3, 5, device=device),
             torch.zeros(4, dtype=torch.int64, device=device),
-            backend=backend,
+            compute=Compute(backend),
         )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Objective, PolarityWeighting, policy_loss, token_stats
 from tests.cases import make_loss_case
 from tests.oracle import check_policy_loss
 
@@ -25,13 +25,13 @@ def one_token(backend, device, ratio=1.0, advantage=1.0, **more):
         torch.tensor([advantage], device=device),
         torch.ones(1, device=device),
         old_logp=old_logp,
-        backend=backend,
+        compute=Compute(backend),
         **more,
     )
     return out, torch.autograd.grad(out.loss, logits)[0][0, 0].item() / (1.0 - P_A)
 
 
-# ratio, advantage, params, loss, dloss/dlogp: the four quadrants of the clip, then the dual clip.
+# ratio, advantage, objective, loss, dloss/dlogp: four quadrants of the clip, then the dual clip.
 BRANCHES = [
     (1.1, 2.0, {}, -2.2, -2.2),  # within the bounds
     (1.3, 2.0, {}, -2.4, 0.0),  # above, rewarded: clipped at 1.2
@@ -51,7 +51,7 @@ BRANCHES = [
 
 @pytest.mark.parametrize(("ratio", "advantage", "options", "loss", "slope"), BRANCHES)
 def test_surrogate(ratio, advantage, options, loss, slope, backend, device):
-    out, dlogp = one_token(backend, device, ratio, advantage, params=PolicyLossParams(**options))
+    out, dlogp = one_token(backend, device, ratio, advantage, objective=Objective(**options))
     assert out.loss.item() == pytest.approx(loss, rel=1e-5)
     assert dlogp == pytest.approx(slope, rel=1e-5, abs=1e-12)
     assert out.clipped.item() is (slope == 0.0 and advantage != 0.0)
@@ -62,8 +62,8 @@ def test_surrogate(ratio, advantage, options, loss, slope, backend, device):
 def test_kl_term(gap, backend, device):
     """k3 = e^gap - gap - 1 with gap = ref_logp - logp keeps its digits at both ends."""
     ref_logp = torch.tensor([math.log(P_A) + gap], device=device)
-    params = PolicyLossParams(kl_coef=0.5)
-    out, dlogp = one_token(backend, device, advantage=0.0, params=params, ref_logp=ref_logp)
+    objective = Objective(kl_coef=0.5)
+    out, dlogp = one_token(backend, device, advantage=0.0, objective=objective, ref_logp=ref_logp)
     # The gap as float32 has it; its rounding, up to 6e-8, is not the kernel's doing.
     exact = ref_logp.double().item() - out.logp.double().item()
     slack = 2e-7 * abs(math.expm1(exact)) + 1e-14
@@ -82,9 +82,9 @@ def test_kl_without_coefficient_ignores_the_reference(backend, device):
 @pytest.mark.parametrize("coef", [0.3, -0.3])
 def test_entropy_bonus(coef, backend, device):
     H = -sum(p * math.log(p) for p in (0.4, 0.35, 0.25))
-    out, _ = one_token(backend, device, advantage=0.0, params=PolicyLossParams(entropy_coef=coef))
+    out, _ = one_token(backend, device, advantage=0.0, objective=Objective(entropy_coef=coef))
     assert out.loss.item() == pytest.approx(-coef * H, rel=1e-5)
-    case = make_loss_case("normal", 8, 50, device=device, params=PolicyLossParams(entropy_coef=1.0))
+    case = make_loss_case("normal", 8, 50, device=device, objective=Objective(entropy_coef=1.0))
     case.advantages.zero_()
     logits = case.logits.requires_grad_()
     bonus = case.policy_loss(logits, backend).loss
@@ -95,9 +95,9 @@ def test_entropy_bonus(coef, backend, device):
 
 def test_clipped_tokens_keep_their_kl_and_entropy_gradients(backend, device):
     """Clipping takes away the policy gradient only."""
-    params = PolicyLossParams(kl_coef=0.5, entropy_coef=0.0)
+    objective = Objective(kl_coef=0.5, entropy_coef=0.0)
     ref_logp = torch.tensor([math.log(P_A) + 0.7], device=device)
-    out, dlogp = one_token(backend, device, 3.0, 1.0, params=params, ref_logp=ref_logp)
+    out, dlogp = one_token(backend, device, 3.0, 1.0, objective=objective, ref_logp=ref_logp)
     assert out.clipped.item()
     assert dlogp == pytest.approx(-0.5 * math.expm1(0.7), rel=1e-5)
 
@@ -136,7 +136,7 @@ def test_on_policy_ratio_is_one_with_gradient(backend, device, dtypes, sizes):
             case.advantages,
             case.token_weight,
             old_logp=case.token_stats(case.logits, backend).logp.detach(),
-            backend=backend,
+            compute=Compute(backend),
         )
         (dz_given,) = torch.autograd.grad(given.loss, leaf)
         if backend == "reference" and dtype != torch.float64:
@@ -162,7 +162,7 @@ def test_polarity_and_its_sign(backend, device):
         advantages,
         torch.ones(4, device=device),
         weighting=weighting,
-        backend=backend,
+        compute=Compute(backend),
     )
     assert out.unit_polarity.sign().tolist() == [-1, -1, 1, 1]
     assert out.polarity.sign().tolist() == [-1, 1, 1, -1]
@@ -175,15 +175,15 @@ def test_dead_zone(backend, device):
     logits[0, 0] = 7.0  # c = -6e-5
     arguments = (logits, torch.tensor([0], device=device), torch.tensor([1e6], device=device))
     one = torch.ones(1, device=device)
-    c = token_stats(*arguments[:2], backend=backend).unit_polarity.abs().item()
+    c = token_stats(*arguments[:2], compute=Compute(backend)).unit_polarity.abs().item()
     assert 1e-5 < c < 1e-3
     for dead_zone, weight in [(0.5 * c, 0.6), (2.0 * c, 1.0), (0.0, 0.6)]:
         weighting = PolarityWeighting(0.5, 0.8, dead_zone=dead_zone)
-        out = policy_loss(*arguments, one, weighting=weighting, backend=backend)
+        out = policy_loss(*arguments, one, weighting=weighting, compute=Compute(backend))
         assert out.weight.item() == pytest.approx(weight)
     uniform = torch.zeros(1, 4, device=device)
     weighting = PolarityWeighting(0.9, 1.0)
-    out = policy_loss(uniform, *arguments[1:], one, weighting=weighting, backend=backend)
+    out = policy_loss(uniform, *arguments[1:], one, weighting=weighting, compute=Compute(backend))
     assert out.weight.item() == 1.0, "the default dead zone swallows rounding noise"
 
 
@@ -199,7 +199,9 @@ def test_weighting_scalars_as_tensors(shape, backend, device, sizes):
 
     def run(scalars):
         weighting = PolarityWeighting(0.5, shape=shape, **scalars)
-        return policy_loss(*arguments, old_logp=case.old_logp, weighting=weighting, backend=backend)
+        return policy_loss(
+            *arguments, old_logp=case.old_logp, weighting=weighting, compute=Compute(backend)
+        )
 
     assert all(torch.equal(a, b) for a, b in zip(run(values), run(tensors), strict=True))
     tensors["phase"].neg_()
@@ -220,7 +222,7 @@ def test_weight_carries_no_gradient(backend, device, sizes):
         case.advantages * out.weight,
         case.token_weight,
         old_logp=case.old_logp,
-        backend=backend,
+        compute=Compute(backend),
     )
     a, b = (torch.autograd.grad(x.loss, leaf)[0] for x in (out, by_hand))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
@@ -231,11 +233,11 @@ def test_weight_carries_no_gradient(backend, device, sizes):
 def test_clipping_does_not_depend_on_the_weight(advantage, backend, device):
     """w > 0: it scales the token's loss and never decides what is clipped."""
     for ratio in (0.5, 0.9, 1.1, 1.5, 4.0):
-        params = PolicyLossParams(dual_clip=3.0)
-        plain, slope = one_token(backend, device, ratio, advantage, params=params)
+        objective = Objective(dual_clip=3.0)
+        plain, slope = one_token(backend, device, ratio, advantage, objective=objective)
         weighting = PolarityWeighting(0.9, 0.9, scale=0.8)
         out, weighted = one_token(
-            backend, device, ratio, advantage, params=params, weighting=weighting
+            backend, device, ratio, advantage, objective=objective, weighting=weighting
         )
         assert torch.equal(out.clipped, plain.clipped)
         assert out.loss.item() == pytest.approx(out.weight.item() * plain.loss.item(), rel=1e-6)
@@ -282,7 +284,7 @@ def test_bad_rows_are_nan_and_leave_their_neighbours_alone(
             70,
             dtype=dtype,
             device=device,
-            params=PolicyLossParams(entropy_coef=0.1),
+            objective=Objective(entropy_coef=0.1),
             softcap=20.0 if column == 69 else None,  # tanh would make +inf finite
         )
         case.targets[bad[-1]], case.targets[1] = 3, column
@@ -312,7 +314,7 @@ def test_bad_rows_are_nan_and_leave_their_neighbours_alone(
 
 def test_masked_sampled_token(backend, device):
     """logp -inf, ratio 0, and no gradient from any term of its row."""
-    case = make_loss_case("normal", 4, 30, device=device, params=PolicyLossParams(entropy_coef=0.1))
+    case = make_loss_case("normal", 4, 30, device=device, objective=Objective(entropy_coef=0.1))
     case.logits[1, case.targets[1]] = -torch.inf
     check_policy_loss(case, backend)
     leaf = case.logits.requires_grad_()
@@ -332,7 +334,7 @@ def test_masked_sampled_token(backend, device):
 
 def test_sampled_token_masked_with_kl_is_loud(backend, device):
     """KL to a reference that gives the token mass is infinite: reported, not hidden."""
-    case = make_loss_case("normal", 3, 30, device=device, params=PolicyLossParams(kl_coef=0.1))
+    case = make_loss_case("normal", 3, 30, device=device, objective=Objective(kl_coef=0.1))
     case.logits[1, case.targets[1]] = -torch.inf
     out = case.policy_loss(case.logits, backend)
     assert out.loss == torch.inf
@@ -371,7 +373,7 @@ def test_microbatches_add_up(backend, device):
             case.token_weight[rows],
             old_logp=case.old_logp[rows],
             weighting=weighting,
-            backend=backend,
+            compute=Compute(backend),
         )
         out.loss.backward()
         total += out.loss.item()

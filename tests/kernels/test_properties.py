@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Logits, Objective, PolarityWeighting, policy_loss, token_stats
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
@@ -38,7 +38,7 @@ def every_target(row, device, dtype=torch.float32):
 @example(row=[-math.inf] * 9 + [2.0], temperature=1.0)
 def test_one_row_and_all_its_tokens(backend, device, row, temperature):
     logits, targets = every_target(row, device)
-    stats = token_stats(logits, targets, temperature=temperature, backend=backend)
+    stats = token_stats(logits, targets, temperature=temperature, compute=Compute(backend))
     p = stats.logp.double().exp()
     H, c = stats.entropy.double(), stats.unit_polarity.double()
     V = len(row)
@@ -63,7 +63,7 @@ def test_unit_polarity_is_the_directional_derivative_of_entropy(backend, device,
     """c = dH/du along e_a - p, with dH/du from the backward pass."""
     logits, targets = every_target(row, device)
     z = logits.clone().requires_grad_()
-    stats = token_stats(z, targets, temperature=temperature, backend=backend)
+    stats = token_stats(z, targets, temperature=temperature, compute=Compute(backend))
     (dz,) = torch.autograd.grad(stats.entropy.sum(), z)
     p = stats.logp.double().exp()
     direction = torch.eye(len(row), device=device) - p
@@ -77,9 +77,11 @@ def test_unit_polarity_by_finite_differences(backend, device, dtypes, row):
     if torch.float64 not in dtypes:
         return
     logits, targets = every_target([max(-12.0, min(z, 12.0)) for z in row], device, torch.float64)
-    stats = token_stats(logits, targets, backend=backend)
+    stats = token_stats(logits, targets, compute=Compute(backend))
     step = 1e-5 * (torch.eye(len(row)) - stats.logp.exp())
-    up, down = (token_stats(logits + s, targets, backend=backend).entropy for s in (step, -step))
+    up, down = (
+        token_stats(logits + s, targets, compute=Compute(backend)).entropy for s in (step, -step)
+    )
     torch.testing.assert_close((up - down) / 2e-5, stats.unit_polarity, rtol=1e-6, atol=1e-9)
 
 
@@ -90,17 +92,20 @@ def test_derivatives_by_finite_differences(backend, device, dtypes, row, tempera
         return
     row = [max(-12.0, min(z, 12.0)) for z in row]
     logits, targets = every_target(row, device, torch.float64)
-    options = {"temperature": temperature, "softcap": softcap, "backend": backend}
+
+    def statistic(name, z):
+        stats = token_stats(
+            Logits(z, softcap), targets, temperature=temperature, compute=Compute(backend)
+        )
+        return getattr(stats, name)
+
     for name in ("logp", "entropy", "unit_polarity"):
         z = logits.clone().requires_grad_()
-        value = getattr(token_stats(z, targets, **options), name)
-        (dz,) = torch.autograd.grad(value.sum(), z)
+        (dz,) = torch.autograd.grad(statistic(name, z).sum(), z)
         for j in range(len(row)):
             step = torch.zeros(len(row), dtype=torch.float64)
             step[j] = 1e-5
-            up, down = (
-                getattr(token_stats(logits + s, targets, **options), name) for s in (step, -step)
-            )
+            up, down = (statistic(name, logits + s) for s in (step, -step))
             torch.testing.assert_close((up - down) / 2e-5, dz[:, j], rtol=2e-6, atol=1e-8)
 
 
@@ -112,8 +117,8 @@ def test_derivatives_by_finite_differences(backend, device, dtypes, row, tempera
 def test_invariance_under_a_common_offset(backend, device, row, shift):
     """Multiples of 1/8 stay exact under the shift, so nothing may change but lse."""
     z = [x / 8.0 for x in row]
-    here = token_stats(*every_target(z, device), backend=backend)
-    there = token_stats(*every_target([x + shift for x in z], device), backend=backend)
+    here = token_stats(*every_target(z, device), compute=Compute(backend))
+    there = token_stats(*every_target([x + shift for x in z], device), compute=Compute(backend))
     for a, b in zip(here[:3], there[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(here.lse.double() + shift, there.lse.double(), rtol=2e-7, atol=1e-6)
@@ -125,8 +130,8 @@ def test_invariance_under_permutation(backend, device, row, data):
     order = data.draw(st.permutations(range(len(row))))
     index = torch.tensor(order, device=device)
     logits, targets = every_target(row, device)
-    here = token_stats(logits, targets, backend=backend)
-    there = token_stats(logits[:, index], targets, backend=backend)
+    here = token_stats(logits, targets, compute=Compute(backend))
+    there = token_stats(logits[:, index], targets, compute=Compute(backend))
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a[index], b, rtol=1e-6, atol=1e-6)
 
@@ -143,7 +148,7 @@ def test_temperature_divides_the_logits(backend, device, row, power):
     outcomes = []
     for z, t in ((logits, temperature), (logits / temperature, 1.0)):
         leaf = z.clone().requires_grad_()
-        stats = token_stats(leaf, targets, temperature=t, backend=backend)
+        stats = token_stats(leaf, targets, temperature=t, compute=Compute(backend))
         (stats.logp + 0.5 * stats.entropy - 2.0 * stats.unit_polarity).sum().backward()
         outcomes.append((stats, leaf.grad * t))
     for a, b in zip(*((*stats, grad) for stats, grad in outcomes), strict=True):
@@ -156,7 +161,7 @@ def test_gradients_of_a_row_add_up_to_zero(backend, device, row, upstream):
     """A common offset changes nothing, so the gradient is orthogonal to it; and it is finite."""
     logits, targets = every_target(row, device)
     z = logits.clone().requires_grad_()
-    stats = token_stats(z, targets, backend=backend)
+    stats = token_stats(z, targets, compute=Compute(backend))
     terms = zip(upstream, stats[:3], strict=True)
     total = sum(g * torch.where(x.isfinite(), x, 0.0).sum() for g, x in terms)
     (dz,) = torch.autograd.grad(total, z)
@@ -176,17 +181,17 @@ def test_reinforcing_a_peaked_argmax_contracts_entropy(backend, device, seed, v,
     targets = logits.argmax(1)
     # The peak holds more than half of the mass, and less than all that float32 can tell from 1.
     logits.scatter_add_(1, targets[:, None], torch.full((4, 1), min(peak, 12.0), device=device))
-    stats = token_stats(logits, targets, backend=backend)
+    stats = token_stats(logits, targets, compute=Compute(backend))
     assert (stats.logp > -0.3).all()
     assert (stats.unit_polarity < 0).all()
     logits.scatter_add_(1, targets[:, None], torch.full((4, 1), peak, device=device))
-    assert (token_stats(logits, targets, backend=backend).unit_polarity <= 0).all()
+    assert (token_stats(logits, targets, compute=Compute(backend)).unit_polarity <= 0).all()
 
 
 @given(v=st.integers(1, 300), value=ELEMENTS)
 def test_uniform_rows(backend, device, v, value):
     logits = torch.full((2, v), value, device=device)
-    stats = token_stats(logits, torch.tensor([0, v - 1], device=device), backend=backend)
+    stats = token_stats(logits, torch.tensor([0, v - 1], device=device), compute=Compute(backend))
     torch.testing.assert_close(stats.entropy, torch.full_like(stats.entropy, math.log(v)))
     torch.testing.assert_close(stats.logp, -stats.entropy)
     assert stats.unit_polarity.abs().max() < 5e-7 / v
@@ -197,7 +202,7 @@ def test_one_hot_rows(backend, device, v, gap):
     logits = torch.full((v, v), -gap, device=device)
     logits[:, v // 2] = 0.0
     z = logits.clone().requires_grad_()
-    stats = token_stats(z, torch.arange(v, device=device), backend=backend)
+    stats = token_stats(z, torch.arange(v, device=device), compute=Compute(backend))
     assert stats.entropy.eq(0).all()
     assert stats.unit_polarity.eq(0).all()
     assert stats.logp[v // 2] == 0
@@ -252,7 +257,7 @@ def test_strength_or_phase_zero_is_the_baseline_bit_for_bit(
                 case.token_weight,
                 old_logp=case.old_logp,
                 weighting=weighting,
-                backend=backend,
+                compute=Compute(backend),
             )
             results.append((*out, *torch.autograd.grad(out.loss, logits)))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -264,7 +269,7 @@ def test_strength_or_phase_zero_is_the_baseline_bit_for_bit(
     kind=st.sampled_from(["normal", "peaked", "masked", "uniform"]),
 )
 def test_complaint_12_every_loss_option_against_one_oracle(backend, device, data, weighting, kind):
-    params = PolicyLossParams(
+    objective = Objective(
         clip_low=data.draw(st.sampled_from([0.0, 0.2, 1.0])),
         clip_high=data.draw(st.sampled_from([0.0, 0.28, math.inf])),
         dual_clip=data.draw(st.sampled_from([None, 1.01, 3.0])),
@@ -280,7 +285,7 @@ def test_complaint_12_every_loss_option_against_one_oracle(backend, device, data
         on_policy=data.draw(st.booleans()),
         temperature=data.draw(st.sampled_from([1.0, 0.6])),
         softcap=data.draw(st.sampled_from([None, 15.0])),
-        params=params,
+        objective=objective,
         weighting=weighting,
     )
     check_policy_loss(case, backend, factor=data.draw(st.sampled_from([1.0, -2.5])))

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.backends import choice as backends
 from papo_kernels.reference import merge_states
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs, acc_dtype
@@ -17,7 +17,7 @@ from tests.cases import make_loss_case
 from tests.oracle import FLOOR, assert_close, plain_token_stats
 
 IGNORED, ELSEWHERE = -100, -1
-PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
+PARAMS = Objective(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
 # Shards [begin, end) of 300 columns: even, ragged, a single column, a shard of nothing but -inf.
 SPLITS = {
     "even": (0, 100, 200, 300),
@@ -52,7 +52,7 @@ class Call:
 
     def __init__(self, backend, device, n):
         self.impl = backends.module(backend)
-        case = make_loss_case("masked", n, 300, device=device, params=PARAMS, softcap=25.0)
+        case = make_loss_case("masked", n, 300, device=device, objective=PARAMS, softcap=25.0)
         case.logits[:, 120:180] = -torch.inf
         inside = (case.targets >= 120) & (case.targets < 180)
         case.targets[inside] = 7

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 import papo_kernels
-from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo_kernels import Compute, Objective, PolarityWeighting
 from tests.cases import LAYOUTS, LOGITS, make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
-EVERY_TERM = PolicyLossParams(
-    clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01
-)
+EVERY_TERM = Objective(clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
 
 # (V, which regime it covers)
@@ -41,7 +39,7 @@ def test_kinds_and_dtypes(kind, backend, device, dtypes, sizes):
         case = make_case(kind, n, v, dtype=dtype, device=device)
         check_token_stats(case, backend)
         case = make_loss_case(
-            kind, n, v, dtype=dtype, device=device, params=EVERY_TERM, weighting=WEIGHTING
+            kind, n, v, dtype=dtype, device=device, objective=EVERY_TERM, weighting=WEIGHTING
         )
         check_policy_loss(case, backend)
 
@@ -53,7 +51,7 @@ def test_layouts(layout, backend, device, dtypes, sizes):
         # 129 columns: no row but the first starts on a 16-byte boundary.
         more = {"dtype": dtype, "device": device, "layout": layout}
         check_token_stats(make_case("normal", n, 129, **more), backend)
-        case = make_loss_case("normal", n, 129, params=EVERY_TERM, weighting=WEIGHTING, **more)
+        case = make_loss_case("normal", n, 129, objective=EVERY_TERM, weighting=WEIGHTING, **more)
         check_policy_loss(case, backend)
 
 
@@ -73,7 +71,7 @@ def test_padded_vocabulary(v, vocab_size, backend, device, dtypes, sizes):
         more = {"dtype": dtype, "device": device, "vocab_size": vocab_size}
         case = make_case("normal", sizes(6, 2), v, **more)
         assert check_token_stats(case, backend)[:, vocab_size:].eq(0).all()
-        case = make_loss_case("normal", sizes(6, 2), v, params=EVERY_TERM, **more)
+        case = make_loss_case("normal", sizes(6, 2), v, objective=EVERY_TERM, **more)
         for inplace in (False, True):
             dlogits = check_policy_loss(case, backend, inplace=inplace)
             assert dlogits[:, vocab_size:].eq(0).all()
@@ -87,7 +85,7 @@ def test_temperature_and_softcap(temperature, softcap, backend, device, dtypes, 
         for kind in sizes(("normal", "masked", "peaked"), ("masked",)):
             row = {"temperature": temperature, "softcap": softcap, "device": device}
             check_token_stats(make_case(kind, n, 130, dtype=dtype, **row), backend)
-            case = make_loss_case(kind, n, 130, dtype=dtype, params=EVERY_TERM, **row)
+            case = make_loss_case(kind, n, 130, dtype=dtype, objective=EVERY_TERM, **row)
             check_policy_loss(case, backend)
 
 
@@ -116,7 +114,7 @@ def test_shapes_of_one_to_four_dimensions(backend, device):
             return x.reshape(shape)
 
         logits = flat.logits.reshape(*shape, 33).requires_grad_()
-        stats = papo_kernels.token_stats(logits, rows(flat.targets), backend=backend)
+        stats = papo_kernels.token_stats(logits, rows(flat.targets), compute=Compute(backend))
         for value, want in zip(stats, expected, strict=True):
             assert value.shape == shape
             assert torch.equal(value.reshape(-1), want)
@@ -124,14 +122,14 @@ def test_shapes_of_one_to_four_dimensions(backend, device):
             logits,
             *map(rows, (flat.targets, flat.advantages, flat.token_weight)),
             old_logp=rows(flat.old_logp),
-            backend=backend,
+            compute=Compute(backend),
         )
         assert out.loss.shape == ()
         assert torch.equal(out.loss, loss)
         assert all(value.shape == shape for value in out[1:])
         out.loss.backward()
         assert logits.grad.shape == logits.shape
-    scalar = papo_kernels.token_stats(flat.logits[0], flat.targets[0], backend=backend)
+    scalar = papo_kernels.token_stats(flat.logits[0], flat.targets[0], compute=Compute(backend))
     assert scalar.logp.shape == ()
     assert torch.equal(scalar.logp, expected.logp[0])
 
@@ -147,8 +145,8 @@ def test_row_slices_and_expanded_rows_are_read_without_a_copy(backend, device):
         (base[::2, 1:], targets[:2]),
         (base.transpose(0, 1), targets[:, :4].reshape(4, 4)[:, :4].repeat(2, 1)[:6]),
     ]:
-        stats = papo_kernels.token_stats(logits, t, backend=backend)
-        same = papo_kernels.token_stats(logits.contiguous(), t, backend=backend)
+        stats = papo_kernels.token_stats(logits, t, compute=Compute(backend))
+        same = papo_kernels.token_stats(logits.contiguous(), t, compute=Compute(backend))
         assert all(torch.equal(a, b) for a, b in zip(stats, same, strict=True))
 
 
@@ -158,7 +156,7 @@ def test_outputs_do_not_depend_on_the_rows_beside(backend, device):
     together = case.token_stats(case.logits, backend)
     for i in (0, 4, 8):
         alone = papo_kernels.token_stats(
-            case.logits[i : i + 1], case.targets[i : i + 1], backend=backend
+            case.logits[i : i + 1], case.targets[i : i + 1], compute=Compute(backend)
         )
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a[0], b[i])

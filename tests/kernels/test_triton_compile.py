@@ -69,8 +69,10 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
                 triton_impl.token_stats_bwd(logits, targets, state, (values, None, values), row)
                 for old, kl in ((values, 0.0), (None, 0.5)):
                     tokens = TokenInputs(values, values, old, values)
-                    params = PolicyLossParams(clip, clip, None, kl, clip)
-                    triton_impl.policy_loss_fwd(logits, targets, tokens, params, None, row, logits)
+                    objective = Objective(clip, clip, None, kl, clip)
+                    triton_impl.policy_loss_fwd(
+                        logits, targets, tokens, objective, None, row, logits
+                    )
             triton_impl.scale_(logits, torch.ones(()))
 
     kernels = compiled(90, calls)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 
 pytest.importorskip("triton")
@@ -77,13 +77,13 @@ def stats(logits, row=ROW, n=N):
     return triton_impl.token_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), row)
 
 
-def loss(logits, params=None, row=ROW, n=N, weighting=None):
+def loss(logits, objective=None, row=ROW, n=N, weighting=None):
     from papo_kernels.backends import triton as triton_impl
 
     tokens = TokenInputs(*(torch.zeros(n) for _ in range(4)))
     targets = torch.zeros(n, dtype=torch.int64)
-    params = params or PolicyLossParams()
-    return triton_impl.policy_loss_fwd(logits, targets, tokens, params, weighting, row, logits)
+    objective = objective or Objective()
+    return triton_impl.policy_loss_fwd(logits, targets, tokens, objective, weighting, row, logits)
 
 
 def backward(logits, row=ROW, n=N):
@@ -154,11 +154,11 @@ def test_the_numbers_of_a_call_reach_the_kernel_that_is_there(host):
     one = torch.ones(())
     weighting = WeightingInputs(0.5, one, "tanh", one, one, 0)
     options = (
-        (PolicyLossParams(clip_low=0, clip_high=1, dual_clip=3, kl_coef=1), None),
-        (PolicyLossParams(clip_low=0.25, clip_high=0.5, entropy_coef=0.125), weighting),
+        (Objective(clip_low=0, clip_high=1, dual_clip=3, kl_coef=1), None),
+        (Objective(clip_low=0.25, clip_high=0.5, entropy_coef=0.125), weighting),
     )
-    for params, weights in options:
-        loss(bf16(), params, weighting=weights)
+    for objective, weights in options:
+        loss(bf16(), objective, weighting=weights)
     assert host.slow == 1
     numbers = [[x for x in call[2] if isinstance(x, float)] for call in host.launches]
     assert numbers[0][4:] == [0.0, 1.0, 3.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]

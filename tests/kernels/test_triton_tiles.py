@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.kernels.test_extremes import check_nearly_certain_tokens
@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
-PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
+PARAMS = Objective(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
 NAN = float("nan")
 
 # (dtype, V, regime): n words of 16 bytes take 8 or 4 columns each, and the last one stays out.
@@ -63,7 +63,7 @@ def loss_of(logits, targets, dlogits=None, old_logp=None):
     ones = torch.ones(len(targets), device=logits.device)
     tokens = TokenInputs(ones, ones, old_logp, None)
     row = RowParams(0.9, 0.0, logits.shape[1])
-    return impl().policy_loss_fwd(logits, targets, tokens, PolicyLossParams(), None, row, dlogits)
+    return impl().policy_loss_fwd(logits, targets, tokens, Objective(), None, row, dlogits)
 
 
 def rows(n, v, dtype=torch.bfloat16, seed=0):
@@ -76,7 +76,7 @@ def test_a_few_columns(v):
     """Around one word of either size, in rows of every alignment."""
     for dtype in (torch.bfloat16, torch.float32):
         check_token_stats(make_case("normal", 5, v, dtype=dtype, device=DEVICE), "triton")
-        case = make_loss_case("normal", 5, v, dtype=dtype, device=DEVICE, params=PARAMS)
+        case = make_loss_case("normal", 5, v, dtype=dtype, device=DEVICE, objective=PARAMS)
         check_policy_loss(case, "triton", inplace=True)
 
 
@@ -84,7 +84,7 @@ def test_a_few_columns(v):
 def test_edges_of_words_tiles_and_segments(dtype, v):
     """Two rows, so that rows of several segments are split."""
     check_token_stats(make_case("normal", 2, v, dtype=dtype, device=DEVICE), "triton")
-    case = make_loss_case("normal", 2, v, dtype=dtype, device=DEVICE, params=PARAMS)
+    case = make_loss_case("normal", 2, v, dtype=dtype, device=DEVICE, objective=PARAMS)
     check_policy_loss(case, "triton")
 
 

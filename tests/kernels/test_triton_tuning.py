@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.backends import tuning
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
@@ -24,7 +24,7 @@ CPU, BF16, F32 = torch.device("cpu"), torch.bfloat16, torch.float32
 V = 151_936
 # How each candidate for long rows reads them: registers change no result.
 READS = sorted({re.sub(r",maxnreg=\d+", "", x) for x in launch.candidates(BF16, V)})
-PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
+PARAMS = Objective(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_every_candidate_gives_right_results(reads, force):
     force(f"{reads},segment=1,maxnreg=64")
     for dtype, v in ((BF16, 1031), (F32, 700)):
         check_token_stats(make_case("normal", 2, v, dtype=dtype), "triton")
-        case = make_loss_case("normal", 2, v, dtype=dtype, params=PARAMS)
+        case = make_loss_case("normal", 2, v, dtype=dtype, objective=PARAMS)
         check_policy_loss(case, "triton", inplace=True)
 
 

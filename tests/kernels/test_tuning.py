@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.backends import tuning
 from papo_kernels.types import RowParams, TokenInputs
@@ -244,11 +244,11 @@ def test_a_device_without_clusters_has_no_tiles(force):
 def test_every_tile_gives_right_results(force, tile):
     """One block a row, many; more warps than words, fewer; several buffers a slice."""
     force(PAPO_TILE=tile)
-    params = PolicyLossParams(dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
+    objective = Objective(dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
     with emulated(**LARGE) as native:
         for dtype in (torch.bfloat16, torch.float32):
             check_token_stats(make_case("masked", 5, 3001, dtype=dtype), "cuda")
-            case = make_loss_case("normal", 5, 3001, dtype=dtype, params=params)
+            case = make_loss_case("normal", 5, 3001, dtype=dtype, objective=objective)
             check_policy_loss(case, "cuda", inplace=True)
         assert native.widest_cluster == int(tile[0])
 
@@ -283,9 +283,9 @@ def test_statistics_have_the_same_bits_however_blocks_take_their_rows(force, kin
         live = case.targets != -100
 
         def call(dlogits, case=case, tokens=tokens, row=row):
-            params = PolicyLossParams()
+            objective = Objective()
             return cuda_impl.policy_loss_fwd(
-                case.logits, case.targets, tokens, params, None, row, dlogits
+                case.logits, case.targets, tokens, objective, None, row, dlogits
             )
 
         force(PAPO_TILE="4,2,1,3,1", PAPO_STATS_TILE="0,0,0")
@@ -320,7 +320,7 @@ def test_a_device_that_refuses_clusters_streams_statistics_too(force):
         tokens = TokenInputs(ones, ones, logp, None)
         for dlogits in (None, torch.empty_like(logits)):
             *_, ratio, _ = cuda_impl.policy_loss_fwd(
-                logits, targets, tokens, PolicyLossParams(), None, row, dlogits
+                logits, targets, tokens, Objective(), None, row, dlogits
             )
             assert ratio.eq(1.0).all()
         assert native.widest_cluster == 1

@@ -15,7 +15,7 @@ from papo.config.options import OptimConfig
 from papo.policy.batch import TrainingSequence, collate
 from papo.policy.weighting import WeightController
 from papo.train.step import Update, update
-from papo_kernels import PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Objective, policy_loss, token_stats
 
 VOCABULARY = 16
 
@@ -45,14 +45,16 @@ class Bigram:
         self,
         batch: dict[str, Tensor],
         tokens: Any = None,
-        params: Any = None,
+        objective: Any = None,
         weighting: Any = None,
     ) -> Any:
         self.evaluated.append(self._evaluating)
         logits = self.table[batch["input_ids"].flatten()[batch["logit_index"]]]
         if tokens is None:
             return token_stats(logits, batch["targets"])
-        return policy_loss(logits, batch["targets"], **tokens, params=params, weighting=weighting)
+        return policy_loss(
+            logits, batch["targets"], **tokens, objective=objective, weighting=weighting
+        )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -82,7 +84,7 @@ def run_update(engine: Any, sequences: list[TrainingSequence], **options: Any) -
         make_batch,
         **{
             "micro_batch_size": 64,
-            "params": PolicyLossParams(),
+            "params": Objective(),
             "weighting": None,
             "controller": controller,
             "lr": 1e-2,

@@ -15,7 +15,7 @@ from papo.model.attention import shared_prompts
 from papo.model.load import recompute_activations
 from papo.policy.batch import collate
 from papo.policy.objective import loss_of
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from tests.trainer.families import PlainEngine, alone, build, sequences, trained
 
 SHARED = 2048
@@ -90,7 +90,7 @@ def test_gradients_do_not_depend_on_sharing_or_recomputation(recompute: bool) ->
         engine = PlainEngine(model)
         engine.train(True)
         batch = collate(sequences(), pad_id=0, max_row_tokens=row_tokens)
-        loss_of(engine, batch, PolicyLossParams(), None).loss.backward()
+        loss_of(engine, batch, Objective(), None).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     expected, found = gradients(0, False), gradients(SHARED, recompute)

@@ -13,7 +13,7 @@ from papo.policy.objective import Policy, loss_of, stats_of
 from papo.rollout import HFSampler, SamplingParams
 from papo.train.experience import score_groups, to_sequences, with_token_weights
 from papo.types import Problem, Reward
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels import Compute, Objective, PolarityWeighting, policy_loss, token_stats
 from tests.trainer.families import token_logits
 from tests.trainer.tiny import small_llama
 
@@ -59,7 +59,9 @@ def test_the_trained_log_probs_are_those_of_the_sampler(cut) -> None:
     assert torch.allclose(stats.logp, batch.sampler_logp, atol=2e-5)
     with torch.no_grad():
         logits = masked_logits(policy, apart)
-    expected = token_stats(logits, batch.targets, temperature=TEMPERATURE, backend="reference")
+    expected = token_stats(
+        logits, batch.targets, temperature=TEMPERATURE, compute=Compute("reference")
+    )
     for name in ("logp", "entropy", "unit_polarity"):
         got, want = getattr(stats, name).double(), getattr(expected, name)
         assert torch.allclose(got, want, atol=2e-5), name
@@ -69,8 +71,8 @@ def test_the_trained_log_probs_are_those_of_the_sampler(cut) -> None:
 def test_the_loss_and_its_gradient_are_those_of_the_sampled_distribution(cut) -> None:
     policy, batch, apart = sampled(cut)
     weighting = PolarityWeighting(strength=0.5, phase=0.4)
-    params = PolicyLossParams(entropy_coef=0.01)
-    out = loss_of(engine_of(policy), batch, params, weighting)
+    objective = Objective(entropy_coef=0.01)
+    out = loss_of(engine_of(policy), batch, objective, weighting)
     out.loss.backward()
     names = [name for name, _ in policy.named_parameters()]
     got = [p.grad.clone() for p in policy.parameters()]
@@ -80,10 +82,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_sampled_distribution(cut) ->
         batch.targets,
         batch.advantages.double(),
         batch.token_weight.double(),
-        params=params,
+        objective=objective,
         weighting=weighting,
         temperature=TEMPERATURE,
-        backend="reference",
+        compute=Compute("reference"),
     )
     expected.loss.backward()
     assert torch.allclose(out.loss.double(), expected.loss, atol=1e-6)
@@ -97,7 +99,7 @@ def test_an_idle_rank_takes_part_in_a_loss_over_kept_ids() -> None:
     policy, batch, _ = sampled({"top_k": 4})
     idle = collate([IDLE], pad_id=EOS, max_row_tokens=2048)
     assert batch.keep_offsets is not None and idle.keep_offsets is not None
-    out = loss_of(engine_of(policy), idle, PolicyLossParams(), None)
+    out = loss_of(engine_of(policy), idle, Objective(), None)
     out.loss.backward()
     assert out.loss.item() == 0.0
     assert all(not p.grad.any() for p in policy.parameters() if p.grad is not None)

@@ -11,7 +11,7 @@ from papo.errors import PapoError
 from papo.model.load import recompute_activations, recomputed_layers
 from papo.policy.batch import collate
 from papo.policy.objective import loss_of
-from papo_kernels import PolicyLossOutput, PolicyLossParams
+from papo_kernels import Objective, PolicyLossOutput
 from tests.trainer.families import PlainEngine, build, sequences, trained
 
 # By attention, by modules of their own, by a layer's function, and whole layers.
@@ -25,7 +25,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
 def loss(engine: PlainEngine) -> PolicyLossOutput:
     engine.train(True)
     batch = collate(sequences(), pad_id=0, max_row_tokens=2048)
-    return loss_of(engine, batch, PolicyLossParams(), None)
+    return loss_of(engine, batch, Objective(), None)
 
 
 def expected(engine: PlainEngine) -> torch.Tensor:

@@ -20,7 +20,7 @@ from papo.policy.batch import collate
 from papo.policy.weighting import WeightController
 from papo.rollout import HFSampler
 from papo.train import step
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from tests.trainer.families import PlainEngine, V, alone, build, sequences
 
 ROW = 256
@@ -216,7 +216,7 @@ def update(sampler_logp: torch.Tensor, bound: float) -> tuple[Stepped, Any]:
         parts,
         lambda piece: probe.collate(piece, pad_id=0, max_row_tokens=ROW),
         micro_batch_size=4,
-        params=PolicyLossParams(),
+        params=Objective(),
         weighting=None,
         controller=WeightController(weighting),
         lr=0.1,

@@ -4,10 +4,11 @@ Bytes beyond hidden states, weight and their gradients, for one policy loss with
 
 - logits whole, eager: logits in the operands' dtype, their float32 copy, its log-softmax (saved for
   backward) and the float32 gradient of both: N V (2 + 4 + 4 + 4) bytes for bfloat16;
-- ``policy_loss(inplace=True)`` on whole logits: the logits, which become their gradient: 2 N V;
-- ``linear_policy_loss``: its workspace (by default 1/32 of an 80 GiB GPU, or 256 MiB) and, where
-  the tokens need more than one slab, the lower two bytes of the float32 sum that becomes a half
-  weight's gradient: 2 V D.
+- `policy_loss` on whole logits with ``Compute(inplace=True)``: the logits, which become their
+  gradient: 2 N V;
+- `policy_loss` of ``head(hidden)``: its workspace (by default 1/32 of an 80 GiB GPU, or 256 MiB)
+  and, where the tokens need more than one slab, the lower two bytes of the float32 sum that becomes
+  a half weight's gradient: 2 V D.
 
 A test holds the last against the allocations of real calls.
 """
@@ -49,10 +50,10 @@ MODELS = (
 CPU, GPU_80 = 256 * 2**20, 80 * 2**30 // 32  # default workspaces
 
 
-def linear_bytes(
+def head_bytes(
     rows: int, model: Model, dtype: torch.dtype, workspace: int, frozen: bool = False
 ) -> int:
-    """Of `linear_policy_loss` (or the backward of `linear_token_stats`) beyond results; `frozen`:
+    """Of the loss of ``head(hidden)`` (or the backward of its statistics) beyond results; `frozen`:
     the weight needs no gradient."""
     dtypes = (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
     weight_sum = 0 if frozen else model.vocab * model.hidden * (dtypes[1].itemsize - dtype.itemsize)
@@ -86,7 +87,7 @@ def table(rows: tuple[int, int], dtype: torch.dtype) -> str:
         sizes = []
         for n in rows:
             sizes += [eager_bytes(n, model, dtype), in_place_bytes(n, model, dtype)]
-            sizes.append(linear_bytes(n, model, dtype, GPU_80))
+            sizes.append(head_bytes(n, model, dtype, GPU_80))
         sizes += [CPU + model.vocab * model.hidden * (2 if dtype.itemsize == 2 else 0), CPU]
         cells = [f"{model.vocab} x {model.hidden}", *(f"{size / 2**20:,.0f}" for size in sizes)]
         lines.append(f"| {model.name} | " + " | ".join(cells) + " |")

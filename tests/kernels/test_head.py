@@ -1,4 +1,4 @@
-"""Exactness of the functions of hidden states: golden cases, tolerance rule, chunks, gradcheck."""
+"""Exactness of a head's statistics and loss: golden cases, tolerance rule, chunks, gradcheck."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
-from papo_kernels.linear import linear_policy_loss, linear_token_stats
-from tests.kernels.linear_cases import (
+from papo_kernels import Compute, Head, Objective, PolarityWeighting, policy_loss, token_stats
+from tests.kernels.head_cases import (
+    LOSS_INPUTS,
+    Traits,
     check_head_policy_loss,
     check_head_token_stats,
     make_head_case,
+    on_policy,
 )
 from tests.kernels.test_golden import CASES, assert_golden, build, is_exact
 from tests.oracle import assert_close
@@ -46,27 +48,17 @@ def check_golden(golden: dict[str, Any], dtype: torch.dtype, backend: str, devic
     z = (hidden.double() @ weight.double().t())[0] + bias
     assert z.detach().to(dtype).equal(case.logits[0])
 
-    stats = linear_token_stats(hidden, weight, case.targets, bias=bias, backend=backend, **case.row)
+    head = Head(weight, bias, softcap=case.softcap, vocab_size=case.vocab_size)
+    options = {"temperature": case.temperature, "compute": Compute(backend)}
+    stats = token_stats(head(hidden), case.targets, **options)
     for field in ("logp", "entropy", "unit_polarity"):
         assert_golden(field, getattr(stats, field), [expected[field]])
     upstream = golden["upstream"]
     total = sum(upstream[field] * getattr(stats, field).sum() for field in upstream)
     check_golden_gradients(total, (hidden, weight, bias), expected["grad_stats"])
 
-    out = linear_policy_loss(
-        hidden,
-        weight,
-        case.targets,
-        case.advantages,
-        case.token_weight,
-        bias=bias,
-        old_logp=case.old_logp,
-        ref_logp=case.ref_logp,
-        params=case.params,
-        weighting=case.weighting,
-        backend=backend,
-        **case.row,
-    )
+    inputs = {name: getattr(case, name) for name in LOSS_INPUTS}
+    out = policy_loss(head(hidden), case.targets, **inputs, **options)
     for field in ("ratio", "polarity", "weight"):
         assert_golden(field, getattr(out, field), [expected[field]])
     assert_golden("loss", out.loss, expected["loss"])
@@ -101,27 +93,26 @@ def test_golden_through_a_factorisation(name, backend, device, dtypes):
 
 # ---- the tolerance rule -------------------------------------------------------------------------
 
-# name: what the head has. 4 rows below one group of lanes, 37 with a ragged end; D not a multiple
-# of any vector; V = 515 and 1025 one or three columns past a tile.
+# name: N, D, V and what the head has. 4 rows below one group of lanes, 37 with a ragged end; D not
+# a multiple of any vector; V = 515 and 1025 one or three columns past a tile.
 HEADS = {
-    "plain": {"n": 37, "d": 19, "v": 515},
-    "one_row": {"n": 1, "d": 64, "v": 1025},
-    "peaked": {"n": 37, "d": 33, "v": 300, "spread": 12.0},
-    "bias": {"n": 23, "d": 16, "v": 130, "bias": True, "temperature": 0.7},
-    "masked": {"n": 23, "d": 16, "v": 130, "masked": True},
-    "padded": {"n": 23, "d": 16, "v": 131, "bias": True, "vocab_size": 97},
-    "gemma": {"n": 23, "d": 24, "v": 257, "softcap": 5.0, "temperature": 0.6},
-    "cohere": {"n": 23, "d": 24, "v": 257, "logit_scale": 0.25, "spread": 12.0},
-    "capped_and_scaled": {"n": 23, "d": 24, "v": 257, "softcap": 5.0, "logit_scale": 0.5},
-    "lora": {"n": 37, "d": 24, "v": 140, "rank": 4, "bias": True, "vocab_size": 129},
-    "kept": {"n": 37, "d": 24, "v": 140, "kept": 20, "temperature": 0.8},
-    "all": {
-        "n": 40, "d": 17, "v": 150, "masked": True, "rank": 3, "vocab_size": 141, "softcap": 9.0,
-        "logit_scale": 0.7, "temperature": 1.3, "kept": 30,
-    },
+    "plain": (37, 19, 515, Traits()),
+    "one_row": (1, 64, 1025, Traits()),
+    "peaked": (37, 33, 300, Traits(spread=12.0)),
+    "bias": (23, 16, 130, Traits(bias=True, temperature=0.7)),
+    "masked": (23, 16, 130, Traits(masked=True)),
+    "padded": (23, 16, 131, Traits(bias=True, vocab_size=97)),
+    "gemma": (23, 24, 257, Traits(softcap=5.0, temperature=0.6)),
+    "cohere": (23, 24, 257, Traits(logit_scale=0.25, spread=12.0)),
+    "capped_and_scaled": (23, 24, 257, Traits(softcap=5.0, logit_scale=0.5)),
+    "lora": (37, 24, 140, Traits(rank=4, bias=True, vocab_size=129)),
+    "kept": (37, 24, 140, Traits(kept=20, temperature=0.8)),
+    "all": (40, 17, 150, Traits(
+        masked=True, rank=3, vocab_size=141, softcap=9.0, logit_scale=0.7, temperature=1.3, kept=30,
+    )),
 }  # fmt: skip
 LOSS = {
-    "params": PolicyLossParams(clip_high=0.28, dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01),
+    "objective": Objective(clip_high=0.28, dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01),
     "weighting": PolarityWeighting(0.5, -0.6, shape="tanh", sigma=0.1, scale=1.1),
 }
 # One slab of everything; several of several rows; one row each.
@@ -133,7 +124,7 @@ def test_statistics_follow_the_rule(head, backend, device, dtypes, sizes):
     for dtype in dtypes[:-1]:
         if head == "kept" and dtype.itemsize == 2:
             continue  # `all` covers it
-        case = make_head_case(**HEADS[head], dtype=dtype, device=device)
+        case = make_head_case(*HEADS[head], dtype=dtype, device=device)
         for chunk_bytes in sizes(CHUNKS, (40_000,)):
             check_head_token_stats(case, backend=backend, chunk_bytes=chunk_bytes)
 
@@ -141,11 +132,9 @@ def test_statistics_follow_the_rule(head, backend, device, dtypes, sizes):
 @pytest.mark.parametrize("head", HEADS)
 def test_losses_follow_the_rule(head, backend, device, dtypes, sizes):
     for dtype in dtypes[:-1]:
-        for on_policy in (False, True):
-            options = {} if on_policy else LOSS
-            case = make_head_case(
-                **HEADS[head], dtype=dtype, device=device, loss=True, on_policy=on_policy, **options
-            )
+        options = {"dtype": dtype, "device": device, "loss": True}
+        off_policy = make_head_case(*HEADS[head], **options, **LOSS)
+        for case in (off_policy, on_policy(make_head_case(*HEADS[head], **options))):
             for chunk_bytes in sizes(CHUNKS, (40_000,)):
                 check_head_policy_loss(case, backend=backend, chunk_bytes=chunk_bytes)
 
@@ -153,9 +142,9 @@ def test_losses_follow_the_rule(head, backend, device, dtypes, sizes):
 def test_complaint_17_and_34_logits_of_half_operands_are_float32(backend, device):
     """bfloat16 operands taken as they are: rounding their product to bfloat16 moved logp by 1e-2
     and gradients by up to 23 % (Liger #1432; open-instruct 1387 wants a float32 head)."""
-    case = make_head_case(16, 96, 700, dtype=torch.bfloat16, device=device, spread=8.0)
+    case = make_head_case(16, 96, 700, Traits(spread=8.0), dtype=torch.bfloat16, device=device)
     check_head_token_stats(case, backend=backend)
-    exact = token_stats(case.tokens.logits, case.tokens.targets, backend="reference")
+    exact = token_stats(case.tokens.logits, case.tokens.targets, compute=Compute("reference"))
     rounded = case.token_stats(case.leaves(), backend=backend, logits_dtype=torch.bfloat16)
     wide = case.token_stats(case.leaves(), backend=backend)
     error, bar = ((x.logp.double() - exact.logp).abs().max() for x in (wide, rounded))
@@ -183,9 +172,9 @@ def test_logits_in_the_dtype_of_the_operands_on_request(backend, device):
 def test_results_do_not_depend_on_the_chunks(backend, device, sizes):
     """To 1e-6 of the logits' size in float32, from one slab to one row each (a vendor's product of
     one row is another kernel, with another order of sums)."""
-    options = {"bias": True, "rank": 3, "loss": True, "device": device, **LOSS}
     n, v = sizes((64, 900), (9, 150))
-    case = make_head_case(n, 32, v, **options)
+    traits = Traits(bias=True, rank=3)
+    case = make_head_case(n, 32, v, traits, loss=True, device=device, **LOSS)
     rows = 4 * (v // 64 * 64 + 64 + 2 * 32)
     size = float(case.tokens.logits.nan_to_num(0.0).abs().max())
     results = []
@@ -225,9 +214,8 @@ def test_complaint_16_error_of_the_weight_gradient_does_not_grow_with_the_chunks
 def test_gradcheck_of_the_statistics(chunk_bytes, backend, dtypes):
     if torch.float64 not in dtypes:
         return
-    case = make_head_case(
-        5, 3, 7, dtype=torch.float64, bias=True, rank=2, softcap=6.0, temperature=0.8, kept=4
-    )
+    traits = Traits(bias=True, rank=2, softcap=6.0, temperature=0.8, kept=4)
+    case = make_head_case(5, 3, 7, traits, dtype=torch.float64)
     case.parameters["hidden"].nan_to_num_(0.5)
     names = tuple(case.parameters)
 
@@ -242,10 +230,9 @@ def test_gradcheck_of_the_loss(backend, dtypes):
     """Off-policy with a weighting-free loss, which has no stop-gradient."""
     if torch.float64 not in dtypes:
         return
-    params = PolicyLossParams(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0)
-    case = make_head_case(
-        8, 3, 7, dtype=torch.float64, bias=True, rank=2, logit_scale=0.7, loss=True, params=params
-    )
+    objective = Objective(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0)
+    traits = Traits(bias=True, rank=2, logit_scale=0.7)
+    case = make_head_case(8, 3, 7, traits, dtype=torch.float64, loss=True, objective=objective)
     case.parameters["hidden"].nan_to_num_(0.5, posinf=0.5)
     names = tuple(case.parameters)
 
@@ -268,10 +255,8 @@ def test_leading_dimensions_and_layouts(backend, device):
     names = ("targets", "advantages", "token_weight", "old_logp", "ref_logp")
     inputs = [getattr(case.tokens, name).view(2, 12).t() for name in names]
     targets, advantages, token_weight, old_logp, _ = inputs
-    options = {"backend": backend, "old_logp": old_logp}
-    out = linear_policy_loss(
-        batch["hidden"], batch["weight"], targets, advantages, token_weight, **options
-    )
+    logits, compute = Head(batch["weight"])(batch["hidden"]), Compute(backend)
+    out = policy_loss(logits, targets, advantages, token_weight, old_logp=old_logp, compute=compute)
     assert out.logp.shape == (12, 2)
     assert_close("logp", out.logp.t().reshape(-1), flat.logp.double(), flat.logp)
     out.loss.backward()
@@ -281,7 +266,7 @@ def test_leading_dimensions_and_layouts(backend, device):
     dhidden = batch["hidden"].grad.transpose(0, 1).reshape(24, 16)
     torch.testing.assert_close(dhidden, flat_leaves["hidden"].grad)
     strided = torch.zeros(24, 20, device=device)[:, 2:18].copy_(leaves["hidden"].detach())
-    again = linear_token_stats(strided, leaves["weight"], case.tokens.targets, backend=backend)
+    again = token_stats(Head(leaves["weight"])(strided), case.tokens.targets, compute=compute)
     torch.testing.assert_close(
         again.logp, case.token_stats(leaves, backend=backend).logp, equal_nan=True
     )

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from papo_kernels import policy_loss, token_stats
+from papo_kernels import Compute, Head, KeepSet, LoRA, policy_loss, token_stats
 from papo_kernels.head import keep as keep_module
-from papo_kernels.head.keep import KeepMask, KeepSet
-from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
-from tests.kernels.linear_cases import (
+from papo_kernels.head.keep import KeepMask
+from tests.kernels.head_cases import (
+    Traits,
     check_head_policy_loss,
     check_head_token_stats,
     make_head_case,
@@ -31,15 +31,13 @@ def test_tied_embeddings_receive_both_gradients(backend, device):
     tokens = torch.arange(12, device=device) * 3
     targets = tokens + 1
     results = []
-    for linear in (False, True):
+    for held in (True, False):
         weight = embedding.clone().requires_grad_()
         hidden = torch.tanh(F.embedding(tokens, weight))
         weights = torch.full((12,), 1 / 12, device=device)
         inputs = (targets, weights * 3, weights)
-        if linear:
-            out = linear_policy_loss(hidden, weight, *inputs, backend=backend, chunk_bytes=900)
-        else:
-            out = policy_loss(hidden @ weight.t(), *inputs, backend=backend)
+        logits = hidden @ weight.t() if held else Head(weight)(hidden)
+        out = policy_loss(logits, *inputs, compute=Compute(backend, chunk_bytes=900))
         out.loss.backward()
         results.append(weight.grad)
     torch.testing.assert_close(*results)
@@ -56,16 +54,18 @@ def test_small_sizes(backend, device):
     leaf = weight.detach().requires_grad_()
     none = torch.empty(0, dtype=torch.int64, device=device)
     empty = torch.empty(0, device=device)
-    out = linear_policy_loss(hidden[:0], leaf, none, empty, empty, backend=backend)
+    logits, compute = Head(leaf)(hidden[:0]), Compute(backend)
+    out = policy_loss(logits, none, empty, empty, compute=compute)
     out.loss.backward()
     assert out.loss.item() == 0.0 and out.logp.shape == (0,) and not leaf.grad.any()
-    stats = linear_token_stats(hidden[:0], leaf, none, backend=backend)
+    stats = token_stats(logits, none, compute=compute)
     assert stats.lse.shape == (0,)
 
 
 def test_float16(backend, device):
     for loss in (False, True):
-        case = make_head_case(9, 16, 50, dtype=torch.float16, device=device, loss=loss, bias=True)
+        traits = Traits(bias=True)
+        case = make_head_case(9, 16, 50, traits, dtype=torch.float16, device=device, loss=loss)
         check = check_head_policy_loss if loss else check_head_token_stats
         check(case, backend=backend, chunk_bytes=2000)
 
@@ -73,10 +73,11 @@ def test_float16(backend, device):
 def test_a_nan_hidden_state_spoils_its_own_row_only(backend, device):
     hidden, weight, targets = (x.to(device) for x in small())
     hidden = hidden.detach().clone()
-    whole = linear_token_stats(hidden, weight, targets, backend=backend)
+    head = Head(weight)
+    whole = token_stats(head(hidden), targets, compute=Compute(backend))
     hidden[4, 2] = torch.nan
     leaf = hidden.requires_grad_()
-    stats = linear_token_stats(leaf, weight, targets, backend=backend, chunk_bytes=1000)
+    stats = token_stats(head(leaf), targets, compute=Compute(backend, chunk_bytes=1000))
     others = torch.arange(12, device=device) != 4
     for a, b in zip(stats, whole, strict=True):
         assert a[4].isnan()
@@ -89,10 +90,11 @@ def test_lse_refuses_a_gradient(backend, device):
     hidden, weight, targets = (
         x.to(device).detach().requires_grad_(x.requires_grad) for x in small()
     )
-    stats = linear_token_stats(hidden, weight, targets, backend=backend)
+    logits, compute = Head(weight)(hidden), Compute(backend)
+    stats = token_stats(logits, targets, compute=compute)
     with pytest.raises(RuntimeError, match=r"TokenStats\.lse is not differentiable"):
         (stats.logp.sum() + stats.lse.sum()).backward()
-    stats = linear_token_stats(hidden, weight, targets, backend=backend)
+    stats = token_stats(logits, targets, compute=compute)
     with pytest.raises(RuntimeError, match="not differentiable"):
         torch.autograd.grad(stats.logp.sum(), hidden, create_graph=True)
 
@@ -101,9 +103,10 @@ def test_upstream_gradients_of_every_kind(backend, device):
     """Each statistic alone, absent ones, zeros, an expanded scalar: their sum is the whole."""
     hidden, weight, targets = (x.to(device) for x in small())
     leaves = (hidden.detach().requires_grad_(), weight.detach().requires_grad_())
+    logits, compute = Head(leaves[1])(leaves[0]), Compute(backend, chunk_bytes=700)
 
     def grads(of):
-        stats = linear_token_stats(*leaves, targets, backend=backend, chunk_bytes=700)
+        stats = token_stats(logits, targets, compute=compute)
         return torch.autograd.grad(of(stats), leaves)
 
     alone = [grads(lambda s, i=i: s[i].sum()) for i in range(3)]
@@ -117,11 +120,38 @@ def test_autocast_casts_as_linear_does():
     """float32 parameters under bfloat16 autocast: bfloat16 products, float32 gradients."""
     hidden, weight, targets = small()
     with torch.autocast("cpu", torch.bfloat16):
-        stats = linear_token_stats(hidden, weight, targets)
-    half = linear_token_stats(hidden.bfloat16(), weight.bfloat16(), targets)
+        stats = token_stats(Head(weight)(hidden), targets)
+    half = token_stats(Head(weight.bfloat16())(hidden.bfloat16()), targets)
     assert torch.equal(stats.logp, half.logp) and stats.logp.dtype == torch.float32
     stats.logp.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32 and weight.grad.any()
+
+
+def test_one_head_serves_calls_inside_and_outside_autocast():
+    """A call's cast is its own: the head goes on holding the parameters, which a step changes."""
+    hidden, weight, targets = small()
+    g = torch.Generator().manual_seed(1)
+    shapes = ((40,), (2, 8), (40, 2))
+    bias, *factors = (torch.randn(s, generator=g).requires_grad_() for s in shapes)
+    lora = LoRA(*factors, 0.5)
+    head = Head(weight, bias, lora, softcap=6.0)
+    leaves = (hidden, weight, bias, lora.a, lora.b)
+    for _ in range(2):
+        plain = token_stats(head(hidden), targets)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = [token_stats(head(hidden), targets) for _ in range(2)]
+        cast = [x.detach().bfloat16() for x in leaves]
+        half = Head(*cast[1:3], LoRA(*cast[3:], 0.5), softcap=6.0)(cast[0])
+        assert torch.equal(inside[0].logp, token_stats(half, targets).logp)
+        assert torch.equal(inside[0].logp, inside[1].logp)
+        assert torch.equal(token_stats(head(hidden), targets).logp, plain.logp)
+        assert not torch.equal(inside[0].logp, plain.logp)
+        assert head.weight is weight and head.bias is bias and head.lora is lora
+        grads = torch.autograd.grad(inside[1].logp.sum(), leaves)
+        assert all(g.dtype == torch.float32 and g.any() for g in grads)
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.mul_(0.9)
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------
@@ -139,10 +169,10 @@ def test_a_lora_head_is_the_merged_head(backend, device):
         return stats.logp.sum() - 0.5 * stats.entropy.sum() + stats.unit_polarity.sum()
 
     merged = leaves[0] @ (leaves[1] + 0.7 * b @ a).t()
-    expected = torch.autograd.grad(total(token_stats(merged, targets, backend=backend)), leaves)
-    stats = linear_token_stats(
-        *leaves[:2], targets, lora=LoRAHead(a, b, 0.7), backend=backend, chunk_bytes=900
-    )
+    compute = Compute(backend, chunk_bytes=900)
+    expected = torch.autograd.grad(total(token_stats(merged, targets, compute=compute)), leaves)
+    head = Head(leaves[1], lora=LoRA(a, b, 0.7))
+    stats = token_stats(head(leaves[0]), targets, compute=compute)
     for x, y in zip(torch.autograd.grad(total(stats), leaves), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
@@ -185,14 +215,15 @@ def test_complaint_32_statistics_of_the_filtered_distribution(name, backend, dev
     keep = KeepSet(F.pad(mask.sum(1).cumsum(0), (1, 0)), mask.nonzero()[:, 1].contiguous())
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
     masked = (leaves[0] @ leaves[1].t()).masked_fill(~mask, -torch.inf)
-    expected = token_stats(masked, targets, backend=backend)
-    stats = linear_token_stats(*leaves, targets, keep=keep, backend=backend, chunk_bytes=2000)
+    compute = Compute(backend, chunk_bytes=2000)
+    expected = token_stats(masked, targets, compute=compute)
+    stats = token_stats(Head(leaves[1])(leaves[0], keep=keep), targets, compute=compute)
     for a, b in zip(stats, expected, strict=True):
         torch.testing.assert_close(a, b)
     total = [s.logp.sum() + s.entropy.sum() + s.unit_polarity.sum() for s in (stats, expected)]
     for a, b in zip(*(torch.autograd.grad(t, leaves) for t in total), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert (stats.logp > token_stats(z, targets, backend=backend).logp).all()
+    assert (stats.logp > token_stats(z, targets, compute=compute).logp).all()
 
 
 @pytest.mark.parametrize("group", [1, 7, 10_000])
@@ -218,13 +249,13 @@ def test_masking_does_not_depend_on_the_grouping(monkeypatch, group):
     assert torch.equal(shard, expected[:, 11:19])
 
 
-def test_a_gpu_spoils_rows_whose_kept_ids_are_wrong(monkeypatch):
+def test_a_gpu_spoils_rows_whose_kept_ids_are_wrong():
     """Where values are not checked beforehand, a wrong row becomes NaN and writes nothing else."""
-    monkeypatch.setattr(KeepMask, "_check_ids", lambda self: None)
     targets = torch.tensor([3, 4, 5, -100])
     offsets, ids = torch.tensor([0, 2, 4, 6, 6]), torch.tensor([3, 9, 9, 8, 5, 77])
     z = torch.arange(40.0).view(4, 10)
-    mask = KeepMask(offsets, ids, targets, 10)
+    mask = KeepMask(offsets, ids, targets, 10, checked=True)
+    mask._checked = False  # as on a GPU
     mask.apply(z, slice(0, 4))
     assert z[0, 3] == 3.0 and z[0].isfinite().sum() == 2
     assert z[1, 0].isnan() and z[2, 0].isnan()
@@ -239,7 +270,8 @@ def test_a_filter_that_removed_the_sampled_id(backend, device):
     keep = KeepSet(offsets, ids.view(-1))
 
     def call():
-        return linear_token_stats(hidden, weight, targets, keep=keep, backend=backend)
+        logits = Head(weight)(hidden, keep=keep)
+        return token_stats(logits, targets, compute=Compute(backend))
 
     if device == "cpu":
         with pytest.raises(ValueError, match=rf"id {int(targets[1])} of the token at .* 1 is not"):
@@ -264,17 +296,43 @@ def test_complaint_31_a_weight_outside_its_gather():
     per_token = torch.ones(12)
     weight = torch.nn.Parameter(gathered.clone())
     weight.data = torch.empty(0)
+    logits = Head(weight)(hidden)
     for call in (
-        lambda: linear_token_stats(hidden, weight, targets),
-        lambda: linear_policy_loss(hidden, weight, targets, per_token, per_token),
+        lambda: token_stats(logits, targets),
+        lambda: policy_loss(logits, targets, per_token, per_token),
     ):
         with pytest.raises(ValueError, match=r"zero elements.*GatheredParameters"):
             call()
     weight.data = gathered
-    stats = linear_token_stats(hidden, weight, targets)
-    out = linear_policy_loss(hidden, weight, targets, per_token, per_token)
+    stats = token_stats(logits, targets)
+    out = policy_loss(logits, targets, per_token, per_token)
     weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"zero elements.*GatheredParameters"):
         stats.logp.sum().backward()
     (dhidden,) = torch.autograd.grad(out.loss, hidden)
     assert dhidden.any()
+
+
+def test_a_head_is_made_of_parameters_that_are_filled_later():
+    """Made outside every gather, called inside one after another: each call reads what the
+    parameters hold then, the bias and the factors too."""
+    hidden, weight, targets = small()
+    g = torch.Generator().manual_seed(1)
+    shapes = ((40,), (2, 8), (40, 2))
+    values = [weight.detach(), *(torch.randn(shape, generator=g) for shape in shapes)]
+    parameters = [torch.nn.Parameter(torch.empty(0)) for _ in values]
+    weight, bias, a, b = parameters
+    head = Head(weight, bias, LoRA(a, b), vocab_size=30)
+    targets = targets.clamp(max=29)
+    for factor in (1.0, 0.5):
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = factor * value
+        stats = token_stats(head(hidden), targets)
+        z = F.linear(hidden, weight + b @ a, bias)[:, :30]
+        torch.testing.assert_close(stats.logp, token_stats(z, targets).logp)
+        grads = torch.autograd.grad(stats.logp.sum(), [hidden, *parameters])
+        assert all(g.any() for g in grads) and grads[1].shape == (40, 8)
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"zero elements.*GatheredParameters"):
+        token_stats(head(hidden), targets)

@@ -1,4 +1,4 @@
-"""Inputs and exact answers for the functions of hidden states.
+"""Inputs and exact answers for the logits of a head.
 
 The logits a head gives are written down once more in plain torch; statistics and loss of them, and
 the tolerance rule, are `tests/oracle.py`'s. Scales of gradients are the sizes of what the matrix
@@ -13,14 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
-from papo_kernels.head.keep import KeepSet
-from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
+from papo_kernels import (
+    Compute,
+    Head,
+    KeepSet,
+    LazyLogits,
+    LoRA,
+    Objective,
+    PolarityWeighting,
+    PolicyLossOutput,
+    TokenStats,
+    policy_loss,
+    token_stats,
+)
 from tests.cases import Case
 from tests.oracle import acc_dtype, assert_close, plain_policy_loss, plain_token_stats
 
 PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")
-TOKEN_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp", "params", "weighting")
+LOSS_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp", "objective", "weighting")
 
 
 @dataclass(frozen=True)
@@ -40,29 +50,37 @@ class HeadCase:
             for name, x in self.parameters.items()
         }
 
-    def options(self, leaves: dict[str, Tensor]) -> dict[str, Any]:
+    def head(self, leaves: dict[str, Tensor]) -> Head:
         lora = None
         if "lora_a" in leaves:
-            lora = LoRAHead(leaves["lora_a"], leaves["lora_b"], self.scaling)
-        return {
-            **self.tokens.row,
-            "bias": leaves.get("bias"),
-            "lora": lora,
-            "logit_scale": self.logit_scale,
-            "keep": self.keep,
-        }
-
-    def token_stats(self, leaves: dict[str, Tensor], **more: Any) -> TokenStats:
-        options = {**self.options(leaves), **more}
-        return linear_token_stats(
-            leaves["hidden"], leaves["weight"], self.tokens.targets, **options
+            lora = LoRA(leaves["lora_a"], leaves["lora_b"], self.scaling)
+        return Head(
+            leaves["weight"],
+            bias=leaves.get("bias"),
+            lora=lora,
+            softcap=self.tokens.softcap,
+            logit_scale=self.logit_scale,
+            vocab_size=self.tokens.vocab_size,
         )
 
-    def policy_loss(self, leaves: dict[str, Tensor], **more: Any) -> PolicyLossOutput:
-        inputs = {name: getattr(self.tokens, name) for name in TOKEN_INPUTS}
-        options = {**self.options(leaves), **inputs, **more}
-        return linear_policy_loss(
-            leaves["hidden"], leaves["weight"], self.tokens.targets, **options
+    def logits(self, leaves: dict[str, Tensor]) -> LazyLogits:
+        return self.head(leaves)(leaves["hidden"], keep=self.keep)
+
+    def token_stats(self, leaves: dict[str, Tensor], **compute: Any) -> TokenStats:
+        return token_stats(
+            self.logits(leaves),
+            self.tokens.targets,
+            temperature=self.tokens.temperature,
+            compute=Compute(**compute),
+        )
+
+    def policy_loss(self, leaves: dict[str, Tensor], **compute: Any) -> PolicyLossOutput:
+        return policy_loss(
+            self.logits(leaves),
+            self.tokens.targets,
+            **{name: getattr(self.tokens, name) for name in LOSS_INPUTS},
+            temperature=self.tokens.temperature,
+            compute=Compute(**compute),
         )
 
 
@@ -87,47 +105,59 @@ def plain_logits(case: HeadCase, leaves: dict[str, Tensor]) -> Tensor:
     return z
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a head has beside its weight, and what its logits go through.
+
+    Attributes:
+        spread: the standard deviation of the logits.
+        masked: the bias of every third id is -inf.
+        rank: of the LoRA factors, 0 for none.
+        kept: how many ids each token keeps, about; 0 for no filter.
+    """
+
+    spread: float = 3.0
+    bias: bool = False
+    masked: bool = False
+    rank: int = 0
+    vocab_size: int | None = None
+    logit_scale: float | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
+    kept: int = 0
+
+
 def make_head_case(
     n: int,
     d: int,
     v: int,
+    traits: Traits | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
-    spread: float = 3.0,
-    bias: bool = False,
-    masked: bool = False,
-    rank: int = 0,
-    vocab_size: int | None = None,
-    logit_scale: float | None = None,
-    kept: int = 0,
     loss: bool = False,
-    on_policy: bool = False,
-    params: PolicyLossParams | None = None,
+    objective: Objective | None = None,
     weighting: PolarityWeighting | None = None,
-    **row: Any,
 ) -> HeadCase:
-    """Logits of standard deviation `spread`.
-
-    Every seventh row is ignored and holds NaN; rows of padding hold NaN. `masked`: the bias of
-    every third id is -inf. `kept`: each token keeps about that many ids.
-    """
+    """Every seventh row is ignored and holds NaN; rows of padding hold NaN. `loss`: with the
+    per-token inputs of one, off-policy."""
+    traits = traits or Traits()
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:
         return (size * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
 
-    columns = v if vocab_size is None else vocab_size
-    parameters = {"hidden": draw(n, d), "weight": draw(v, d, size=spread / d**0.5)}
-    if bias or masked:
+    columns = v if traits.vocab_size is None else traits.vocab_size
+    parameters = {"hidden": draw(n, d), "weight": draw(v, d, size=traits.spread / d**0.5)}
+    if traits.bias or traits.masked:
         parameters["bias"] = draw(v)
-    if rank:
-        parameters["lora_a"] = draw(rank, d, size=d**-0.5)
-        parameters["lora_b"] = draw(v, rank)
+    if traits.rank:
+        parameters["lora_a"] = draw(traits.rank, d, size=d**-0.5)
+        parameters["lora_b"] = draw(v, traits.rank)
     targets = torch.randint(columns, (n,), generator=g)
     targets[:1], targets[1:2] = 0, columns - 1
-    if masked:
+    if traits.masked:
         parameters["bias"][1:columns:3] = -torch.inf
         targets = torch.where(targets % 3 == 1, targets - 1, targets)
     targets[5::7] = -100
@@ -135,13 +165,25 @@ def make_head_case(
     for name in ("weight", "bias", "lora_b"):
         if name in parameters:
             parameters[name][columns:] = torch.nan
-    options = {"params": params or PolicyLossParams(), "weighting": weighting, **row}
-    tokens = Case(torch.empty(n, columns), targets, vocab_size=vocab_size, **options)
-    case = HeadCase(parameters, tokens, 1.5, logit_scale, make_keep(targets, columns, kept, g))
+    tokens = Case(
+        torch.empty(n, columns),
+        targets,
+        temperature=traits.temperature,
+        softcap=traits.softcap,
+        vocab_size=traits.vocab_size,
+        objective=objective or Objective(),
+        weighting=weighting,
+    )
+    keep = make_keep(targets, columns, traits.kept, g)
+    case = HeadCase(parameters, tokens, 1.5, traits.logit_scale, keep)
     case = replace(case, tokens=replace(tokens, logits=_exact_logits(case)))
     if loss:
-        case = _with_loss(case, on_policy, g)
+        case = _with_loss(case, g)
     return _to(case, device)
+
+
+def on_policy(case: HeadCase) -> HeadCase:
+    return replace(case, tokens=replace(case.tokens, old_logp=None))
 
 
 def make_keep(targets: Tensor, columns: int, kept: int, g: torch.Generator) -> KeepSet | None:
@@ -164,7 +206,7 @@ def _exact_logits(case: HeadCase) -> Tensor:
     return plain_logits(case, {k: x.double() for k, x in case.parameters.items()})
 
 
-def _with_loss(case: HeadCase, on_policy: bool, g: torch.Generator) -> HeadCase:
+def _with_loss(case: HeadCase, g: torch.Generator) -> HeadCase:
     """Advantages of both signs, ratios beyond both clip bounds but not near them, weights of 0."""
     tokens = case.tokens
     row = {**tokens.row, "vocab_size": None}
@@ -177,7 +219,7 @@ def _with_loss(case: HeadCase, on_policy: bool, g: torch.Generator) -> HeadCase:
     steps = torch.tensor([-0.5, -0.1, 0.0, 0.1, 0.5])[torch.randint(5, (n,), generator=g)]
     token_weight = (draw().abs() + 0.1) / n
     token_weight[4::11] = 0.0
-    old_logp = None if on_policy else (logp - steps).to(dtype)
+    old_logp = (logp - steps).to(dtype)
     ref_logp = (logp + 0.4 * draw()).to(dtype)
     case.parameters["hidden"][4::11] = torch.inf  # weight 0: whatever it holds
     tokens = replace(
@@ -264,14 +306,14 @@ def _check_gradients(
         assert_close(name, leaf.grad, exact[name], plain[name], scales[name], floor=floor)
 
 
-def check_head_token_stats(case: HeadCase, **more: Any) -> None:
-    """Every output of `linear_token_stats` and all gradients for random upstream ones."""
+def check_head_token_stats(case: HeadCase, **compute: Any) -> None:
+    """Every output of `token_stats` and all gradients for random upstream ones."""
     acc = acc_dtype(case.parameters["hidden"].dtype)
     g = torch.Generator().manual_seed(1)
     n = len(case.tokens.targets)
     upstream = torch.randn(3, n, generator=g).to(case.tokens.targets.device, acc)
     leaves = case.leaves()
-    actual = case.token_stats(leaves, **more)
+    actual = case.token_stats(leaves, **compute)
     answers = [_answers(case, upstream, dtype) for dtype in (torch.float64, acc)]
     size = 1.0 + _magnitude(case)
     for name, a, e, p in zip(TokenStats._fields, actual, answers[0][0], answers[1][0], strict=True):
@@ -282,15 +324,15 @@ def check_head_token_stats(case: HeadCase, **more: Any) -> None:
     _check_gradients(case, leaves, answers, swing / case.tokens.temperature)
 
 
-def check_head_policy_loss(case: HeadCase, **more: Any) -> None:
-    """Every output of `linear_policy_loss` and all gradients of the loss."""
+def check_head_policy_loss(case: HeadCase, **compute: Any) -> None:
+    """Every output of `policy_loss` and all gradients of the loss."""
     acc = acc_dtype(case.parameters["hidden"].dtype)
     leaves = case.leaves()
-    actual = case.policy_loss(leaves, **more)
+    actual = case.policy_loss(leaves, **compute)
     answers = [_answers(case, None, dtype) for dtype in (torch.float64, acc)]
     exact, plain = answers[0][0], answers[1][0]
     size = 1.0 + _magnitude(case)
-    A, beta = case.tokens.advantages.double().abs(), case.tokens.params.kl_coef
+    A, beta = case.tokens.advantages.double().abs(), case.tokens.objective.kl_coef
     per_token = size * (1.0 + A) * (1.0 + exact.ratio) * (1.0 + exact.logp.abs() + exact.entropy)
     if beta:
         gap = (case.tokens.ref_logp.double() - exact.logp).exp()

@@ -1,21 +1,66 @@
-"""Every wrong argument of the functions of hidden states: which, its value, what was expected."""
+"""Every wrong argument of a head and of its calls: which, its value, what was expected."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from papo_kernels.head.keep import KeepSet
-from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
+from papo_kernels import Compute, Head, KeepSet, LoRA, policy_loss, token_stats
 
 N, D, V = 4, 6, 9
 HIDDEN, WEIGHT = torch.randn(N, D), torch.randn(V, D)
 TARGETS, ONES = torch.tensor([0, 3, -100, 8]), torch.ones(N)
-GOOD = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS}
-LORA = LoRAHead(torch.randn(2, D), torch.randn(V, 2))
+LORA = LoRA(torch.randn(2, D), torch.randn(V, 2))
 KEEP = KeepSet(torch.tensor([0, 1, 2, 2, 3]), torch.tensor([0, 3, 8]))
 
-WRONG = {
+# What a `Head` refuses when it is made,
+OF_HEAD = {
+    "weight_kind": ({"weight": None}, TypeError, "weight: expected Tensor, got NoneType"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected None or .* > 0, got -1.0"),
+    "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale: expected None or .* got 0.0"),
+    "vocab_size_kind": ({"vocab_size": 3.0}, TypeError, "vocab_size: expected an int or None"),
+    "lora_kind": ({"lora": tuple(LORA)}, TypeError, "lora: expected LoRA, got tuple"),
+    "lora_scaling": (
+        {"lora": LORA._replace(scaling=None)},
+        TypeError,
+        "lora.scaling: expected a number",
+    ),
+    "lora_infinite": (
+        {"lora": LORA._replace(scaling=1e999)},
+        ValueError,
+        "lora.scaling: .* finite",
+    ),
+    "softcap_kind": ({"softcap": True}, TypeError, "softcap: expected None or .* got bool True"),
+    "softcap_nan": ({"softcap": float("nan")}, ValueError, "softcap: expected None or .* got nan"),
+    "logit_scale_infinite": ({"logit_scale": 1e999}, ValueError, "logit_scale: .* got inf"),
+    "logit_scale_kind": ({"logit_scale": "1"}, TypeError, "logit_scale: .* got str '1'"),
+    "vocab_size_bool": (
+        {"vocab_size": True},
+        TypeError,
+        "vocab_size: expected an int or None, got b",
+    ),
+    "bias_kind": ({"bias": 0.0}, TypeError, "bias: expected Tensor, got float"),
+    "lora_a_kind": (
+        {"lora": LORA._replace(a=None)},
+        TypeError,
+        "lora.a: expected Tensor, got NoneT",
+    ),
+    "lora_b_kind": ({"lora": LORA._replace(b=2)}, TypeError, "lora.b: expected Tensor, got int"),
+    "shards": (
+        {"shards": [9]},
+        ValueError,
+        "group: expected the process group that shards .* None",
+    ),
+}
+# what a `Compute` does,
+OF_COMPUTE = {
+    "chunk_bytes": ({"chunk_bytes": 0}, ValueError, "chunk_bytes: expected at least 1, got 0"),
+    "chunk_bytes_kind": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes: expected an int or None"),
+    "chunk_bytes_bool": ({"chunk_bytes": True}, TypeError, "chunk_bytes: .* or None, got bool"),
+    "chunk_bytes_negative": ({"chunk_bytes": -5}, ValueError, "expected at least 1, got -5"),
+}
+# and what only a call can know.
+OF_CALL = {
     "hidden_dtype": (
         {"hidden": HIDDEN.long()},
         TypeError,
@@ -32,7 +77,6 @@ WRONG = {
         TypeError,
         "weight: expected torch.float32 like hidden, got torch.bfloat16; cast .*autocast",
     ),
-    "weight_kind": ({"weight": None}, TypeError, "weight: expected Tensor, got NoneType"),
     "weight_dims": (
         {"weight": WEIGHT[0]},
         ValueError,
@@ -65,16 +109,11 @@ WRONG = {
         "got -1 at flat pos",
     ),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected .* > 0, got 0.0"),
-    "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected None or .* > 0, got -1.0"),
-    "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale: expected None or .* got 0.0"),
     "vocab_size": (
         {"vocab_size": 10},
         ValueError,
         r"vocab_size: .* \[1, 9\] \(rows of weight\), got 10",
     ),
-    "vocab_size_kind": ({"vocab_size": 3.0}, TypeError, "vocab_size: expected an int or None"),
-    "chunk_bytes": ({"chunk_bytes": 0}, ValueError, "chunk_bytes: expected at least 1, got 0"),
-    "chunk_bytes_kind": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes: expected an int or None"),
     "backend": ({"backend": "tpu"}, ValueError, "backend: expected one of .*'tpu'"),
     "logits_dtype": (
         {"logits_dtype": torch.float16},
@@ -91,7 +130,6 @@ WRONG = {
         TypeError,
         "bias: expected torch.float32 like weight",
     ),
-    "lora_kind": ({"lora": tuple(LORA)}, TypeError, "lora: expected LoRAHead, got tuple"),
     "lora_a": (
         {"lora": LORA._replace(a=torch.randn(2, 5))},
         ValueError,
@@ -111,16 +149,6 @@ WRONG = {
         {"lora": LORA._replace(b=LORA.b.half())},
         TypeError,
         "lora.b: expected torch.float32",
-    ),
-    "lora_scaling": (
-        {"lora": LORA._replace(scaling=None)},
-        TypeError,
-        "lora.scaling: expected a number",
-    ),
-    "lora_infinite": (
-        {"lora": LORA._replace(scaling=1e999)},
-        ValueError,
-        "lora.scaling: .* finite",
     ),
     "keep_kind": ({"keep": tuple(KEEP)}, TypeError, "keep: expected KeepSet, got tuple"),
     "keep_dtype": (
@@ -148,19 +176,43 @@ WRONG = {
         ValueError,
         "got 0 to 3 with a decrease",
     ),
+    "compute_kind": ({"compute": "cpu"}, TypeError, "compute: expected Compute, got str"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", OF_HEAD)
+def test_a_head_refuses_its_options_when_it_is_made(name):
+    wrong, kind, message = OF_HEAD[name]
+    with pytest.raises(kind, match=message):
+        Head(**{"weight": WEIGHT, **wrong})
+
+
+@pytest.mark.parametrize("name", OF_COMPUTE)
+def test_compute_refuses_its_options_when_it_is_made(name):
+    wrong, kind, message = OF_COMPUTE[name]
+    with pytest.raises(kind, match=message):
+        Compute(**wrong)
+
+
+def arguments_of(wrong):
+    """The first two positional and the named arguments of a call that differs from a good one in
+    `wrong`."""
+    given = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **wrong}
+    hidden, targets, keep = given.pop("hidden"), given.pop("targets"), given.pop("keep", None)
+    named = {name: given.pop(name) for name in ("temperature", "compute") if name in given}
+    compute = {name: given.pop(name) for name in ("backend", "logits_dtype") if name in given}
+    return (Head(**given)(hidden, keep=keep), targets), {"compute": Compute(**compute), **named}
+
+
+@pytest.mark.parametrize("name", OF_CALL)
 def test_wrong_arguments(name):
     """In both functions, and before anything runs."""
-    wrong, kind, message = WRONG[name]
-    arguments = {**GOOD, **wrong}
-    first = [arguments.pop(key) for key in ("hidden", "weight", "targets")]
+    wrong, kind, message = OF_CALL[name]
+    first, named = arguments_of(wrong)
     with pytest.raises(kind, match=message):
-        linear_token_stats(*first, **arguments)
+        token_stats(*first, **named)
     with pytest.raises(kind, match=message):
-        linear_policy_loss(*first, ONES, ONES, **arguments)
+        policy_loss(*first, ONES, ONES, **named)
 
 
 def test_complaint_30_logits_passed_as_hidden():
@@ -169,24 +221,22 @@ def test_complaint_30_logits_passed_as_hidden():
     with pytest.raises(
         ValueError, match=r"got \(4, 9\); these look like logits, which token_stats"
     ):
-        linear_token_stats(logits, WEIGHT, TARGETS)
+        token_stats(Head(WEIGHT)(logits), TARGETS)
 
 
 def test_wrong_token_inputs():
     """Those of the loss, whose message names what the loss is differentiable in."""
-    with pytest.raises(ValueError, match=r"advantages: .* hidden, weight, bias and lora only"):
-        linear_policy_loss(HIDDEN, WEIGHT, TARGETS, ONES.clone().requires_grad_(), ONES)
+    logits = Head(WEIGHT)(HIDDEN)
+    with pytest.raises(
+        ValueError, match=r"advantages: .* hidden states, weight, bias and lora only"
+    ):
+        policy_loss(logits, TARGETS, ONES.clone().requires_grad_(), ONES)
     with pytest.raises(ValueError, match=r"token_weight: expected shape \(4,\) like targets"):
-        linear_policy_loss(HIDDEN, WEIGHT, TARGETS, ONES, ONES[:2])
+        policy_loss(logits, TARGETS, ONES, ONES[:2])
 
 
 def test_good_arguments_pass():
     """The arguments that the wrong ones are made of."""
-    options = {
-        "lora": LORA,
-        "keep": KEEP,
-        "bias": torch.zeros(V),
-        "vocab_size": V,
-        "chunk_bytes": 1,
-    }
-    assert linear_token_stats(HIDDEN, WEIGHT, TARGETS, **options).logp[:2].isfinite().all()
+    head = Head(WEIGHT, bias=torch.zeros(V), lora=LORA, vocab_size=V, softcap=9.0, logit_scale=0.5)
+    stats = token_stats(head(HIDDEN, keep=KEEP), TARGETS, compute=Compute(chunk_bytes=1))
+    assert stats.logp[:2].isfinite().all()

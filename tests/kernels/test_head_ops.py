@@ -1,4 +1,4 @@
-"""The linear operations under torch's machinery: opcheck, torch.compile forward and backward."""
+"""The operations of a head under torch's machinery: opcheck, torch.compile forward and backward."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from papo_kernels import PolarityWeighting, PolicyLossParams
-from papo_kernels.head.keep import KeepSet
-from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
-from tests.kernels.linear_cases import make_head_case
+from papo_kernels import (
+    Compute,
+    Head,
+    KeepSet,
+    LoRA,
+    Objective,
+    PolarityWeighting,
+    policy_loss,
+    token_stats,
+)
+from tests.kernels.head_cases import make_head_case
 
 N, D, V = 7, 5, 23
 
 
 def head_arguments(device, dtype=torch.float32, full=True):
-    """What all linear operations take first: hidden to keep_ids."""
+    """What all operations of a head take first: hidden to keep_ids. None requires grad: autograd is
+    that of the public functions."""
     g = torch.Generator().manual_seed(0)
     shapes = ((N, D), (V, D), (V,), (2, D), (V, 2)) if full else ((N, D), (V, D))
-    tensors = [torch.randn(*s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
+    tensors = [torch.randn(*s, generator=g).to(device, dtype) for s in shapes]
     tensors += [None] * (5 - len(tensors))
     if not full:
         return (*tensors, None, None)
@@ -37,12 +45,11 @@ def samples(name, backend, device):
         if name == "linear_token_stats":
             yield *head, targets, 0.9, 20.0, *tail
         elif name == "linear_token_stats_bwd":
-            detached = [None if x is None else x.detach() for x in head]
             row = (targets, 0.9, 0.0, *tail)
-            state = torch.ops.papo.linear_token_stats(*detached, *row)[-1]
+            state = torch.ops.papo.linear_token_stats(*head, *row)[-1]
             g = torch.ones(2 * N, device=device)[::2]
-            yield *detached, *row, state, g, None, -g, needs
-            yield *detached, *row, state, None, g, None, [True, False, False, False, False]
+            yield *head, *row, state, g, None, -g, needs
+            yield *head, *row, state, None, g, None, [True, False, False, False, False]
         else:
             case = make_head_case(N, D, V, device=device, loss=True).tokens
             scalars = [torch.tensor(x, device=device) for x in (0.5, 1.0, 1.1)]
@@ -50,8 +57,7 @@ def samples(name, backend, device):
             options = [0.9, 0.0, 0.2, 0.28, 3.0, 0.04, 0.01, 0.5, 1e-6]
             call = (targets, *tokens, *scalars, "sign", options, V - 2, backend)
             yield *head, *call, 0.5, acc, 700, needs
-            detached = [None if x is None else x.detach() for x in head]
-            yield *detached, *call, 0.5, acc, 700, [False] * 5
+            yield *head, *call, 0.5, acc, 700, [False] * 5
 
 
 OPERATIONS = ("linear_token_stats", "linear_token_stats_bwd", "linear_policy_loss")
@@ -71,21 +77,24 @@ def test_opcheck(name, backend, device):
     assert checked >= 3
 
 
-def step(hidden, weight, a, b, targets, advantages, token_weight, keep):
-    lora = LoRAHead(a, b, 0.5)
-    options = {"softcap": 30.0, "temperature": 0.9, "lora": lora, "chunk_bytes": 2000}
-    out = linear_policy_loss(
-        hidden,
-        weight,
+def head_of(weight, a, b):
+    return Head(weight, lora=LoRA(a, b, 0.5), softcap=30.0)
+
+
+def step(hidden, weight, a, b, targets, advantages, token_weight, keep, made):
+    """The loss of a head that is made here, the statistics of one that was `made` before."""
+    head = head_of(weight, a, b)
+    options = {"temperature": 0.9, "compute": Compute(chunk_bytes=2000)}
+    out = policy_loss(
+        head(hidden, keep=KeepSet(*keep)),
         targets,
         advantages,
         token_weight,
-        params=PolicyLossParams(entropy_coef=0.01),
+        objective=Objective(entropy_coef=0.01),
         weighting=PolarityWeighting(0.5, 0.3),
-        keep=KeepSet(*keep),
         **options,
     )
-    stats = linear_token_stats(hidden, weight, targets, **options)
+    stats = token_stats(made(hidden), targets, **options)
     return 2.0 * out.loss + (stats.entropy * token_weight).sum(), out.ratio, stats.unit_polarity
 
 
@@ -104,7 +113,7 @@ def test_compile_in_one_graph_for_every_number_of_tokens():
         results = []
         for run in (step, compiled):
             leaves = [x.clone().requires_grad_() for x in values]
-            loss, *rest = run(*leaves, *tokens, keep)
+            loss, *rest = run(*leaves, *tokens, keep, head_of(*leaves[1:]))
             loss.backward()
             results.append([loss.detach(), *rest, *(x.grad for x in leaves)])
         for a, b in zip(*results, strict=True):

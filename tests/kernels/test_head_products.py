@@ -1,15 +1,13 @@
-"""The linear path's choices that depend on the device: which rows are multiplied, and into what."""
+"""What a head's passes do by device: which rows are multiplied, and into what."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from papo_kernels.head import gradients as linear_gradients
-from papo_kernels.head import passes as linear_passes
-from papo_kernels.head import plan as linear_chunks
-from papo_kernels.head import products as linear_products
-from tests.kernels.linear_cases import make_head_case
+from papo_kernels.head import gradients, passes, products
+from papo_kernels.head.plan import Active
+from tests.kernels.head_cases import Traits, make_head_case
 
 
 @pytest.mark.parametrize("loss", [True, False])
@@ -17,14 +15,14 @@ from tests.kernels.linear_cases import make_head_case
 def test_rows_that_do_not_count_are_masked_where_they_are_not_left_out(monkeypatch, dtype, loss):
     """A GPU multiplies all rows rather than wait for their number; NaN and inf in the hidden states
     of rows that do not count must still reach nothing."""
-    case = make_head_case(30, 16, 90, dtype=dtype, bias=True, rank=2, loss=loss)
+    case = make_head_case(30, 16, 90, Traits(bias=True, rank=2), dtype=dtype, loss=loss)
     results = []
     for everything in (False, True):
         if everything:
             monkeypatch.setattr(
-                linear_passes,
+                passes,
                 "active_rows",
-                lambda ignored: linear_chunks.Active(ignored.shape[0], ignored),
+                lambda ignored: Active(ignored.shape[0], ignored),
             )
         leaves = case.leaves()
         out = (case.policy_loss if loss else case.token_stats)(leaves, chunk_bytes=3000)
@@ -39,7 +37,8 @@ def test_rows_that_do_not_count_are_masked_where_they_are_not_left_out(monkeypat
 @pytest.mark.parametrize("rows", ["reference", "cpu"])
 def test_products_written_in_float32_by_the_device(monkeypatch, rows):
     """The calls made where half operands multiply into float32, with torch's functions emulated."""
-    case = make_head_case(30, 16, 90, dtype=torch.bfloat16, bias=True, rank=2, loss=True)
+    traits = Traits(bias=True, rank=2)
+    case = make_head_case(30, 16, 90, traits, dtype=torch.bfloat16, loss=True)
     plain = case.leaves()
     expected = case.policy_loss(plain, backend=rows, chunk_bytes=3000)
     expected.loss.backward()
@@ -61,7 +60,7 @@ def test_products_written_in_float32_by_the_device(monkeypatch, rows):
         wide.append("addmm")
         return out.add_(real_mm(a.float(), b.float()))
 
-    monkeypatch.setattr(linear_products, "_multiplies_into_float32", lambda device, dtype: True)
+    monkeypatch.setattr(products, "_multiplies_into_float32", lambda device, dtype: True)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
     leaves = case.leaves()
@@ -77,15 +76,15 @@ def test_products_written_in_float32_by_the_device(monkeypatch, rows):
 @pytest.mark.parametrize("shape", [(5, 3, 40), (40, 3, 5), (5, 40, 3), (7, 7, 7)])
 def test_widened_products_in_tiles(monkeypatch, shape, tile_bytes):
     """Tiles of the longest extent, be it the outer, inner or last one; written and added."""
-    monkeypatch.setattr(linear_products, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(products, "_TILE_BYTES", tile_bytes)
     m, k, n = shape
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(s, generator=g).bfloat16() for s in ((m, k), (k, n)))
     exact = a.double() @ b.double()
     out = torch.full((m, n), torch.nan)
-    linear_products.product(a, b, out)
+    products.product(a, b, out)
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-5)
-    linear_products.product(a, b.float(), out, add=True)
+    products.product(a, b.float(), out, add=True)
     torch.testing.assert_close(out.double(), 2 * exact, rtol=1e-6, atol=1e-5)
 
 
@@ -95,11 +94,11 @@ def test_a_sum_in_two_halves_is_the_float32_sum(monkeypatch, dtype, tile_bytes):
     """Bit for bit, in tiles of a row, of some rows with a remainder, and in one: sums of quarters
     are exact in float32 in any order, and most of these need more bits than the result has, which
     must round once. Infinities, NaN and rows of padding keep their place."""
-    monkeypatch.setattr(linear_gradients, "_CPU_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(gradients, "_CPU_TILE_BYTES", tile_bytes)
     g = torch.Generator().manual_seed(0)
     parameter = torch.empty(37, 7, dtype=dtype)
-    split = linear_gradients._SplitSum(parameter, 35)
-    whole = linear_gradients._Sum(parameter, 35, 4, None)
+    split = gradients._SplitSum(parameter, 35)
+    whole = gradients._Sum(parameter, 35, 4, None)
     for slab in range(4):
         a, b = (torch.randint(-99, 100, s, generator=g).to(dtype) for s in ((35, 11), (11, 7)))
         if slab == 2:

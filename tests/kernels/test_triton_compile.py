@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.machine_code.triton_kernels import CALLS, compiled, kernels_of, loop_of, usage
-from papo_kernels import PolicyLossParams
+from papo_kernels import Objective
 from papo_kernels.types import RowParams, TokenInputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

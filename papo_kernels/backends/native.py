@@ -57,7 +57,8 @@ class NativeBackend:
         native = extension.module()
         n = logits.shape[0]
         logp = logits.new_empty(n, dtype=acc_dtype(logits.dtype))
-        entropy, unit_polarity, lse = (torch.empty_like(logp) for _ in range(3))
+        empty = torch.empty_like
+        entropy, unit_polarity, lse = empty(logp), empty(logp), empty(logp)
         new_state = logits.new_empty(n, STATE_SIZE, dtype=torch.float64)
         outputs = (logp, entropy, unit_polarity, lse, new_state)
         native.token_stats_fwd(

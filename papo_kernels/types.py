@@ -12,6 +12,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 ELSEWHERE = -1  # a sampled token that lies in another shard of the vocabulary
 STATE_SIZE = 6  # float64 row_max, Z, T, Z2, T2 and target_u of a row
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
+FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
 WEIGHT_SHAPES = ("sign", "tanh")
 
 

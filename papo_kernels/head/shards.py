@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels.backends.choice import choose
+from papo_kernels.backends import choose
 from papo_kernels.checks import counted_columns
 from papo_kernels.source import Compute, LazyLogits
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from papo_kernels.backends import choice as backends
+from papo_kernels.backends import Backend, choose
 from papo_kernels.dispatch import is_plain, kernel_or_operation
 
 ROW_SCHEMA = "float temperature, float softcap, SymInt vocab_size, str backend"
 
 
-def backend_for(requested: str, logits: Tensor) -> Any:
-    return backends.module(backends.choose(requested or None, logits.device, logits.dtype))
+def backend_for(requested: str, logits: Tensor) -> Backend:
+    return choose(requested or None, logits.device, logits.dtype)
 
 
 def as_rows(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
+from papo_kernels import Objective, PolarityWeighting, PolicyLossOutput, TokenStats
 from papo_kernels.head.shards import parallel_linear_policy_loss, parallel_linear_token_stats
 from tests.kernels.linear_cases import TOKEN_INPUTS, HeadCase, make_head_case
 
@@ -24,7 +24,7 @@ SPLITS = {
 }
 SPLIT_LIKE_WEIGHT = ("weight", "bias", "lora_b")
 LOSS = {
-    "params": PolicyLossParams(clip_high=0.28, dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01),
+    "params": Objective(clip_high=0.28, dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01),
     "weighting": PolarityWeighting(0.5, -0.6, shape="tanh", sigma=0.1, scale=1.1),
 }
 

@@ -19,6 +19,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from papo_kernels.backends import choice as backend
-from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.backends import tuning
+from papo_kernels.backends.native import CUDA
+from papo_kernels.backends.tiles import choose_tile
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("calls", "from_state", "resident", "resident_stats", "scale", "streamed")
@@ -208,7 +210,7 @@ def library() -> ctypes.CDLL:
 
 
 class Native:
-    """What papo_kernels._C offers cuda_impl, on the emulated machine."""
+    """What papo_kernels._C offers the CUDA backend, on the emulated machine."""
 
     Matrix = Matrix
     RowParams = RowParams
@@ -275,7 +277,7 @@ def emulated(
     resident: int = 2,
     seed: int = 0,
 ) -> Iterator[Native]:
-    """Backend "cuda" serves CPU tensors, on a device of these limits.
+    """The CUDA backend serves CPU tensors, on a device of these limits.
 
     Args:
         max_cluster: 0: as on sm_80, without clusters.
@@ -289,17 +291,15 @@ def emulated(
     def launch(native: Native, logits: Tensor, columns: int) -> ctypes.Structure:
         if columns == 0:
             return Launch(1, 0, 0)
-        choice = cuda_impl._choice(native, logits.device, logits.dtype, columns, tuning.forced())
+        choice = choose_tile(native, logits.device, logits.dtype, columns, tuning.forced())
         return Launch(1, 0, 0, choice)
-
-    def cannot(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
 
     backend._choose.cache_clear()
     with (
         mock.patch("papo_kernels.backends.extension.module", lambda: native),
-        mock.patch("papo_kernels.backends.cuda.BACKEND._launch", launch),
-        mock.patch.dict(backend._CANNOT, {"cuda": cannot}),
+        mock.patch.object(CUDA, "_launch", launch),
+        mock.patch.object(CUDA, "capabilities", replace(CUDA.capabilities, devices=("cpu",))),
+        mock.patch.object(CUDA, "why_unavailable", lambda device: None),
     ):
         yield native
     backend._choose.cache_clear()
@@ -320,19 +320,19 @@ class EmulatedBackend:
 
     def token_stats_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         with emulated(**self._device):
-            return cuda_impl.BACKEND.token_stats_fwd(*args, **options)
+            return CUDA.token_stats_fwd(*args, **options)
 
     def token_stats_bwd(self, *args: Any, **options: Any) -> Tensor:
         with emulated(**self._device):
-            return cuda_impl.BACKEND.token_stats_bwd(*args, **options)
+            return CUDA.token_stats_bwd(*args, **options)
 
     def policy_loss_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         with emulated(**self._device):
-            return cuda_impl.BACKEND.policy_loss_fwd(*args, **options)
+            return CUDA.policy_loss_fwd(*args, **options)
 
     def scale_(self, *args: Any, **options: Any) -> None:
         with emulated(**self._device):
-            cuda_impl.BACKEND.scale_(*args, **options)
+            CUDA.scale_(*args, **options)
 
 
 def at_offset(x: Tensor, stride: int, elements: int) -> Tensor:

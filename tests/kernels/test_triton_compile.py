@@ -50,7 +50,7 @@ def test_both_entry_points_scan_with_the_same_instructions():
 
 def test_nothing_but_the_variant_leads_to_a_compilation():
     """Rows, columns, temperature, alignment of row tensors, coefficients: a kernel each, once."""
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     def calls():
         for n, v, t, clip in (
@@ -65,15 +65,13 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
                     torch.zeros(n + 1, dtype=torch.int64)[1:],
                 )
                 row = RowParams(t, 0.0, v - 1)
-                *_, state = triton_impl.token_stats_fwd(logits, targets, row)
-                triton_impl.token_stats_bwd(logits, targets, state, (values, None, values), row)
+                *_, state = TRITON.token_stats_fwd(logits, targets, row)
+                TRITON.token_stats_bwd(logits, targets, state, (values, None, values), row)
                 for old, kl in ((values, 0.0), (None, 0.5)):
                     tokens = TokenInputs(values, values, old, values)
                     objective = Objective(clip, clip, None, kl, clip)
-                    triton_impl.policy_loss_fwd(
-                        logits, targets, tokens, objective, None, row, logits
-                    )
-            triton_impl.scale_(logits, torch.ones(()))
+                    TRITON.policy_loss_fwd(logits, targets, tokens, objective, None, row, logits)
+            TRITON.scale_(logits, torch.ones(()))
 
     kernels = compiled(90, calls)
     variants = {(name, kernel.hash) for name, kernel in kernels}

@@ -1,8 +1,9 @@
 """The policy loss with its gradient: a row's statistics, its token's objective, its dlogits.
 
 One program reads a row, forms the objective and walks the row again from its end, most of which the
-L2 cache still holds. Where rows are few a launch reads them in segments and a second one, a program
-a segment, finishes every row anew from its segments' states and writes its part of the gradient.
+L2 cache still holds. Where rows are few, a first launch reads them in segments. In a second one,
+one program per segment finishes its row from all the segments' states and writes its part of the
+gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import Objective, RowParams, TokenInputs, WeightingInputs
 
 from . import launch
@@ -168,17 +168,14 @@ def policy_loss_fwd(
     logits: Tensor,
     targets: Tensor,
     tokens: TokenInputs,
-    params: Objective,
+    objective: Objective,
     weighting: WeightingInputs | None,
     row: RowParams,
     dlogits: Tensor | None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum: see
-    ``reference.py``."""
-    if dlogits is not None:
-        check_dlogits(logits, dlogits, HALVES)
-    call = launch.prepare(logits, row)
+    """As `Backend.policy_loss_fwd`."""
+    call = launch.plan(logits.device, logits.dtype, row)
     n, aligned = logits.shape[0], launch.is_aligned(logits)
     inputs = _inputs(targets, tokens, weighting)
     loss = logits.new_empty(n, dtype=torch.float32)
@@ -204,7 +201,7 @@ def policy_loss_fwd(
         out,
         _objective(
             call.numbers,
-            params,
+            objective,
             weighting and (weighting.strength, weighting.shape, weighting.dead_zone),
             tokens.old_logp is not None,
             tokens.ref_logp is not None,
@@ -243,33 +240,33 @@ def _inputs(targets: Tensor, tokens: TokenInputs, weighting: WeightingInputs | N
 @lru_cache(maxsize=256)
 def _objective(
     numbers: Numbers,
-    params: Objective,
+    objective: Objective,
     weighting: tuple[float, str, float] | None,
     has_old: bool,
     has_ref: bool,
 ) -> LossNumbers:
     """`weighting`: its strength, shape and dead zone."""
     strength, shape, dead_zone = weighting or (0.0, "", 0.0)
-    objective = LossNumbers(
+    values = LossNumbers(
         numbers,
-        params.clip_low,
-        params.clip_high,
-        params.dual_clip or 0.0,
-        params.kl_coef if has_ref else 0.0,
-        params.entropy_coef,
+        objective.clip_low,
+        objective.clip_high,
+        objective.dual_clip or 0.0,
+        objective.kl_coef if has_ref else 0.0,
+        objective.entropy_coef,
         has_old,
         weighting is not None,
         shape == "tanh",
         strength,
         dead_zone,
     )
-    return LossNumbers(numbers, *map(float, objective[1:]))
+    return LossNumbers(numbers, *map(float, values[1:]))
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
-    """``dlogits *= factor`` for a 0-dim ``factor``; nothing is touched where it is 1."""
+    """As `Backend.scale_`."""
     n, n_columns = dlogits.shape
-    call = launch.prepare(dlogits, RowParams(1.0, 0.0, n_columns))
+    call = launch.plan(dlogits.device, dlogits.dtype, RowParams(1.0, 0.0, n_columns))
     factor = launch.row_tensor(factor, torch.float32)
     # Few enough to cost little where the factor is 1, which only the device knows.
     programs = min(n * n_columns, 16 * launch.count_multiprocessors(dlogits.device))

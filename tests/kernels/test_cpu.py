@@ -20,11 +20,12 @@ CHUNK = 16384  # csrc/cpu/row_kernels.h
 # The kernel suite's core, run in a process that was told to use one instruction set.
 ISA_CHECK = """
 import torch
-from papo_kernels import PolarityWeighting, PolicyLossParams, _native
+from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo_kernels.backends import extension
 from tests.cases import LOGITS, make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
-assert _native.cpu_isa() == {isa!r}, _native.cpu_isa()
+assert extension.cpu_isa() == {isa!r}, extension.cpu_isa()
 params = PolicyLossParams(0.2, 0.28, 2.0, 0.04, 0.01)
 weighting = PolarityWeighting(0.5, 0.7, "tanh", sigma=0.1)
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -47,14 +48,14 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     entropy = token_stats(bad, torch.zeros(5, dtype=torch.int64), backend="cpu").entropy
     assert entropy.isnan().tolist() == [False, True, True, False, True], entropy
 # Loading, multiplying and rounding every half-precision number there is, to nearest even.
-from papo_kernels import cpu_impl
+from papo_kernels.backends import cpu
 for dtype in (torch.bfloat16, torch.float16):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
     for factor in (1.5, 0.3, -3.0, 1e-4):
         expected = (every.float() * factor).to(dtype)
         flushed = (every.float().abs() < 1.2e-38) | ((every.float() * factor).abs() < 1.2e-38)
         scaled = every.clone()
-        cpu_impl.scale_(scaled, torch.tensor(factor))
+        cpu.scale_(scaled, torch.tensor(factor))
         same = (scaled == expected) | (scaled.isnan() & expected.isnan())
         assert (same | (flushed & (scaled == 0))).all(), (dtype, factor)
 # The gradient is rounded to bfloat16 almost as if it had been exact: within 0.53 of a unit in the

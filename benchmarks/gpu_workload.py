@@ -18,7 +18,7 @@ from papo_kernels import (
     policy_loss,
     token_stats,
 )
-from papo_kernels.backends import choice as backends
+from papo_kernels.backends import choose
 from papo_kernels.types import RowParams, TokenInputs
 
 GPU = torch.device("cuda", 0)
@@ -78,7 +78,7 @@ class Workload:
         gradient may be narrower than the logits."""
         n, columns = logits.shape
         tokens = TokenInputs(self.advantages[:n], self.token_weight[:n], self.old_logp[:n], None)
-        out: tuple[Tensor, ...] = backends.module(backend).policy_loss_fwd(
+        return choose(backend, logits.device, logits.dtype).policy_loss_fwd(
             logits,
             self.targets[:n],
             tokens,
@@ -87,7 +87,6 @@ class Workload:
             RowParams(1.0, 0.0, columns),
             dlogits,
         )
-        return out
 
 
 class LinearWorkload:
@@ -132,7 +131,7 @@ def able_backends(dtype: torch.dtype, device: torch.device = GPU) -> dict[str, s
     reasons = {}
     for name in ("cuda", "triton"):
         try:
-            backends.choose(name, device, dtype)
+            choose(name, device, dtype)
             reasons[name] = ""
         except ValueError as error:
             reasons[name] = str(error)

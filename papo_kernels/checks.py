@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends.protocol import FLOAT_DTYPES
 from .ops.token_stats import filled
 from .types import (
     LossInputs,
@@ -21,8 +22,6 @@ from .types import (
 )
 
 _DEFAULT_PARAMS = PolicyLossParams()
-HALVES = (torch.float16, torch.bfloat16)
-_FLOAT_DTYPES = (*HALVES, torch.float32, torch.float64)
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -33,7 +32,7 @@ def check_type(name: str, value: object, expected: type) -> None:
 def check_float(name: str, value: Tensor) -> None:
     """A floating-point tensor `[..., C]` with C >= 1."""
     check_type(name, value, Tensor)
-    if value.dtype not in _FLOAT_DTYPES:
+    if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}"
         )
@@ -54,23 +53,6 @@ def check_positive(name: str, value: float, expected: str = "a finite number > 0
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def check_columns(logits: Tensor) -> None:
-    """What the GPU kernels, which count columns in 32 bits, can read."""
-    if logits.shape[1] > 2**30:
-        raise ValueError(f"logits: expected at most 2^30 columns, got {logits.shape[1]}")
-
-
-def check_dlogits(logits: Tensor, dlogits: Tensor, narrow: tuple[torch.dtype, ...]) -> None:
-    """`narrow`: the dtypes that the gradient of float32 logits may have besides float32."""
-    narrower = logits.dtype == torch.float32 and dlogits.dtype in narrow
-    if dlogits.dtype != logits.dtype and not narrower:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in narrow)
-        besides = f", or {names} where those are float32" if names else ""
-        raise TypeError(
-            f"dlogits: expected {logits.dtype} like logits{besides}, got {dlogits.dtype}"
-        )
 
 
 def check_row_options(

@@ -1,12 +1,14 @@
 """The eager oracle: the definitions, and their derivatives, on dense float64 tensors.
 
 Every other backend is tested against this one. It works on any device, computes in float64 whatever
-the dtype of the logits, holds several ``[N, V]`` float64 temporaries, and is never optimised. The
-four functions below the formulas are the protocol that all backends share.
+the dtype of the logits, holds several ``[N, V]`` float64 temporaries, and is never optimized. The
+formulas come first. The four functions after them are those of the backend protocol
+(``backends/protocol.py``), which documents their arguments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,7 +105,7 @@ def _statistics_from(state: Tensor, rows: _Rows, row: RowParams) -> _Statistics:
 
 
 def _state(rows: _Rows, row: RowParams) -> Tensor:
-    """[N, 6]: see `token_stats_fwd`."""
+    """[N, 6]: see `Backend.token_stats_fwd`."""
     u = _scaled(rows.logits, row)
     row_max = u.amax(dim=1)
     masked = u.isneginf()
@@ -221,30 +223,13 @@ def _token_loss(
     return _TokenLoss(loss, polarity, weight, ratio, clipped, dlogp)
 
 
-# ---- the backend protocol -----------------------------------------------------------------------
+# ---- the functions of the backend protocol -------------------------------------------------------
 
 
 def token_stats_fwd(
     logits: Tensor, targets: Tensor, row: RowParams, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of every row.
-
-    Args:
-        logits: ``[N, V]``, unit column stride, any row stride: whole rows, or a shard of their
-            columns.
-        targets: ``[N]`` int64; -100: the row is not read and its outputs are 0; -1, where
-            ``row.sharded``: the sampled token lies in another shard. Another value out of range
-            makes the row NaN (cpu: callers check).
-        row: how logits become the distribution.
-        state: the state of the whole rows (``merge_states``): the logits are then not read.
-
-    Returns:
-        logp, entropy, unit_polarity, lse, each ``[N]`` float32 (float64 for float64 logits), and
-        the state ``[N, 6]`` float64: row_max, the sums Z, T, Z2, T2 about it, and the scaled logit
-        of the sampled token, -inf where that is masked or elsewhere. A shard without a finite logit
-        has the state (-inf, 0, 0, 0, 0, .), the identity of the merge; NaN and +inf make the state
-        NaN.
-    """
+    """Statistics of every row."""
     rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
     if state is None:
         stats, state = _statistics(rows, row), _state(rows, row)
@@ -259,24 +244,51 @@ def token_stats_bwd(
     logits: Tensor,
     targets: Tensor,
     state: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: Sequence[Tensor | None],
     row: RowParams,
     dlogits: Tensor | None = None,
 ) -> Tensor:
-    """The gradient ``[N, V]`` for upstream gradients ``[N]`` of logp, entropy and unit polarity,
-    None being zero.
-
-    Args:
-        state: of the whole rows, as ``token_stats_fwd`` or ``merge_states`` gave it.
-        dlogits: where to write; may be the logits, and may be of a narrower dtype than float32
-            logits (not on the cpu backend). None: a new contiguous tensor of the logits' dtype.
-    """
+    """The gradient of the statistics."""
     rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
     upstream = [torch.zeros_like(state[:, 0]) if g is None else g for g in grads]
     stats = _statistics_from(state, rows, row)
     grad = _statistics_gradient(stats, (upstream[0], upstream[1], upstream[2]), rows, row)
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
     return dlogits.copy_(_row_gradient(grad, rows, dlogits))
+
+
+def policy_loss_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: TokenInputs,
+    params: PolicyLossParams,
+    weighting: WeightingInputs | None,
+    row: RowParams,
+    dlogits: Tensor | None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The policy loss per token, and its gradient where `dlogits` is given."""
+    ignored = (targets == IGNORE_INDEX) | (tokens.token_weight == 0)
+    rows = _rows(logits, targets, ignored, row, state)
+    stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
+    token = _token_loss(stats, tokens, params, weighting)
+    token_weight = tokens.token_weight.double()
+    per_token = (token_weight * token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
+    outputs = [_reported(x, rows).to(acc_dtype(logits.dtype)) for x in per_token]
+    if dlogits is not None:
+        g_logp, g_entropy = token_weight * token.dlogp, -params.entropy_coef * token_weight
+        upstream = (g_logp, g_entropy, torch.zeros_like(g_logp))
+        grad = _statistics_gradient(stats, upstream, rows, row)
+        dlogits.copy_(_row_gradient(grad, rows, dlogits))
+    return (*outputs, token.clipped & ~rows.ignored & ~rows.bad)
+
+
+def scale_(dlogits: Tensor, factor: Tensor) -> None:
+    """``dlogits *= factor``."""
+    dlogits.mul_(factor)
+
+
+# ---- split vocabularies --------------------------------------------------------------------------
 
 
 def merge_states(states: Tensor) -> Tensor:
@@ -297,42 +309,3 @@ def merge_states(states: Tensor) -> Tensor:
     _, Z, T, Z2, T2, _ = states.unbind(dim=-1)
     parts = (alpha * Z, alpha * (T + shift * Z), alpha**2 * Z2, alpha**2 * (T2 + shift * Z2))
     return torch.stack([row_max, *(p.sum(dim=0) for p in parts), target_u], dim=1)
-
-
-def policy_loss_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    tokens: TokenInputs,
-    params: PolicyLossParams,
-    weighting: WeightingInputs | None,
-    row: RowParams,
-    dlogits: Tensor | None,
-    state: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum.
-
-    A row with target -100 or token weight 0 is not read and contributes exactly 0. ``dlogits`` is
-    as for ``token_stats_bwd``, ``state`` as for ``token_stats_fwd``.
-
-    Returns:
-        token_loss (token_weight applied), logp, entropy, unit_polarity, polarity, weight, ratio,
-        each ``[N]`` in the accumulation dtype, and clipped (bool ``[N]``).
-    """
-    ignored = (targets == IGNORE_INDEX) | (tokens.token_weight == 0)
-    rows = _rows(logits, targets, ignored, row, state)
-    stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
-    token = _token_loss(stats, tokens, params, weighting)
-    token_weight = tokens.token_weight.double()
-    per_token = (token_weight * token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
-    outputs = [_reported(x, rows).to(acc_dtype(logits.dtype)) for x in per_token]
-    if dlogits is not None:
-        g_logp, g_entropy = token_weight * token.dlogp, -params.entropy_coef * token_weight
-        upstream = (g_logp, g_entropy, torch.zeros_like(g_logp))
-        grad = _statistics_gradient(stats, upstream, rows, row)
-        dlogits.copy_(_row_gradient(grad, rows, dlogits))
-    return (*outputs, token.clipped & ~rows.ignored & ~rows.bad)
-
-
-def scale_(dlogits: Tensor, factor: Tensor) -> None:
-    """``dlogits *= factor``, a 0-dim tensor on the same device."""
-    dlogits.mul_(factor)

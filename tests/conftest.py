@@ -27,6 +27,8 @@ from unittest import mock
 import pytest
 import torch
 
+from papo_kernels.backends import named
+
 try:
     import hypothesis
 except ImportError:  # `make gpu-check` runs where there is no more than pytest
@@ -136,8 +138,7 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     """The logits dtypes that `backend` serves; fewer, where it is slow."""
     if _is_slow(backend):
         return (torch.float32, torch.bfloat16)
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return narrow if backend in GPU_BACKENDS else (torch.float64, *narrow)
+    return named(backend).capabilities.logits_dtypes
 
 
 @pytest.fixture(params=["direct", "dispatcher"])

@@ -36,7 +36,7 @@ from papo.train.evaluate import evaluate
 from papo.train.experience import Collected
 from papo.train.schedule import seed_of
 from papo_kernels import PolicyLossParams, TokenStats
-from papo_kernels.backends import choice as backends
+from papo_kernels.backends import choose
 
 # torch compiles its CPU products for every shape it meets and keeps the code: with rows of any
 # width the main job grew by 24 MiB a step.
@@ -350,7 +350,7 @@ def check_backend(name: str | None) -> None:
         PapoError: it, or the one that PAPO_BACKEND names, cannot.
     """
     try:
-        backends.module(backends.choose(name, local_device(), torch.float32))
+        choose(name, local_device(), torch.float32)
     except (ValueError, RuntimeError, ImportError) as error:
         option = "" if name is None else f"loss.backend={name!r}: "
         raise PapoError(f"{option}{error}; without it the fastest one that can is taken") from error

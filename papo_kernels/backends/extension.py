@@ -7,6 +7,10 @@ import os
 from functools import lru_cache
 from types import ModuleType
 
+import torch
+
+# As csrc/include/papo/params.h numbers them.
+DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 

@@ -1,12 +1,12 @@
-"""The native backends: torch tensors in, the compiled kernels of ``csrc`` underneath.
+"""The native backends, CPU and CUDA: torch tensors in, the compiled kernels of ``csrc`` underneath.
 
-``cpu_impl.py`` and ``cuda_impl.py`` make one :class:`NativeBackend` each, from what differs between
-them.
+CUDA calls run on the current stream of the logits' device, whichever device is current. They never
+synchronize, allocate only what they return, and may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo_kernels.checks import check_dlogits
 from papo_kernels.types import (
     STATE_SIZE,
     PolicyLossParams,
@@ -24,37 +23,41 @@ from papo_kernels.types import (
     acc_dtype,
 )
 
-from . import extension as _native
+from . import extension, tuning
+from .extension import DTYPE_CODE
+from .protocol import GPU_DTYPES, HALF_DTYPES, MOST_GPU_COLUMNS, Capabilities
+from .tiles import choose_tile
 
-DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _SHAPE_CODE = {"sign": 1, "tanh": 2}
 
 
 class NativeBackend:
-    """The four functions of the backend protocol, which ``reference.py`` documents.
-
-    ``logits`` is ``[N, V]`` with unit column stride and any row stride; row tensors are contiguous
-    ``[N]`` in the accumulation dtype (float32, or float64 for float64 logits); targets are int64.
-    Arguments have been validated by ``checks.py`` and ``linear_checks.py``.
+    """The `Backend` of kernels in the extension.
 
     Args:
         launch: where the extension's kernels for these logits run, as its ``Launch``; given how
             many of their columns count, 0 where rows are not summed.
-        narrow: the dtypes that the gradient of float32 logits may have besides float32.
+        why_unavailable: why the extension cannot run them on a device; None if it can.
     """
 
     def __init__(
         self,
+        name: str,
+        capabilities: Capabilities,
         launch: Callable[[ModuleType, Tensor, int], Any],
-        narrow: tuple[torch.dtype, ...] = (),
+        why_unavailable: Callable[[torch.device], str | None],
     ) -> None:
-        self._launch, self._narrow = launch, narrow
+        self.name, self.capabilities = name, capabilities
+        self._launch, self._why_unavailable = launch, why_unavailable
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        return self._why_unavailable(device)
 
     def token_stats_fwd(
         self, logits: Tensor, targets: Tensor, row: RowParams, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Statistics of every row in one pass, or finished from ``state``."""
-        native = _native.module()
+        self.capabilities.check(logits)
+        native = extension.module()
         n = logits.shape[0]
         logp = logits.new_empty(n, dtype=acc_dtype(logits.dtype))
         entropy, unit_polarity, lse = (torch.empty_like(logp) for _ in range(3))
@@ -75,16 +78,14 @@ class NativeBackend:
         logits: Tensor,
         targets: Tensor,
         state: Tensor,
-        grads: Iterable[Tensor | None],
+        grads: Sequence[Tensor | None],
         row: RowParams,
         dlogits: Tensor | None = None,
     ) -> Tensor:
-        """``dlogits`` (allocated where not given, may be the logits) for upstream gradients of
-        logp, entropy and unit polarity; ``None`` stands for zero."""
-        native = _native.module()
         if dlogits is None:
             dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        check_dlogits(logits, dlogits, self._narrow)
+        self.capabilities.check(logits, dlogits)
+        native = extension.module()
         # They come from autograd in whatever layout, expanded scalars included. Named until the
         # call returns: the kernels hold bare pointers.
         acc = acc_dtype(logits.dtype)
@@ -111,10 +112,8 @@ class NativeBackend:
         dlogits: Tensor | None,
         state: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum."""
-        native = _native.module()
-        if dlogits is not None:
-            check_dlogits(logits, dlogits, self._narrow)
+        self.capabilities.check(logits, dlogits)
+        native = extension.module()
         like = tokens.advantages
         outputs = [torch.empty_like(like) for _ in range(7)]
         outputs.append(torch.empty_like(like, dtype=torch.bool))
@@ -133,8 +132,8 @@ class NativeBackend:
         return tuple(outputs)
 
     def scale_(self, dlogits: Tensor, factor: Tensor) -> None:
-        """``dlogits *= factor`` for a 0-dim ``factor``; nothing is touched where it is 1."""
-        native = _native.module()
+        self.capabilities.check(dlogits)
+        native = extension.module()
         factor = factor.to(acc_dtype(dlogits.dtype))
         native.scale(_matrix(native, dlogits), factor.data_ptr(), self._launch(native, dlogits, 0))
 
@@ -196,3 +195,57 @@ def _weighting(
 @lru_cache(maxsize=4)
 def _no_weighting(native: ModuleType) -> Any:
     return native.Weighting(0, 0.0, 0.0, 0, 0, 0)
+
+
+# ---- CPU -----------------------------------------------------------------------------------------
+
+
+def _extension_unavailable(device: torch.device) -> str | None:
+    return None if extension.available() else extension.why_unavailable()
+
+
+@lru_cache(maxsize=64)
+def _on_threads(native: ModuleType, threads: int) -> Any:
+    return native.Launch(threads=threads)
+
+
+def _cpu_launch(native: ModuleType, logits: Tensor, columns: int) -> Any:
+    return _on_threads(native, torch.get_num_threads())
+
+
+CPU = NativeBackend("cpu", Capabilities(devices=("cpu",)), _cpu_launch, _extension_unavailable)
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def _cuda_unavailable(device: torch.device) -> str | None:
+    reason = _extension_unavailable(device)
+    if reason is not None:
+        return reason
+    if not extension.has_cuda():
+        return "the extension was built without CUDA (no nvcc, or PAPO_CUDA=off)"
+    if torch.version.hip is not None:
+        return "it serves NVIDIA GPUs, and this torch was built for AMD"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0, {device} has {major}.{minor}"
+    return None
+
+
+def _cuda_launch(native: ModuleType, logits: Tensor, columns: int) -> Any:
+    """On the current stream of the logits' device."""
+    device = logits.get_device()
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if columns == 0:
+        return native.Launch(1, device, stream)
+    choice = choose_tile(native, logits.device, logits.dtype, columns, tuning.forced())
+    return native.Launch(1, device, stream, choice)
+
+
+CUDA = NativeBackend(
+    "cuda",
+    Capabilities(("cuda",), GPU_DTYPES, HALF_DTYPES, MOST_GPU_COLUMNS),
+    _cuda_launch,
+    _cuda_unavailable,
+)

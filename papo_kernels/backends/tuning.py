@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .protocol import GPU_DTYPES, MOST_GPU_COLUMNS, dtype_names
+
 PATH = Path(__file__).with_name("tuning.json")
 ANY = "*"
-MOST_COLUMNS = 2**30
-_DTYPES = ("float16", "bfloat16", "float32")
+_DTYPES = dtype_names(GPU_DTYPES)
 _SOURCES = [{"modelled"}, {"measured", "date", "device"}]
 _KERNELS = ("resident", "streamed")
 _TILE = ("cluster", "warps", "stages", "ring", "blocks")
@@ -95,8 +96,8 @@ def _row(backend: str, raw: Any, where: str) -> Row:
     expect(isinstance(row.device, str), "device to be a name", row.device)
     expect(row.dtype in (ANY, *_DTYPES), f"dtype to be one of {(ANY, *_DTYPES)}", row.dtype)
     columns = row.columns
-    ordered = _are_numbers(columns, 2, 1, MOST_COLUMNS) and columns[0] <= columns[1]
-    expect(ordered, f"columns to be [first, last] within [1, {MOST_COLUMNS}]", columns)
+    ordered = _are_numbers(columns, 2, 1, MOST_GPU_COLUMNS) and columns[0] <= columns[1]
+    expect(ordered, f"columns to be [first, last] within [1, {MOST_GPU_COLUMNS}]", columns)
     source = isinstance(row.source, dict) and set(row.source)
     expect(source in _SOURCES, f"source to have the keys of one of {_SOURCES}", row.source)
     expect(isinstance(row.config, dict), "config to be an object", row.config)
@@ -145,7 +146,7 @@ def config(backend: str, device: torch.device, dtype: torch.dtype, columns: int)
     Raises:
         LookupError: no row does.
     """
-    names, type_name = device_names(device), str(dtype).removeprefix("torch.")
+    names, (type_name,) = device_names(device), dtype_names([dtype])
     for row in _table()[backend]:
         if row.matches(names, type_name, columns):
             return row.config

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from papo_kernels.backends import choice as backends
+from papo_kernels.backends import choose
 from papo_kernels.ops.token_stats import check_target_values
 from papo_kernels.types import (
     ELSEWHERE,
@@ -109,9 +109,8 @@ class HeadPass:
             local = targets - self._first
             self._targets = torch.where((local >= 0) & (local < cut), local, outside)
         device, dtype = inputs.hidden.device, options.logits_dtype
-        name = backends.choose(options.backend or None, device, dtype)
-        self._backend = backends.module(name)
-        self._narrowing = name != "cpu"
+        self._backend = choose(options.backend or None, device, dtype)
+        self._narrowing = inputs.hidden.dtype in self._backend.capabilities.half_gradients
 
     # ---- passes ----
 

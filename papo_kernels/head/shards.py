@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels.backends.choice import choose
+from papo_kernels.backends import choose
 from papo_kernels.checks import check_row_options, flat, shaped
 from papo_kernels.ops.policy_loss import FormedLoss
 from papo_kernels.ops.token_stats import refuse_double_backward, refuse_lse

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from papo_kernels.backends import choice as backends
+from papo_kernels.backends import Backend, choose
 from papo_kernels.backends import extension as _native
 from papo_kernels.types import IGNORE_INDEX, STATE_SIZE, RowParams, acc_dtype
 
 ROW_SCHEMA = "float temperature, float softcap, SymInt vocab_size, str backend"
 
 
-def backend_for(requested: str, logits: Tensor) -> Any:
-    return backends.module(backends.choose(requested or None, logits.device, logits.dtype))
+def backend_for(requested: str, logits: Tensor) -> Backend:
+    return choose(requested or None, logits.device, logits.dtype)
 
 
 def as_rows(logits: Tensor) -> Tensor:

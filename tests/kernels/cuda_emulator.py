@@ -17,6 +17,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor
 
 from papo_kernels.backends import choice as backend
-from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.backends import tuning
+from papo_kernels.backends.native import CUDA
+from papo_kernels.backends.tiles import choose_tile
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("calls", "fused_loss", "statistics", "streamed", "token_stats")
@@ -196,7 +198,7 @@ def library() -> ctypes.CDLL:
 
 
 class Native:
-    """What papo_kernels._C offers cuda_impl, on the emulated machine."""
+    """What papo_kernels._C offers the CUDA backend, on the emulated machine."""
 
     Matrix = Matrix
     RowParams = RowParams
@@ -263,7 +265,7 @@ def emulated(
     resident: int = 2,
     seed: int = 0,
 ) -> Iterator[Native]:
-    """`papo_kernels.backends.cuda` serves CPU tensors, on a device of these limits.
+    """The CUDA backend serves CPU tensors, on a device of these limits.
 
     Args:
         max_cluster: 0: as on sm_80, without clusters.
@@ -277,17 +279,15 @@ def emulated(
     def launch(native: Native, logits: Tensor, columns: int) -> ctypes.Structure:
         if columns == 0:
             return Launch(1, 0, 0)
-        choice = cuda_impl._choice(native, logits.device, logits.dtype, columns, tuning.forced())
+        choice = choose_tile(native, logits.device, logits.dtype, columns, tuning.forced())
         return Launch(1, 0, 0, choice)
-
-    def cannot(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
 
     backend._choose.cache_clear()
     with (
         mock.patch("papo_kernels.backends.extension.module", lambda: native),
-        mock.patch("papo_kernels.backends.cuda.BACKEND._launch", launch),
-        mock.patch.dict(backend._CANNOT, {"cuda": cannot}),
+        mock.patch.object(CUDA, "_launch", launch),
+        mock.patch.object(CUDA, "capabilities", replace(CUDA.capabilities, devices=("cpu",))),
+        mock.patch.object(CUDA, "why_unavailable", lambda device: None),
     ):
         yield native
     backend._choose.cache_clear()

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from papo_kernels import policy_loss, token_stats
-from papo_kernels.backends import choice as backends
-from papo_kernels.backends import extension as _native
+from papo_kernels.backends import choice, choose, extension, named
 from tests.cases import make_case
 
 LOGITS, TARGETS = torch.zeros(2, 5), torch.tensor([0, 1])
@@ -22,22 +21,28 @@ LOGITS, TARGETS = torch.zeros(2, 5), torch.tensor([0, 1])
 def fresh(monkeypatch):
     """No earlier choice, no environment: what is logged once is logged again."""
     monkeypatch.delenv("PAPO_BACKEND", raising=False)
-    backends._choose.cache_clear()
+    choice._choose.cache_clear()
     yield monkeypatch
-    backends._choose.cache_clear()
+    choice._choose.cache_clear()
 
 
 @pytest.fixture
 def served(fresh):
     """The names of the backends that the calls of a test reached."""
     names = []
-    original = backends.module
 
-    def module(name):
-        names.append(name)
-        return original(name)
+    def recorded(backend, function):
+        original = getattr(backend, function)
 
-    fresh.setattr(backends, "module", module)
+        def call(*args):
+            names.append(backend.name)
+            return original(*args)
+
+        return call
+
+    for backend in (named("cpu"), named("reference")):
+        for function in ("token_stats_fwd", "token_stats_bwd", "policy_loss_fwd", "scale_"):
+            fresh.setattr(backend, function, recorded(backend, function))
     return names
 
 
@@ -93,8 +98,8 @@ def test_the_choice_is_logged_once(fresh, caplog):
 
 
 def test_the_reference_as_a_fallback_is_a_warning_with_the_reason(fresh, caplog):
-    fresh.setattr(_native, "available", lambda: False)
-    fresh.setattr(_native, "why_unavailable", lambda: "no compiler was found")
+    fresh.setattr(extension, "available", lambda: False)
+    fresh.setattr(extension, "why_unavailable", lambda: "no compiler was found")
     stats = token_stats(LOGITS, TARGETS)
     assert stats.entropy[0].item() == pytest.approx(1.6094, abs=1e-3)
     (record,) = caplog.records
@@ -121,19 +126,19 @@ def test_what_cannot_serve_raises_with_the_reason(source, fresh):
         call("triton")
     with pytest.raises(ValueError, match=rf"{source}: 'triton' cannot .*float64"):
         call("triton", LOGITS.double())
-    fresh.setattr(_native, "available", lambda: False)
-    fresh.setattr(_native, "why_unavailable", lambda: "the extension is not built")
+    fresh.setattr(extension, "available", lambda: False)
+    fresh.setattr(extension, "why_unavailable", lambda: "the extension is not built")
     with pytest.raises(ValueError, match=rf"{source}: 'cpu' cannot .*the extension is not built"):
         call("cpu")
 
 
 def test_every_dtype_has_a_backend_on_a_cpu(fresh):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        assert backends.choose(None, torch.device("cpu"), dtype) == "cpu"
+        assert choose(None, torch.device("cpu"), dtype) is named("cpu")
 
 
-def test_float64_is_refused_by_the_gpu_backends(backend, device, dtypes):
-    if torch.float64 in dtypes:
+def test_float64_is_refused_by_the_gpu_backends(backend, device):
+    if torch.float64 in named(backend).capabilities.logits_dtypes:
         assert backend in ("reference", "cpu")
         return
     case = make_case("normal", 2, 9, dtype=torch.float64, device=device)
@@ -174,7 +179,7 @@ def test_importing_loads_no_backend():
     code = """
 import sys, papo_kernels
 print([m for m in sys.modules if m.startswith("triton") or m in (
-    "papo_kernels._C", "papo_kernels.backends.cpu", "papo_kernels.reference")])
+    "papo_kernels._C", "papo_kernels.backends.native", "papo_kernels.reference")])
 """
     loaded = run(code)
     assert "papo_kernels" not in loaded, loaded

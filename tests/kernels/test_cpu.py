@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
-from papo_kernels.backends import extension as _native
+from papo_kernels.backends import extension
+from papo_kernels.backends.native import CPU
+from papo_kernels.types import RowParams
 from tests.cases import make_case, make_loss_case
 
 PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
@@ -22,6 +24,7 @@ ISA_CHECK = """
 import torch
 from papo_kernels import PolarityWeighting, PolicyLossParams
 from papo_kernels.backends import extension
+from papo_kernels.backends.native import CPU
 from tests.cases import LOGITS, make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
@@ -48,14 +51,13 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     entropy = token_stats(bad, torch.zeros(5, dtype=torch.int64), backend="cpu").entropy
     assert entropy.isnan().tolist() == [False, True, True, False, True], entropy
 # Loading, multiplying and rounding every half-precision number there is, to nearest even.
-from papo_kernels.backends import cpu
 for dtype in (torch.bfloat16, torch.float16):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
     for factor in (1.5, 0.3, -3.0, 1e-4):
         expected = (every.float() * factor).to(dtype)
         flushed = (every.float().abs() < 1.2e-38) | ((every.float() * factor).abs() < 1.2e-38)
         scaled = every.clone()
-        cpu.scale_(scaled, torch.tensor(factor))
+        CPU.scale_(scaled, torch.tensor(factor))
         same = (scaled == expected) | (scaled.isnan() & expected.isnan())
         assert (same | (flushed & (scaled == 0))).all(), (dtype, factor)
 # The gradient is rounded to bfloat16 almost as if it had been exact: within 0.53 of a unit in the
@@ -71,7 +73,7 @@ print("passed")
 """
 
 
-@pytest.mark.parametrize("isa", _native.CPU_ISAS)
+@pytest.mark.parametrize("isa", extension.CPU_ISAS)
 def test_every_instruction_set(isa):
     """A set that this machine lacks is refused by name; more cannot be tested of it."""
     environment = {**os.environ, "PAPO_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
@@ -178,19 +180,16 @@ def test_nothing_outside_the_rows_is_written(dtype):
     """Gradient in place over a slice of a larger buffer, at every alignment within a cache line."""
     n, v = 3, 77
     case = make_loss_case("normal", n, v, dtype=dtype, params=PARAMS)
-    from papo_kernels.backends import cpu as cpu_impl
-    from papo_kernels.types import RowParams
-
     row = RowParams(1.0, 0.0, v - 2)
     grads = (torch.ones(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32),) * 3
     targets = torch.arange(n)
-    *_, state = cpu_impl.token_stats_fwd(case.logits, targets, row)
-    expected = cpu_impl.token_stats_bwd(case.logits, targets, state, grads, row)
+    *_, state = CPU.token_stats_fwd(case.logits, targets, row)
+    expected = CPU.token_stats_bwd(case.logits, targets, state, grads, row)
     for offset in range(0, 64 // case.logits.element_size() + 1):
         buffer = torch.full((offset + n * (v + 5) + 64,), 3.0, dtype=dtype)
         rows = buffer[offset:][: n * (v + 5)].view(n, v + 5)[:, :v]
         rows.copy_(case.logits)
-        cpu_impl.token_stats_bwd(rows, targets, state, grads, row, rows)
+        CPU.token_stats_bwd(rows, targets, state, grads, row, rows)
         assert torch.equal(rows, expected)
         rows.fill_(3.0)
         assert buffer.eq(3.0).all()

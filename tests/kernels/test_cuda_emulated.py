@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from papo_kernels import PolarityWeighting, PolicyLossParams, reference
-from papo_kernels.backends import cuda as cuda_impl
+from papo_kernels.backends.native import CUDA
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 from tests.cases import LAYOUTS, LOGITS, Case, make_case, make_loss_case
 from tests.kernels import test_golden
@@ -129,7 +129,7 @@ def test_a_slice_of_several_buffers():
 
 def one_call(case: Case, dlogits: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     scalars = [torch.tensor(x) for x in (0.5, 0.1, 1.1)]
-    return cuda_impl.policy_loss_fwd(
+    return CUDA.policy_loss_fwd(
         case.logits,
         case.targets,
         TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp),
@@ -162,13 +162,13 @@ def test_complaint_10_the_ratio_to_ones_own_logp_is_exactly_one(v, device_limits
     row = RowParams(0.9, 0.0, v)
     ones = torch.ones(6)
     with emulated(**device_limits):
-        logp, *_ = cuda_impl.token_stats_fwd(logits, targets, row)
+        logp, *_ = CUDA.token_stats_fwd(logits, targets, row)
         for offset, stride in ((0, v), (3, v + 5), (1, v + 8)):
             moved = at_offset(logits, stride, offset)
             for rows in (slice(0, 6), slice(2, 3)):
                 for dlogits in (None, torch.empty_like(logits[rows])):
                     tokens = TokenInputs(ones[rows], ones[rows], logp[rows].contiguous(), None)
-                    _, again, *_, ratio, _ = cuda_impl.policy_loss_fwd(
+                    _, again, *_, ratio, _ = CUDA.policy_loss_fwd(
                         moved[rows], targets[rows], tokens, PolicyLossParams(), None, row, dlogits
                     )
                     assert torch.equal(again, logp[rows])
@@ -209,9 +209,9 @@ def test_float32_logits_with_a_narrower_gradient(narrow, device_limits):
         one_call(case, wide)
         one_call(case, small)
         assert torch.equal(small, wide.to(narrow))
-        *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+        *_, state = CUDA.token_stats_fwd(case.logits, case.targets, row)
         for dlogits in (wide, small):
-            cuda_impl.token_stats_bwd(case.logits, case.targets, state, tuple(g), row, dlogits)
+            CUDA.token_stats_bwd(case.logits, case.targets, state, tuple(g), row, dlogits)
         assert torch.equal(small, wide.to(narrow))
         with pytest.raises(TypeError, match="dlogits"):
             one_call(case, torch.empty(5, 1203, dtype=torch.float64))
@@ -222,10 +222,10 @@ def test_in_place_and_beside_are_the_same(device_limits):
     row = RowParams(1.0, 0.0, 3001)
     g = tuple(torch.randn(3, 9))
     with emulated(**device_limits):
-        *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
-        beside = cuda_impl.token_stats_bwd(case.logits, case.targets, state, g, row)
+        *_, state = CUDA.token_stats_fwd(case.logits, case.targets, row)
+        beside = CUDA.token_stats_bwd(case.logits, case.targets, state, g, row)
         over = case.logits.clone()
-        cuda_impl.token_stats_bwd(over, case.targets, state, g, row, over)
+        CUDA.token_stats_bwd(over, case.targets, state, g, row, over)
         assert torch.equal(over, beside)
         loss = torch.empty_like(beside)
         outputs = one_call(case, loss)
@@ -285,11 +285,11 @@ def test_a_target_out_of_range_makes_its_row_nan(target, device_limits):
     targets = torch.tensor([0, 7, target, 1202, -100])
     row = RowParams(1.0, 0.0, 1203)
     with emulated(**device_limits):
-        *stats, state = cuda_impl.token_stats_fwd(logits, targets, row)
-        dlogits = cuda_impl.token_stats_bwd(logits, targets, state, (torch.ones(5),) * 3, row)
+        *stats, state = CUDA.token_stats_fwd(logits, targets, row)
+        dlogits = CUDA.token_stats_bwd(logits, targets, state, (torch.ones(5),) * 3, row)
         ones = torch.ones(5)
         loss = torch.empty_like(logits)
-        outputs = cuda_impl.policy_loss_fwd(
+        outputs = CUDA.policy_loss_fwd(
             logits, targets, TokenInputs(ones, ones, None, None), EVERY_TERM, None, row, loss
         )
     for x in (*stats, dlogits, *outputs[:-1], loss):
@@ -314,8 +314,8 @@ def test_merged_states_of_shards(device_limits):
     edges = (0, 1000, 1009, 3001)
     g = tuple(torch.randn(3, 9))
     with emulated(**device_limits):
-        *stats, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
-        dstats = cuda_impl.token_stats_bwd(case.logits, case.targets, state, g, row)
+        *stats, state = CUDA.token_stats_fwd(case.logits, case.targets, row)
+        dstats = CUDA.token_stats_bwd(case.logits, case.targets, state, g, row)
         dloss = torch.empty_like(case.logits)
         outputs = one_call(case, dloss)
         shards = []
@@ -325,24 +325,24 @@ def test_merged_states_of_shards(device_limits):
             local = torch.where(case.targets == -100, -100, local)
             part = row._replace(vocab_size=end - begin, sharded=True)
             shards.append((case.logits[:, begin:end], local, part))
-        parts = [cuda_impl.token_stats_fwd(z, t, r)[-1] for z, t, r in shards]
+        parts = [CUDA.token_stats_fwd(z, t, r)[-1] for z, t, r in shards]
         whole = reference.merge_states(torch.stack(parts))
         tokens = TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp)
         scalars = [torch.tensor(x) for x in (0.5, 0.1, 1.1)]
         weighting = WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6)
         for (z, t, r), begin in zip(shards, edges, strict=False):
             close = {"rtol": 1e-5, "atol": 1e-6}
-            for x, y in zip(cuda_impl.token_stats_fwd(z, t, r, whole), stats, strict=False):
+            for x, y in zip(CUDA.token_stats_fwd(z, t, r, whole), stats, strict=False):
                 torch.testing.assert_close(x, y, **close)
             mine = slice(begin, begin + z.shape[1])
-            dz = cuda_impl.token_stats_bwd(z, t, whole, g, r)
+            dz = CUDA.token_stats_bwd(z, t, whole, g, r)
             torch.testing.assert_close(dz, dstats[:, mine], **close)
             dz = torch.empty_like(z)
-            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.params, weighting, r, dz, whole)
+            got = CUDA.policy_loss_fwd(z, t, tokens, case.params, weighting, r, dz, whole)
             for x, y in zip(got, outputs, strict=True):
                 torch.testing.assert_close(x, y, **close)
             torch.testing.assert_close(dz, dloss[:, mine], **close)
-            got = cuda_impl.policy_loss_fwd(z, t, tokens, case.params, weighting, r, None, whole)
+            got = CUDA.policy_loss_fwd(z, t, tokens, case.params, weighting, r, None, whole)
             for x, y in zip(got, outputs, strict=True):
                 torch.testing.assert_close(x, y, **close)
 
@@ -353,16 +353,16 @@ def test_scale(dtype):
     with emulated():
         for stride, offset in ((70001, 0), (70001, 1), (70010, 3)):
             y = at_offset(x, stride, offset)
-            cuda_impl.scale_(y, torch.tensor(-0.75, dtype=torch.float64))
+            CUDA.scale_(y, torch.tensor(-0.75, dtype=torch.float64))
             assert torch.equal(y, (x.float() * -0.75).to(dtype))
-            cuda_impl.scale_(y, torch.tensor(1.0))
+            CUDA.scale_(y, torch.tensor(1.0))
             assert torch.equal(y, (x.float() * -0.75).to(dtype))
 
 
 def test_more_columns_than_can_be_counted_are_refused():
     logits = torch.empty(1).expand(1, 2**30 + 1)
     with pytest.raises(ValueError, match=r"logits: expected at most 2\^30 columns"):
-        cuda_impl._launch(None, logits, 8)
+        CUDA.capabilities.check(logits)
 
 
 def test_no_rows(device_limits):
@@ -370,10 +370,10 @@ def test_no_rows(device_limits):
     none = torch.empty(0)
     logits, targets = torch.empty(0, 40), torch.empty(0, dtype=torch.int64)
     with emulated(**device_limits) as native:
-        *stats, state = cuda_impl.token_stats_fwd(logits, targets, row)
+        *stats, state = CUDA.token_stats_fwd(logits, targets, row)
         assert [tuple(x.shape) for x in stats] == [(0,)] * 4
-        assert cuda_impl.token_stats_bwd(logits, targets, state, (none,) * 3, row).shape == (0, 40)
+        assert CUDA.token_stats_bwd(logits, targets, state, (none,) * 3, row).shape == (0, 40)
         tokens = TokenInputs(none, none, None, None)
-        cuda_impl.policy_loss_fwd(logits, targets, tokens, EVERY_TERM, None, row, logits)
-        cuda_impl.scale_(logits, torch.tensor(2.0))
+        CUDA.policy_loss_fwd(logits, targets, tokens, EVERY_TERM, None, row, logits)
+        CUDA.scale_(logits, torch.tensor(2.0))
         assert native.launches == 0

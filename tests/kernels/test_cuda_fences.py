@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.backends import tuning
+from papo_kernels.backends.native import CUDA
 from papo_kernels.types import RowParams
 from tests.cases import make_loss_case
 from tests.kernels.cuda_emulator import FLAGS, ROOT, emulated
@@ -64,8 +64,8 @@ def test_every_access_is_ordered(name):
             assert native.widest_cluster == (1 if tile is None else tile[0])
             for a, b in zip(outputs, one_call(case, None), strict=True):
                 assert torch.equal(a, b)
-            *_, state = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
-            cuda_impl.token_stats_bwd(case.logits, case.targets, state, (torch.ones(n),) * 3, row)
+            *_, state = CUDA.token_stats_fwd(case.logits, case.targets, row)
+            CUDA.token_stats_bwd(case.logits, case.targets, state, (torch.ones(n),) * 3, row)
 
 
 # A step left out of the small kernel of emulated_faults.cpp, and what is said to it.

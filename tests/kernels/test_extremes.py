@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
-from papo_kernels.backends import choice as backends
+from papo_kernels.backends import named
 from papo_kernels.types import RowParams, TokenInputs, acc_dtype
 from tests.cases import make_case, make_loss_case
 from tests.oracle import assert_close, check_policy_loss, check_token_stats, plain_token_stats
@@ -98,7 +98,7 @@ def test_a_target_that_is_no_column_makes_its_row_nan(target, backend, device):
     case = make_case("normal", 3, 60, device=device)
     logits, row = case.logits, RowParams(0.9, 0.0, 60)
     targets = torch.tensor([4, target, 59], device=device)
-    impl, ones = backends.module(backend), torch.ones(3, device=device)
+    impl, ones = named(backend), torch.ones(3, device=device)
     *stats, state = impl.token_stats_fwd(logits, targets, row)
     dstats = impl.token_stats_bwd(logits, targets, state, (ones, ones, ones), row)
     dloss = torch.empty_like(logits)
@@ -119,7 +119,7 @@ def test_a_target_that_is_no_column_makes_its_row_nan(target, backend, device):
 def test_elsewhere_is_for_shards(backend, device):
     """The sampled token in another shard: masked here, and no element of its own."""
     case = make_case("normal", 2, 60, device=device)
-    impl, ones = backends.module(backend), torch.ones(2, device=device)
+    impl, ones = named(backend), torch.ones(2, device=device)
     ones = ones.to(acc_dtype(case.logits.dtype))
     targets, row = torch.tensor([-1, 3], device=device), RowParams(0.9, 0.0, 60, sharded=True)
     *stats, state = impl.token_stats_fwd(case.logits, targets, row)

@@ -103,27 +103,27 @@ def logits_of(v, dtype, n):
 
 
 def stats(v, dtype, n=100, softcap=0.0):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     targets = torch.zeros(n, dtype=torch.int64)
-    triton_impl.token_stats_fwd(logits_of(v, dtype, n), targets, RowParams(0.9, softcap, v))
+    TRITON.token_stats_fwd(logits_of(v, dtype, n), targets, RowParams(0.9, softcap, v))
 
 
 def backward(v, dtype, n=100, squares=True):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     g, targets = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     state = torch.zeros(n, 6, dtype=torch.float64)
     grads = (g, g, g if squares else None)
     logits = logits_of(v, dtype, n)
-    triton_impl.token_stats_bwd(logits, targets, state, grads, RowParams(0.9, 0.0, v), logits)
+    TRITON.token_stats_bwd(logits, targets, state, grads, RowParams(0.9, 0.0, v), logits)
 
 
 def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     g, logits = torch.zeros(n), logits_of(v, dtype, n)
-    triton_impl.policy_loss_fwd(
+    TRITON.policy_loss_fwd(
         logits,
         torch.zeros(n, dtype=torch.int64),
         TokenInputs(g, g, g, g),
@@ -136,9 +136,9 @@ def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
 
 
 def scale(dtype):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
-    triton_impl.scale_(logits_of(LONG, dtype, 8), torch.ones(()))
+    TRITON.scale_(logits_of(LONG, dtype, 8), torch.ones(()))
 
 
 # n=2 rows are few: their segments are read by one kernel and finished by another.
@@ -256,7 +256,7 @@ def test_both_entry_points_scan_with_the_same_instructions():
 
 def test_nothing_but_the_variant_leads_to_a_compilation():
     """Rows, columns, temperature, alignment of row tensors, coefficients: a kernel each, once."""
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     def calls():
         for n, v, t, clip in (
@@ -268,13 +268,13 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
             for values in (g[:-1], g[1:]):
                 logits, targets = logits_of(v, BF16, n), torch.zeros(n + 1, dtype=torch.int64)[1:]
                 row = RowParams(t, 0.0, v - 1)
-                *_, state = triton_impl.token_stats_fwd(logits, targets, row)
-                triton_impl.token_stats_bwd(logits, targets, state, (values, None, values), row)
+                *_, state = TRITON.token_stats_fwd(logits, targets, row)
+                TRITON.token_stats_bwd(logits, targets, state, (values, None, values), row)
                 for old, kl in ((values, 0.0), (None, 0.5)):
                     tokens = TokenInputs(values, values, old, values)
                     params = PolicyLossParams(clip, clip, None, kl, clip)
-                    triton_impl.policy_loss_fwd(logits, targets, tokens, params, None, row, logits)
-            triton_impl.scale_(logits, torch.ones(()))
+                    TRITON.policy_loss_fwd(logits, targets, tokens, params, None, row, logits)
+            TRITON.scale_(logits, torch.ones(()))
 
     kernels = compiled(90, calls)
     variants = {(name, kernel.hash) for name, kernel in kernels}

@@ -72,32 +72,32 @@ def flat(values):
 
 
 def stats(logits, row=ROW, n=N):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
-    return triton_impl.token_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), row)
+    return TRITON.token_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), row)
 
 
 def loss(logits, params=None, row=ROW, n=N, weighting=None):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     tokens = TokenInputs(*(torch.zeros(n) for _ in range(4)))
     targets = torch.zeros(n, dtype=torch.int64)
     params = params or PolicyLossParams()
-    return triton_impl.policy_loss_fwd(logits, targets, tokens, params, weighting, row, logits)
+    return TRITON.policy_loss_fwd(logits, targets, tokens, params, weighting, row, logits)
 
 
 def backward(logits, row=ROW, n=N):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     state, g = torch.zeros(n, 6, dtype=torch.float64), torch.zeros(n)
     targets = torch.zeros(n, dtype=torch.int64)
-    return triton_impl.token_stats_bwd(logits, targets, state, (g, None, g), row)
+    return TRITON.token_stats_bwd(logits, targets, state, (g, None, g), row)
 
 
 def scale(logits):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
-    return triton_impl.scale_(logits, torch.ones(()))
+    return TRITON.scale_(logits, torch.ones(()))
 
 
 def bf16(n=N, v=V):

@@ -49,9 +49,9 @@ EDGES = (
 
 
 def impl():
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
-    return triton_impl
+    return TRITON
 
 
 def stats_of(logits, targets, vocab_size=None):

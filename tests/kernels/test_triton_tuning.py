@@ -15,7 +15,7 @@ from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
 pytest.importorskip("triton")
-from papo_kernels.backends.triton import config, launch, policy_loss_fwd, token_stats_fwd
+from papo_kernels.backends.triton import TRITON, config, fused_loss, launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")
@@ -68,7 +68,7 @@ def compile_parameters(v):
     """The variant and the launch options of a loss on `v` bfloat16 columns."""
     plan = launch.plan(CPU, BF16, RowParams(1.0, 0.0, v))
     how = plan.variant(launch.Flags(True, True, launch.LOGITS.value, True))
-    kernel = policy_loss_fwd.__globals__["policy_loss_kernel"]
+    kernel = fused_loss.policy_loss_kernel
     return how, launch.options(kernel, how, plan.config.maxnreg, 32, True)
 
 
@@ -196,9 +196,9 @@ def test_every_candidate_gives_the_same_bits_in_split_rows(reads, force):
     for n in (4, 2):
         rows, at, w = logits[:n], targets[:n], ones[:n]
         assert launch.prepare(rows, row).count_parts(n) == (1 if n == 4 else 2)
-        stats.append(token_stats_fwd(rows, at, row))
+        stats.append(TRITON.token_stats_fwd(rows, at, row))
         tokens, dlogits = TokenInputs(w, w, stats[-1][0], None), torch.empty_like(rows)
-        out = policy_loss_fwd(rows, at, tokens, PARAMS, None, row, dlogits)
+        out = TRITON.policy_loss_fwd(rows, at, tokens, PARAMS, None, row, dlogits)
         assert torch.equal(out[1], stats[-1][0])
         assert out[6].eq(1.0).all()
         losses.append((*out, dlogits))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from papo_kernels import PolicyLossParams
-from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.backends import tuning
+from papo_kernels.backends.native import CUDA
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.kernels.cuda_emulator import emulated
@@ -284,20 +284,20 @@ def test_statistics_have_the_same_bits_however_blocks_take_their_rows(force, kin
 
         def call(dlogits, case=case, tokens=tokens, row=row):
             params = PolicyLossParams()
-            return cuda_impl.policy_loss_fwd(
+            return CUDA.policy_loss_fwd(
                 case.logits, case.targets, tokens, params, None, row, dlogits
             )
 
         force(PAPO_TILE="4,2,1,3,1", PAPO_STATS_TILE="0,0,0")
         with emulated(**LARGE) as native:
-            by_clusters = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+            by_clusters = CUDA.token_stats_fwd(case.logits, case.targets, row)
             loss = call(None)
             with_gradient = call(torch.empty_like(case.logits))
             assert native.widest_cluster == 4
         force(PAPO_TILE="4,2,1,3,1", PAPO_STATS_TILE=stats)
         for seed in range(3):
             with emulated(**LARGE, seed=seed, resident=1 + seed) as native:
-                by_blocks = cuda_impl.token_stats_fwd(case.logits, case.targets, row)
+                by_blocks = CUDA.token_stats_fwd(case.logits, case.targets, row)
                 loss_again = call(None)
                 assert native.widest_cluster == 1
             for a, b in zip(by_blocks, by_clusters, strict=True):
@@ -316,10 +316,10 @@ def test_a_device_that_refuses_clusters_streams_statistics_too(force):
     force()
     with emulated() as native:
         native.lib.emulated_refuse_clusters()
-        logp, *_ = cuda_impl.token_stats_fwd(logits, targets, row)
+        logp, *_ = CUDA.token_stats_fwd(logits, targets, row)
         tokens = TokenInputs(ones, ones, logp, None)
         for dlogits in (None, torch.empty_like(logits)):
-            *_, ratio, _ = cuda_impl.policy_loss_fwd(
+            *_, ratio, _ = CUDA.policy_loss_fwd(
                 logits, targets, tokens, PolicyLossParams(), None, row, dlogits
             )
             assert ratio.eq(1.0).all()
@@ -328,4 +328,4 @@ def test_a_device_that_refuses_clusters_streams_statistics_too(force):
     with emulated(**LARGE) as native:
         native.lib.emulated_refuse_clusters()
         with pytest.raises(RuntimeError, match="cannot run a cluster of 2 blocks with"):
-            cuda_impl.token_stats_fwd(logits, targets, row)
+            CUDA.token_stats_fwd(logits, targets, row)

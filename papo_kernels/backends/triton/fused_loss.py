@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import PolicyLossParams, RowParams, TokenInputs, WeightingInputs
 
 from . import launch
@@ -174,11 +173,8 @@ def policy_loss_fwd(
     dlogits: Tensor | None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The policy loss per token and, where ``dlogits`` is given, the gradient of its sum: see
-    ``reference.py``."""
-    if dlogits is not None:
-        check_dlogits(logits, dlogits, HALVES)
-    call = launch.prepare(logits, row)
+    """As `Backend.policy_loss_fwd`."""
+    call = launch.plan(logits.device, logits.dtype, row)
     n, aligned = logits.shape[0], launch.is_aligned(logits)
     inputs = _inputs(targets, tokens, weighting)
     loss = logits.new_empty(n, dtype=torch.float32)
@@ -267,9 +263,9 @@ def _objective(
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
-    """``dlogits *= factor`` for a 0-dim ``factor``; nothing is touched where it is 1."""
+    """As `Backend.scale_`."""
     n, n_columns = dlogits.shape
-    call = launch.prepare(dlogits, RowParams(1.0, 0.0, n_columns))
+    call = launch.plan(dlogits.device, dlogits.dtype, RowParams(1.0, 0.0, n_columns))
     factor = launch.row_tensor(factor, torch.float32)
     # Few enough to cost little where the factor is 1, which only the device knows.
     programs = min(n * n_columns, 16 * launch.count_multiprocessors(dlogits.device))

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from papo_kernels.checks import check_columns
 from papo_kernels.types import RowParams
 
 from . import config
@@ -105,11 +104,6 @@ class Plan:
 @lru_cache(maxsize=256)
 def plan(device: torch.device, dtype: torch.dtype, row: RowParams) -> Plan:
     return Plan(device, dtype, row)
-
-
-def prepare(logits: Tensor, row: RowParams) -> Plan:
-    check_columns(logits)
-    return plan(logits.device, logits.dtype, row)
 
 
 def clear_config() -> None:

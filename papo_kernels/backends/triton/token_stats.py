@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from papo_kernels.checks import HALVES, check_dlogits
 from papo_kernels.types import STATE_SIZE, RowParams
 
 from . import launch
@@ -110,8 +110,8 @@ def token_stats_bwd_kernel(
 def token_stats_fwd(
     logits: Tensor, targets: Tensor, row: RowParams, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of every row in one pass, or finished from ``state``: see ``reference.py``."""
-    call = launch.prepare(logits, row)
+    """As `Backend.token_stats_fwd`, in one pass over the rows."""
+    call = launch.plan(logits.device, logits.dtype, row)
     n, aligned = logits.shape[0], launch.is_aligned(logits)
     targets = launch.row_tensor(targets, torch.int64)
     logp = logits.new_empty(n, dtype=torch.float32)
@@ -142,18 +142,16 @@ def token_stats_bwd(
     logits: Tensor,
     targets: Tensor,
     state: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: Sequence[Tensor | None],
     row: RowParams,
     dlogits: Tensor | None = None,
 ) -> Tensor:
-    """``dlogits`` (allocated where not given, may be the logits) for upstream gradients of logp,
-    entropy and unit polarity; ``None`` stands for zero."""
+    """As `Backend.token_stats_bwd`."""
     dlogits = logits.new_empty(logits.shape) if dlogits is None else dlogits
-    check_dlogits(logits, dlogits, HALVES)
     given = [launch.row_tensor(g, torch.float32) for g in grads if g is not None]
     if not given:
         return dlogits.zero_()
-    call = launch.prepare(logits, row)
+    call = launch.plan(logits.device, logits.dtype, row)
     n = logits.shape[0]
     has = [float(g is not None) for g in grads]
     rest = iter(given)

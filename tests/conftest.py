@@ -2,10 +2,10 @@
 
 ``backend`` is a test argument over reference, cpu, triton and cuda; the last two need a CUDA device
 (marked ``gpu``) and are shown as skipped without one. There the CUDA kernels run as ``emulated``,
-on the machine of kernels/cuda_emulator.py. ``--backends a,b`` overrides.
+on three small devices of kernels/emulated_backend.py. ``--backends a,b`` overrides.
 
 Fewer tests run in three ways. ``TRITON_INTERPRET=1``: triton alone, interpreted at about 50 ms a
-row. The emulated backend, in any run. Both get fewer rows and dtypes, and no test that would only
+row. The emulated backends, in any run. Both get fewer rows and dtypes, and no test that would only
 repeat what another backend has shown. ``--fast``: reference and cpu, and nothing that starts a
 process.
 """
@@ -36,7 +36,7 @@ except ImportError:  # `make gpu-check` runs where there is no more than pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BACKENDS = ("triton", "cuda")
-EMULATED = "emulated"
+EMULATED = ("emulated", "emulated_in_turn", "emulated_no_clusters")
 T = TypeVar("T")
 
 # The same examples in every run: a red test is the commit's doing. An interpreted kernel is slow.
@@ -83,8 +83,9 @@ def _backends(config: pytest.Config) -> list[str]:
         return [name.strip() for name in asked.split(",")]
     if INTERPRETED:
         return ["triton"]
-    emulated = [] if torch.cuda.is_available() or _fast(config) else [EMULATED]
-    return ["reference", "cpu", *([] if _fast(config) else GPU_BACKENDS), *emulated]
+    if _fast(config):
+        return ["reference", "cpu"]
+    return ["reference", "cpu", *GPU_BACKENDS, *(() if torch.cuda.is_available() else EMULATED)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -96,7 +97,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _marks(backend: str) -> list[pytest.MarkDecorator]:
-    if backend == EMULATED:
+    if backend in EMULATED:
         return [pytest.mark.needs("g++")]
     marks = [pytest.mark.gpu] if _runs_on_gpu(backend) else []
     return [*marks, pytest.mark.needs("CUDA kernels")] if backend == "cuda" else marks
@@ -107,17 +108,17 @@ def _runs_on_gpu(backend: str) -> bool:
 
 
 def _is_slow(backend: str) -> bool:
-    return INTERPRETED or backend == EMULATED
+    return INTERPRETED or backend in EMULATED
 
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend under test, for a call's `backend` argument."""
     with contextlib.ExitStack() as stack:
-        if request.param == EMULATED:
+        if request.param in EMULATED:
             from tests.kernels.emulated_backend import registered
 
-            stack.enter_context(registered())
+            stack.enter_context(registered(request.param))
         yield request.param
 
 
@@ -264,7 +265,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def _shown_elsewhere(item: pytest.Item) -> bool:
     """Of a slow backend: tests of no backend, and of what happens around a kernel."""
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    if backend == EMULATED:
+    if backend in EMULATED:
         return item.get_closest_marker("plumbing") is not None
     if not INTERPRETED or item.path.name.startswith("test_triton"):
         return False

@@ -138,7 +138,7 @@ def test_there_is_something_to_walk():
 
 def part_of(module: str) -> str:
     """The folder or file of a package that `module` belongs to; "" for the package itself."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 @pytest.mark.parametrize("package", ORDER)

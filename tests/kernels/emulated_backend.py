@@ -1,4 +1,4 @@
-"""The CUDA kernels on the machine of cuda_emulator.py, as a backend of its own name."""
+"""The CUDA kernels on the machine of cuda_emulator.py, as backends of their own names."""
 
 from __future__ import annotations
 
@@ -12,43 +12,52 @@ import torch
 
 from papo_kernels.backends import choice
 from papo_kernels.backends.native import CUDA
-from tests.kernels.cuda_emulator import H100, emulated
+from tests.kernels.cuda_emulator import emulated
 
-LIMITS = {name: getattr(H100, name) for name, _ in H100._fields_[1:]}
+# The same call in the three ways there are to run it; the device's limits decide.
+DEVICES: dict[str, dict[str, int]] = {
+    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
+    "emulated": {},
+    # Two buffers fit at most: sums and gradient of a row follow each other.
+    "emulated_in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
+    "emulated_no_clusters": {"max_cluster": 0},
+}
 
 
 class EmulatedBackend:
-    """The backend "cuda" for CPU tensors, on a device of an H100's limits."""
+    """The backend "cuda" for CPU tensors, on one of `DEVICES`."""
 
-    name = "emulated"
     capabilities = replace(CUDA.capabilities, devices=("cpu",))
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def why_unavailable(self, device: torch.device) -> str | None:
         return None
 
     def token_stats_fwd(self, *args: Any) -> Any:
-        with emulated(**LIMITS):
+        with emulated(**DEVICES[self.name]):
             return CUDA.token_stats_fwd(*args)
 
     def token_stats_bwd(self, *args: Any) -> Any:
-        with emulated(**LIMITS):
+        with emulated(**DEVICES[self.name]):
             return CUDA.token_stats_bwd(*args)
 
     def policy_loss_fwd(self, *args: Any) -> Any:
-        with emulated(**LIMITS):
+        with emulated(**DEVICES[self.name]):
             return CUDA.policy_loss_fwd(*args)
 
     def scale_(self, *args: Any) -> None:
-        with emulated(**LIMITS):
+        with emulated(**DEVICES[self.name]):
             CUDA.scale_(*args)
 
 
 @contextlib.contextmanager
-def registered() -> Iterator[None]:
-    """A call may ask for ``backend="emulated"``."""
-    backend = EmulatedBackend()
+def registered(name: str) -> Iterator[None]:
+    """A call may ask for the emulated backend of this name."""
+    backend = EmulatedBackend(name)
     with (
-        mock.patch.dict(choice._BY_NAME, {backend.name: lambda: backend}),
-        mock.patch.object(choice, "BACKENDS", (*choice.BACKENDS, backend.name)),
+        mock.patch.dict(choice._BY_NAME, {name: lambda: backend}),
+        mock.patch.object(choice, "BACKENDS", (*choice.BACKENDS, name)),
     ):
         yield

@@ -163,7 +163,7 @@ def test_wrong_arguments(name):
         linear_policy_loss(*first, ONES, ONES, **arguments)
 
 
-def test_complaint_30_logits_passed_as_hidden():
+def test_logits_passed_as_hidden():
     """unsloth-zoo #708, unsloth #5121: a shape error that says what the tensor looks like."""
     logits = torch.randn(N, V)
     with pytest.raises(

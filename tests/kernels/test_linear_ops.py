@@ -11,6 +11,7 @@ from papo_kernels.head.keep import KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
 from tests.kernels.linear_cases import make_head_case
 
+pytestmark = pytest.mark.plumbing
 N, D, V = 7, 5, 23
 
 

@@ -19,8 +19,7 @@ import torch
 from papo_kernels import PolicyLossParams
 from papo_kernels.types import RowParams, TokenInputs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles kernels: not in an interpreted run")
+pytestmark = pytest.mark.needs("no interpreter")
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LONG, ODD = 151_936, 151_937

@@ -74,11 +74,10 @@ def test_a_slice_of_several_buffers():
         check_token_stats(case, "cuda")
 
 
-@pytest.mark.parametrize("v", [151_936, 262_144])
-def test_real_vocabularies_on_an_h100(v):
+def test_a_real_vocabulary_on_an_h100():
     limits = {name: getattr(H100, name) for name, _ in H100._fields_[1:]}
     with emulated(**limits) as native:
-        case = make_loss_case("normal", 2, v, dtype=torch.bfloat16, params=EVERY_TERM)
+        case = make_loss_case("normal", 2, 151_936, dtype=torch.bfloat16, params=EVERY_TERM)
         check_policy_loss(case, "cuda", inplace=True)
         assert native.widest_cluster > 1
         check_token_stats(case, "cuda")

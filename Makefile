@@ -2,6 +2,7 @@
 # make test     set up .venv and run the whole test suite
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
+# make drawings   draw docs/images again; needs Python alone
 # make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
 #                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels
 #
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup train test bench lint gpu-check clean
+.PHONY: setup train test bench lint drawings gpu-check clean
 
 setup: $(STAMP)
 
@@ -48,6 +49,9 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy papo papo_kernels
+
+drawings:
+	$(PYTHON) -m docs.drawings
 
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(if $(CALL),--call $(CALL)) $(if $(OUT),--out $(OUT)) \

@@ -1,4 +1,4 @@
-"""The memory table of docs/linear.md, computed: ``python -m benchmarks.memory_model``.
+"""The memory table of docs/head.md, computed: ``python -m benchmarks.memory_model``.
 
 Bytes beyond hidden states, weight and their gradients, for one policy loss with all gradients:
 
@@ -79,8 +79,8 @@ def table(rows: tuple[int, int], dtype: torch.dtype) -> str:
     """Markdown, in MiB."""
     columns = ["", "head V x D"]
     for n in rows:
-        columns += [f"eager, {n}", f"in place, {n}", f"linear, {n}"]
-    columns += ["linear, 256 MiB, any N", "frozen weight, any N"]
+        columns += [f"eager, {n}", f"in place, {n}", f"head, {n}"]
+    columns += ["head, 256 MiB, any N", "frozen weight, any N"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for model in MODELS:
         sizes = []

@@ -102,6 +102,7 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 
 def test_prose_is_at_most_120_columns_wide():
+    """But for a row of a table, which cannot be broken."""
     folders = ("docs", "benchmarks", "tests", "configs", ".github")
     pages = [*ROOT.glob("*.md"), *ROOT.glob("*.yaml"), *ROOT.glob(".*.yaml"), ROOT / "Makefile"]
     for suffix in ("md", "yaml", "yml"):
@@ -110,7 +111,7 @@ def test_prose_is_at_most_120_columns_wide():
         f"{path.relative_to(ROOT)}:{number}"
         for path in sorted(pages)
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > 120
+        if len(line) > 120 and not line.startswith("|")
     ]
     assert wide == []
 

@@ -1,5 +1,6 @@
 # make train    set up .venv and train a real LLM with PAPO on the embedded default
 # make test     set up .venv and run the whole test suite
+# make test-fast  the kernels on reference and cpu, and the trainer, without processes: about a minute
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
 # make drawings   draw docs/images again; needs Python alone
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup train test bench lint drawings gpu-check clean
+.PHONY: setup train test test-fast bench lint drawings gpu-check clean
 
 setup: $(STAMP)
 
@@ -39,10 +40,13 @@ train: $(STAMP)
 		train.py --config $(CONFIG) $(ARGS)
 
 # Two test processes on two cores: with two threads each they would spin for one another's.
-test: export OMP_NUM_THREADS = 1
+test test-fast: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist loadfile
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest --fast -n 2 --dist loadfile -r fE
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_cpu

@@ -1,20 +1,29 @@
-"""The backend that a kernel test runs on, and the only skips of the suite.
+"""What a test runs on, which tests a run has, and every skip of the suite.
 
-``backend`` is a test argument over what this process can run: reference and cpu; cuda and triton
-where there is a CUDA device (marked ``gpu``, shown as skipped where there is none).
-``--backends a,b`` overrides.
+``backend`` is a test argument over reference, cpu, triton and cuda; the last two need a CUDA device
+(marked ``gpu``) and are shown as skipped without one. There the CUDA kernels run as ``emulated``,
+on three small devices of kernels/emulated_backend.py. ``--backends a,b`` overrides.
 
-With ``TRITON_INTERPRET=1`` it is triton alone, interpreted at about 50 ms a row: fewer rows and
-dtypes, and none of the tests that would only repeat what another backend has shown.
+Fewer tests run in three ways. ``TRITON_INTERPRET=1``: triton alone, interpreted at about 50 ms a
+row. The emulated backends, in any run. Both get fewer rows and dtypes, and no test that would only
+repeat what another backend has shown. ``--fast``: reference and cpu, and nothing that starts a
+process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import multiprocessing.process
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +37,7 @@ except ImportError:  # `make gpu-check` runs where there is no more than pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BACKENDS = ("triton", "cuda")
+EMULATED = ("emulated", "emulated_in_turn", "emulated_no_clusters")
 T = TypeVar("T")
 
 # The same examples in every run: a red test is the commit's doing. An interpreted kernel is slow.
@@ -37,33 +47,80 @@ if hypothesis is not None:
         "papo", deadline=None, derandomize=True, database=None, max_examples=examples
     )
     hypothesis.settings.load_profile("papo")
-collect_ignore = [] if hypothesis is not None else ["kernels/test_properties.py"]
+
+# Files that import what is not installed; a run's header names them.
+collect_ignore_glob = [
+    *(["kernels/test_properties.py"] if hypothesis is None else []),
+    *(["kernels/test_triton_*.py"] if importlib.util.find_spec("triton") is None else []),
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backends", help="comma-separated: reference, cpu, triton, cuda")
+    parser.addoption("--backends", help="comma-separated: reference, cpu, triton, cuda, emulated")
+    parser.addoption(
+        "--fast", action="store_true", help="reference and cpu, and no test that starts a process"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "plumbing: of torch around a kernel; neither interpreted nor emulated",
+        "needs(*names): keys of NEEDS in tests/conftest.py, without which the test is skipped",
+        "not_for(reason, **parameters): the case of these parameters is skipped",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"not collected: {', '.join(collect_ignore_glob)}"] if collect_ignore_glob else []
+
+
+# ---- backends -----------------------------------------------------------------------------------
 
 
 def _backends(config: pytest.Config) -> list[str]:
     asked = config.getoption("--backends")
     if asked:
         return [name.strip() for name in asked.split(",")]
-    return ["triton"] if INTERPRETED else ["reference", "cpu", "triton", "cuda"]
+    if INTERPRETED:
+        return ["triton"]
+    if _fast(config):
+        return ["reference", "cpu"]
+    return ["reference", "cpu", *GPU_BACKENDS, *(() if torch.cuda.is_available() else EMULATED)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
-    params = [
-        pytest.param(name, marks=[pytest.mark.gpu] if _runs_on_gpu(name) else [])
-        for name in _backends(metafunc.config)
-    ]
+    params = [pytest.param(name, marks=_marks(name)) for name in _backends(metafunc.config)]
     # Session scope lets hypothesis tests take `backend` and `device`.
-    metafunc.parametrize("backend", params, scope="session")
+    metafunc.parametrize("backend", params, scope="session", indirect=True)
+
+
+def _marks(backend: str) -> list[pytest.MarkDecorator]:
+    if backend in EMULATED:
+        return [pytest.mark.needs("g++")]
+    marks = [pytest.mark.gpu] if _runs_on_gpu(backend) else []
+    return [*marks, pytest.mark.needs("CUDA kernels")] if backend == "cuda" else marks
 
 
 def _runs_on_gpu(backend: str) -> bool:
     return backend in GPU_BACKENDS and not INTERPRETED
+
+
+def _is_slow(backend: str) -> bool:
+    return INTERPRETED or backend in EMULATED
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend under test, for a call's `backend` argument."""
+    with contextlib.ExitStack() as stack:
+        if request.param in EMULATED:
+            from tests.kernels.emulated_backend import registered
+
+            stack.enter_context(registered(request.param))
+        yield request.param
 
 
 @pytest.fixture(scope="session")
@@ -74,22 +131,16 @@ def device(backend: str) -> str:
 
 @pytest.fixture(scope="session")
 def sizes(backend: str) -> Callable[[T, T], T]:
-    """``sizes(full, interpreted)``: the second where kernels are interpreted, and so slow."""
-    return lambda full, interpreted: interpreted if INTERPRETED else full
+    """``sizes(full, small)``: the second where kernels are interpreted or emulated."""
+    return lambda full, small: small if _is_slow(backend) else full
 
 
 @pytest.fixture(scope="session")
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """The logits dtypes that `backend` serves; fewer, where it is interpreted."""
-    if INTERPRETED:
+    """The logits dtypes that `backend` serves; fewer, where it is slow."""
+    if _is_slow(backend):
         return (torch.float32, torch.bfloat16)
     return named(backend).capabilities.logits_dtypes
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "plumbing: of torch around a kernel; not under the interpreter"
-    )
 
 
 @pytest.fixture(params=["direct", "dispatcher"])
@@ -103,6 +154,78 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+# ---- skips --------------------------------------------------------------------------------------
+
+
+class Need(NamedTuple):
+    met: Callable[[], bool]
+    reason: str  # of a skip
+
+
+def _has_cuda_kernels() -> bool:
+    from papo_kernels.backends import extension
+
+    return extension.has_cuda()
+
+
+def _tool(name: str) -> Callable[[], bool]:
+    """Whether one of CUDA's tools is there: beside nvcc, on PATH or in triton's package."""
+
+    def found() -> bool:
+        from benchmarks.issue_model.build import binary_tool
+
+        return binary_tool(name) is not None
+
+    return found
+
+
+def _package(name: str) -> Callable[[], bool]:
+    return lambda: importlib.util.find_spec(name) is not None
+
+
+NEEDS = {
+    "g++": Need(lambda: shutil.which("g++") is not None, "no g++"),
+    "nvcc": Need(lambda: bool(os.environ.get("CUDACXX") or shutil.which("nvcc")), "no nvcc"),
+    "cuobjdump": Need(_tool("cuobjdump"), "no cuobjdump, in the toolkit or in triton's package"),
+    "nvdisasm": Need(_tool("nvdisasm"), "no nvdisasm, in the toolkit or in triton's package"),
+    "xdist": Need(_package("xdist"), "no pytest-xdist"),
+    "setuptools": Need(_package("setuptools"), "no setuptools"),
+    "a GPU": Need(torch.cuda.is_available, "no CUDA device"),
+    "two GPUs": Need(lambda: torch.cuda.device_count() > 1, "no second GPU"),
+    "clusters": Need(
+        lambda: torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0),
+        "no thread block clusters",
+    ),
+    "CUDA kernels": Need(_has_cuda_kernels, "the extension was built without CUDA"),
+    "the extension here": Need(
+        lambda: bool(list((Path(__file__).parents[1] / "papo_kernels").glob("_C*.so"))),
+        "the extension is elsewhere",
+    ),
+    "the interpreter": Need(lambda: INTERPRETED, "runs Triton's kernels on the CPU"),
+    "no interpreter": Need(lambda: not INTERPRETED, "compiles kernels: not in an interpreted run"),
+}
+
+
+@functools.cache
+def _is_met(name: str) -> bool:
+    return NEEDS[name].met()
+
+
+def _why_not(item: pytest.Item) -> str | None:
+    """Why this test is skipped, None if it runs."""
+    names = [name for mark in item.iter_markers("needs") for name in mark.args]
+    if item.get_closest_marker("gpu"):
+        names.insert(0, "a GPU")
+    for name in names:
+        if not _is_met(name):
+            return NEEDS[name].reason
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    for mark in item.iter_markers("not_for"):
+        if mark.kwargs.items() <= parameters.items():
+            return str(mark.args[0])
+    return None
+
+
 @pytest.fixture(scope="session")
 def cxx() -> list[str]:
     """The command of the system's C++ compiler."""
@@ -112,36 +235,74 @@ def cxx() -> list[str]:
     return compiler.split()
 
 
-def _why_no_gpu(item: pytest.Item) -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    callspec = getattr(item, "callspec", None)
-    if callspec is not None and callspec.params.get("backend") == "cuda":
-        from papo_kernels.backends import extension as _native
+@pytest.fixture
+def kernels_run() -> Callable[[Callable[[], Any]], list[str]]:
+    """``kernels_run(call)``: the names of the kernels that a call runs on the GPU."""
 
-        if not _native.has_cuda():
-            return "the extension was built without CUDA"
-    return None
+    def run(call: Callable[[], Any]) -> list[str]:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            call()
+            torch.cuda.synchronize()
+        on_gpu = torch.autograd.DeviceType.CUDA
+        names = [event.name for event in profiler.events() if event.device_type == on_gpu]
+        if not names:
+            pytest.skip("the profiler sees no kernels here")
+        return names
+
+    return run
+
+
+# ---- which tests a run has ----------------------------------------------------------------------
+
+
+def _fast(config: pytest.Config) -> bool:
+    return bool(config.getoption("--fast"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Every test there starts ranks, and importing what they run takes seconds."""
+    return True if _fast(config) and collection_path.name == "distributed" else None
 
 
 def _shown_elsewhere(item: pytest.Item) -> bool:
-    """Tests of no backend, and of what happens around a kernel."""
-    if item.path.name.startswith("test_triton"):
+    """Of a slow backend: tests of no backend, and of what happens around a kernel."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if backend in EMULATED:
+        # The fused head calls the kernels alike on every device: one is enough.
+        again = backend != EMULATED[0] and item.path.name.startswith("test_linear")
+        return again or item.get_closest_marker("plumbing") is not None
+    if not INTERPRETED or item.path.name.startswith("test_triton"):
         return False
-    return "backend" not in getattr(item, "fixturenames", ()) or bool(
-        item.get_closest_marker("plumbing")
-    )
+    return backend is None or item.get_closest_marker("plumbing") is not None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "large" not in (config.getoption("-m") or ""):
-        large = [item for item in items if item.get_closest_marker("large")]
-        config.hook.pytest_deselected(items=large)
-        items[:] = [item for item in items if item not in large]
-    if INTERPRETED:
-        repeats = [item for item in items if _shown_elsewhere(item)]
-        config.hook.pytest_deselected(items=repeats)
-        items[:] = [item for item in items if item not in repeats]
+    asked_for_large = "large" in (config.getoption("-m") or "")
+    left_out = [
+        item
+        for item in items
+        if _shown_elsewhere(item) or (item.get_closest_marker("large") and not asked_for_large)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if item.get_closest_marker("gpu") and (reason := _why_no_gpu(item)):
+        if reason := _why_not(item):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """With ``--fast``, a test that is about to start a process is skipped there and then: what a
+    fast run has needs no list."""
+    if not _fast(item.config):
+        return (yield)
+
+    def starts(*args: object, **kwargs: object) -> NoReturn:
+        pytest.skip("starts a process")
+
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", starts),
+        mock.patch.object(multiprocessing.process.BaseProcess, "start", starts),
+    ):
+        return (yield)

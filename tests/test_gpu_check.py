@@ -3,7 +3,6 @@ decide what is kept when something breaks."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -191,9 +190,7 @@ def test_peers_come_from_wheels_or_are_named(rehearsed):
     assert len(compiled) == 2
 
 
-@pytest.mark.skipif(
-    not list((ROOT / "papo_kernels").glob("_C*.so")), reason="the extension is elsewhere"
-)
+@pytest.mark.needs("the extension here")
 def test_the_smoke_stage_loads_its_own_build(rehearsed):
     assert rehearsed["record"]["stages"]["smoke-resident"]["result"]["variant"] == "smoke"
 
@@ -302,11 +299,9 @@ def test_dies(): os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.needs("xdist"))])
 def test_failures_are_written_as_they_happen(workers, tmp_path):
     """The third test ends its process: without workers nothing else could tell of the second."""
-    if workers and importlib.util.find_spec("xdist") is None:
-        pytest.skip("no pytest-xdist")
     (tmp_path / "test_suite.py").write_text(SUITE)
     path = tmp_path / "failures"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest"]

@@ -4,7 +4,6 @@ stands for."""
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 import pytest
@@ -71,7 +70,7 @@ def test_a_tile_with_other_bits_is_disqualified(rehearsing, monkeypatch):
     assert expected.fault(work, "reference") == "the gradient is wrong"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.needs("g++")
 def test_tiles_are_forced_on_the_kernels_themselves(rehearsing, monkeypatch, tmp_path):
     """On the emulated machine: some candidates run and have the loss's bits, others are refused
     with a reason."""

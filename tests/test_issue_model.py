@@ -243,8 +243,6 @@ extern "C" __global__ void small(const __grid_constant__ Call call) {
 @pytest.fixture(scope="module")
 def small_kernel(tmp_path_factory):
     compiler = build.nvcc()
-    if compiler is None or build.binary_tool("nvdisasm") is None:
-        pytest.skip("no nvcc or no nvdisasm")
     folder = tmp_path_factory.mktemp("small")
     (folder / "small.cu").write_text(SOURCE)
     command = [compiler, "-std=c++17", "-O3", "-arch=sm_90a", "-lineinfo", "-cubin"]
@@ -254,6 +252,7 @@ def small_kernel(tmp_path_factory):
     return parse(build.disassembled(folder / "small.cubin", "small"))
 
 
+@pytest.mark.needs("nvcc", "nvdisasm")
 def test_compiled_code_computes_what_its_source_says(small_kernel):
     n, divisor = 150, -13
     x = np.random.default_rng(0).random(n, np.float32)

@@ -1,11 +1,12 @@
-"""The house rules that a reader of the code relies on: which way imports point, who may do what.
+"""Which way imports point, and who may import what.
 
-An AST walk, so that an import inside a function counts like any other.
+An AST walk: an import inside a function or under TYPE_CHECKING counts like any other.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -16,13 +17,21 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CSRC = ROOT / "csrc"
 SOURCES = sorted(
     path
     for folder in ("papo_kernels", "papo", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
 TRAIN = ROOT / "train.py"
+# What a package is made of, each part a folder or a file: it may import itself and what stands
+# before it. The package's __init__ is its front door and may import all of it.
+ORDER = {
+    "papo_kernels": ("types", "checks", "reference", "backends", "head", "ops", "api"),
+    "papo": (
+        *("errors", "types", "config", "reward", "data", "model", "rollout", "policy", "dist"),
+        *("record", "train", "cli"),
+    ),
+}
 
 
 class Import(NamedTuple):
@@ -57,6 +66,7 @@ def _imported(node: ast.AST, path: Path) -> list[str]:
     return []
 
 
+@functools.cache
 def imports(path: Path) -> list[Import]:
     """Every import of a file, wherever it stands."""
     tree = ast.parse(path.read_text())
@@ -126,16 +136,103 @@ def test_there_is_something_to_walk():
 # ---- which way imports point --------------------------------------------------------------------
 
 
-def test_kernels_import_nothing_of_the_trainer():
-    assert offences(package_files("papo_kernels"), "papo", "train", "tests", "benchmarks") == []
+def part_of(module: str) -> str:
+    """The folder or file of a package that `module` belongs to; "" for the package itself."""
+    return [*module.split("."), ""][1]
 
 
-def test_the_trainer_imports_nothing_that_stands_above_it():
-    assert offences(package_files("papo"), "train", "tests", "benchmarks") == []
+@pytest.mark.parametrize("package", ORDER)
+def test_every_part_has_its_place(package):
+    parts = {part_of(module_name(path)) for path in package_files(package)} - {""}
+    assert parts == set(ORDER[package])
 
 
-def test_nothing_imports_the_tests():
+@pytest.mark.parametrize("package", ORDER)
+def test_parts_import_only_what_stands_before_them(package):
+    order = ORDER[package]
+    upward = []
+    for path in package_files(package):
+        part = part_of(module_name(path))
+        above = order[order.index(part) + 1 :] if part else ()
+        upward += offences([path], *(f"{package}.{name}" for name in above))
+    assert upward == []
+
+
+def imported_files(path: Path, modules: set[str]) -> set[str]:
+    """Those of `modules` whose code an import of `path` runs: of ``from a import b``, a.b where it
+    is a module, else a."""
+    by_line: dict[int, set[str]] = {}
+    for found in imports(path):
+        by_line.setdefault(found.line, set()).add(found.module)
+    named = set()
+    for names in by_line.values():
+        for name in names & modules:
+            of_it = {other for other in names if other.startswith(name + ".")}
+            if not of_it or of_it - modules:
+                named.add(name)
+    return named - {module_name(path)}
+
+
+def a_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one cycle, [] if there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return above[above.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := visit(other, [*above, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
+
+
+def test_no_import_is_circular():
+    files = [*package_files("papo"), *package_files("papo_kernels")]
+    modules = {module_name(path) for path in files}
+    graph = {module_name(path): imported_files(path, modules) for path in files}
+    assert a_cycle(graph) == []
+
+
+def test_a_cycle_is_found():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b", "c"}}
+    assert a_cycle(graph) == ["b", "d"]
+    assert a_cycle({**graph, "d": {"c"}}) == []
+
+
+def test_packages_import_only_what_stands_below_them():
+    """train.py and the benchmarks → papo → papo_kernels; nothing imports the tests."""
+    kernels, trainer = package_files("papo_kernels"), package_files("papo")
+    assert offences(kernels, "papo", "train", "tests", "benchmarks") == []
+    assert offences(trainer, "train", "tests", "benchmarks") == []
     assert offences([*SOURCES, TRAIN], "tests") == []
+
+
+def test_stages_do_not_know_each_other():
+    """What samples, what rewards and what weighs know the border types and their own options; what
+    puts them together is in train/."""
+    stages = ("rollout", "reward", "policy")
+    for name in stages:
+        others = [f"papo.{other}" for other in (*stages, "data") if other != name]
+        assert offences(package_files(f"papo.{name}"), *others) == []
+
+
+def test_backends_do_not_import_each_other():
+    """Nor what chooses among them, which imports them all."""
+    modules = {module_name(path) for path in package_files("papo_kernels.backends")}
+    choice = ROOT / "papo_kernels" / "backends" / "choice.py"
+    backends = imported_files(choice, modules) - {"papo_kernels.backends.protocol"}
+    assert len(backends) > 2
+    for name in backends:
+        others = [*(backends - {name}), "papo_kernels.backends.choice"]
+        assert offences(package_files(name), *others) == []
+
+
+# ---- who may import what ------------------------------------------------------------------------
 
 
 def test_kernels_need_torch_only():
@@ -146,167 +243,34 @@ def test_kernels_need_torch_only():
     assert offences(package_files("papo_kernels"), *packages[:-1]) == []
 
 
-def test_the_reference_imports_no_backend():
-    above = ("api", "ops", "head", "backends", "_C")
-    path = ROOT / "papo_kernels" / "reference.py"
-    assert offences([path], *(f"papo_kernels.{name}" for name in above)) == []
+def test_one_file_loads_the_extension():
+    loading = {path for path in SOURCES if offences([path], "papo_kernels._C")}
+    assert len(loading) == 1
 
 
-def test_backends_do_not_import_each_other():
-    names = ("backends.reference", "backends.native", "backends.triton")
-    for name in names:
-        others = [f"papo_kernels.{other}" for other in names if other != name]
-        assert offences(package_files(f"papo_kernels.{name}"), *others) == []
-
-
-def test_only_one_file_loads_the_extension():
-    others = [p for p in SOURCES if p != ROOT / "papo_kernels" / "backends" / "extension.py"]
-    assert offences(others, "papo_kernels._C") == []
-
-
-def test_deepspeed_and_collectives_stay_in_two_files():
-    """Of the trainer. Of the kernels, only what merges a split vocabulary talks to other ranks."""
-    allowed = {ROOT / "papo" / "dist" / name for name in ("engine.py", "collectives.py")}
-    rest = [path for path in package_files("papo") if path not in allowed]
-    assert offences([*rest, TRAIN], "deepspeed", "torch.distributed") == []
-    allowed = {ROOT / "papo_kernels" / "head" / "shards.py"}
-    rest = [path for path in package_files("papo_kernels") if path not in allowed]
-    assert offences(rest, "torch.distributed") == []
-    users = [p for p in SOURCES if p not in allowed and "papo_kernels" in p.parts]
-    uses = [p.name for p in users if re.search(r"\b(torch\.)?dist(ributed)?\.\w", p.read_text())]
-    assert uses == []
-
-
-def test_stages_do_not_know_each_other():
-    """What computes knows the border types and its own options, not its neighbours; what puts
-    stages together (experience, stats, step, and loop their order) knows them."""
-    policy = ("advantage", "batch", "objective", "phase", "weighting")
-    stages = ("data.problems", "reward.pool", *(f"policy.{name}" for name in policy))
-    for name in stages:
-        others = [f"papo.{other}" for other in (*stages, "train", "cli") if other != name]
-        assert offences(package_files(f"papo.{name}"), *others) == []
-
-
-# ---- who may do what ----------------------------------------------------------------------------
-
-
-def test_only_ops_register_with_torch():
-    registering = re.compile(r"custom_op\(|torch\.library\.|from torch\.library|TORCH_LIBRARY")
-    found = {
-        str(path.relative_to(ROOT)) for path in SOURCES if registering.search(path.read_text())
-    }
-    assert found
-    assert all(re.fullmatch(r"papo_kernels/ops/\w+\.py", name) for name in found), found
-
-
-def test_trust_remote_code_and_pickle():
-    """Nothing is unpickled from files, nothing runs a downloaded model's code unasked."""
-    for path in [*SOURCES, TRAIN]:
-        text = path.read_text()
-        for call in re.findall(r"torch\.load\([^)]*\)", text):
-            assert "weights_only=True" in call, f"{path}: {call}"
-        assert not re.search(r"trust_remote_code\s*=\s*True", text), path
-        assert not re.search(r"^\s*(import|from) pickle\b", text, re.M), path
-
-
-def test_file_sizes():
-    """The caps of the house: 400 lines a file, 60 a function; train.py and the loop much less."""
-    limits = {TRAIN: 60, ROOT / "papo" / "train" / "loop.py": 150}
-    code = [*SOURCES, TRAIN, *CSRC.rglob("*.cpp"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cu*")]
-    too_long = {
-        str(path.relative_to(ROOT)): lines
-        for path in code
-        if (lines := len(path.read_text().splitlines())) > limits.get(path, 400)
-    }
-    assert too_long == {}
-    long_functions = {
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-        for path in [*SOURCES, TRAIN]
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and _code_lines(node) > 60
-    }
-    assert long_functions == set()
-
-
-def _code_lines(node: ast.FunctionDef) -> int:
-    """Without its docstring, which for a public function is the manual."""
-    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
-
-
-# ---- the native sources -------------------------------------------------------------------------
-
-
-def includes(path: Path) -> list[str]:
-    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
-
-
-NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
-
-
-def test_native_code_is_free_of_torch_and_python():
-    """Built once, it runs under every torch version; only bindings.cpp knows Python."""
-    assert len(NATIVE) > 8
-    for path in NATIVE:
-        torch_headers = [h for h in includes(path) if re.match(r"(torch|ATen|c10|caffe2)/", h)]
-        assert torch_headers == [], path
-        assert path.name == "bindings.cpp" or not [
-            h for h in includes(path) if re.match(r"pybind11/|Python\.h", h)
-        ], path
-
-
-def test_shared_headers_include_only_each_other_and_c():
-    """They compile for host and device, and once per instruction set."""
-    allowed = {"math.h", "stdint.h"}
-    for path in (CSRC / "include" / "papo").glob("*.h"):
-        foreign = [h for h in includes(path) if not h.startswith("papo/") and h not in allowed]
-        assert foreign == [], path
-
-
-def test_per_isa_code_uses_no_standard_library():
-    """Its inline functions, compiled with AVX-512, could be linked into code that runs without.
-    (type_traits and initializer_list hold no code.)"""
-    seen, todo = set(), [CSRC / "cpu" / "row_kernels.cpp"]
-    while todo:
-        path = todo.pop()
-        seen.add(path)
-        for header in includes(path):
-            local = [p for p in (path.parent / header, CSRC / "include" / header) if p.exists()]
-            todo += [p for p in local if p not in seen]
-            if not local:
-                no_code = {"type_traits", "initializer_list"}
-                assert header.endswith(".h") or header in no_code, f"{path.name}: <{header}>"
-    assert {"row_kernels.cpp", "simd.h", "row_grad.h"} <= {path.name for path in seen}
-    for path in seen:
-        used = re.findall(r"std::\w+", path.read_text())
-        code = [x for x in used if not re.fullmatch(r"std::(\w+_[tv]|initializer_list)", x)]
-        assert code == [], path  # the rest are types and constants
-
-
-def test_cmake_lists_every_source():
-    listed = (ROOT / "CMakeLists.txt").read_text()
-    sources = [p for p in NATIVE if p.suffix in (".cpp", ".cu")]
-    missing = [str(p.relative_to(ROOT)) for p in sources if str(p.relative_to(ROOT)) not in listed]
-    assert missing == []
-    assert "-march=native" not in listed
+def test_one_folder_of_each_package_talks_to_other_ranks():
+    """dist/ of the trainer; of the kernels head/, which merges a split vocabulary."""
+    for package, folder in (("papo", "dist"), ("papo_kernels", "head")):
+        elsewhere = [p for p in package_files(package) if part_of(module_name(p)) != folder]
+        assert offences(elsewhere, "torch.distributed") == []
+        using = re.compile(r"\b(torch\.)?dist(ributed)?\.(?!engine|collectives)[a-z_]+\(")
+        assert [str(p) for p in elsewhere if using.search(p.read_text())] == []
+    outside_dist = [p for p in SOURCES if not inside(module_name(p), "papo.dist")]
+    assert offences([*outside_dist, TRAIN], "deepspeed") == []
 
 
 # ---- importing ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "unwanted"),
-    [
-        ("papo.config", ("deepspeed", "transformers", "triton")),
-        ("papo_kernels.types", ("triton", "deepspeed", "transformers")),
-        ("papo_kernels", ("triton", "deepspeed", "transformers")),
-    ],
-)
-def test_imports_without_a_gpu(module, unwanted):
-    """In a process of its own, with no GPU visible and the heavy libraries not installed."""
-    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in unwanted)
-    code = f"import sys\n{blocked}import {module}\nimport torch\n"
-    code += "assert not torch.cuda.is_initialized()\n"
+def test_importing_needs_no_gpu_and_none_of_the_large_libraries():
+    """In a process of its own."""
+    blocked = {name: None for name in ("deepspeed", "transformers", "triton")}
+    code = f"""
+import sys
+sys.modules.update({blocked})
+import papo.config, papo_kernels, torch
+assert not torch.cuda.is_initialized()
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

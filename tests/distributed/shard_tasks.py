@@ -55,7 +55,7 @@ def run_empty() -> None:
 
 
 def run_padding() -> None:
-    """Complaints 6 and 24: a shard of nothing but padding rows (SkyRL 2259), ids that no shard but
+    """A shard of nothing but padding rows (SkyRL 2259), ids that no shard but
     one holds, next to rows of padding (CCE 59)."""
     run_rule("padding")
 

@@ -16,7 +16,7 @@ CASES = [
     ((3, [8]), (3, [8]), "fp32", True),
     ((3, [8]), (3, [8]), "bf16", False),
     ((3, [4, 4]), (3, [4, 4]), "fp32", True),
-    ((3, [4, 4]), (0, [8]), "fp32", False),  # requirement 22: other stage, other number of ranks
+    ((3, [4, 4]), (0, [8]), "fp32", False),  # other stage, other number of ranks
     ((0, [8]), (2, [4, 4]), "fp32", True),
     ((0, [8]), (0, [8]), "fp32", True),
     ((1, [4, 4]), (3, [8]), "bf16", True),
@@ -68,7 +68,7 @@ def results(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_requirement_20_22_resume_continues_exactly(results, case: int) -> None:
+def test_resume_continues_exactly(results, case: int) -> None:
     saved_by, loaded_by, dtype, _ = CASES[case]
     saved = results[f"save-{case}"][0]
     for got in results[f"load-{case}"]:
@@ -136,7 +136,7 @@ def test_disk_full_on_rank_0_fails_both_ranks_with_the_same_line(results) -> Non
 
 
 @pytest.mark.parametrize(("tied", "dtype"), EXPORTS)
-def test_requirement_27_final_gives_the_logits_that_sampled(results, tied, dtype) -> None:
+def test_final_gives_the_logits_that_sampled(results, tied, dtype) -> None:
     """Gathered over two ranks; a tied head is written once."""
     name = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]
     for got in results[f"export-{tied}"]:

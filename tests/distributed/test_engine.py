@@ -55,7 +55,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("dtype", "tied"), [("fp32", True), ("fp32", False), ("bf16", True)])
-def test_requirement_18_the_logits_of_a_step_never_exist_whole(results, dtype, tied) -> None:
+def test_the_logits_of_a_step_never_exist_whole(results, dtype, tied) -> None:
     """A whole step (old statistics, forward, backward, clipping, AdamW, probe) takes the head's
     workspace and a few copies of weight and hidden states; none of it grows with N times V.
     """
@@ -66,14 +66,14 @@ def test_requirement_18_the_logits_of_a_step_never_exist_whole(results, dtype, t
     assert used["peak"] <= workspace + 4 * used["weight"] < used["logits"] / 4
 
 
-def test_requirement_18_more_tokens_take_no_more_logits(results) -> None:
+def test_more_tokens_take_no_more_logits(results) -> None:
     """Twice the tokens: 128 MiB more of logits, 4 MiB more of everything else."""
     many, few = results["memory-fp32-True"], results["memory-half"]
     assert many["logits"] - few["logits"] == 128 * MiB
     assert many["peak"] - few["peak"] <= 4 * MiB
 
 
-def test_requirement_18_whole_logits_would_be_seen(results) -> None:
+def test_whole_logits_would_be_seen(results) -> None:
     """The same step with a workspace that holds them all is what the tests above would catch."""
     used = results["memory-whole"]
     assert used["largest"] >= used["logits"] and used["peak"] >= used["logits"]
@@ -91,7 +91,7 @@ def test_the_predicted_entropy_change_is_the_measured_ones_sign_and_size(results
     assert torch.corrcoef(pairs.T)[0, 1] > 0.9
 
 
-def test_requirement_4_sampling_gathers_nothing_per_token(results) -> None:
+def test_sampling_gathers_nothing_per_token(results) -> None:
     """The model that samples has no hook of ZeRO's, and holds its weights no longer, nor twice."""
     got = results["whole-model"]
     assert got.pop("policy hooks") > 0

@@ -123,7 +123,7 @@ def test_every_documented_figure_is_written_and_no_other(unbroken: Path) -> None
     assert written == {"step", *METRICS} - {"memory/peak_device"}
 
 
-def test_requirement_11_each_step_shows_what_a_small_loss_does_not(unbroken: Path) -> None:
+def test_each_step_shows_what_a_small_loss_does_not(unbroken: Path) -> None:
     """Two of four completions differ from the group's mean: there is something to learn, whatever
     the value of the loss.
     """
@@ -135,7 +135,7 @@ def test_requirement_11_each_step_shows_what_a_small_loss_does_not(unbroken: Pat
             assert abs(row["loss/policy"]) < row["loss/advantage_abs"] or not learns
 
 
-def test_requirement_34_every_completion_once(unbroken: Path) -> None:
+def test_every_completion_once(unbroken: Path) -> None:
     completions = rows(unbroken, "completions.jsonl")
     assert len(completions) == STEPS * 4 * 4
     keys = [(r["step"], r["group"]) for r in completions]
@@ -164,9 +164,7 @@ def same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in weights(a).items())
 
 
-def test_requirement_20_21_killed_and_resumed_is_unbroken(
-    tmp_path: Path, tiny: Path, unbroken: Path
-) -> None:
+def test_killed_and_resumed_is_unbroken(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
     """Wherever in the step SIGKILL strikes, resuming reaches the same figures."""
     path = config(tmp_path, tiny)
     kill_after("step 2/", path, world=1)
@@ -212,9 +210,7 @@ def two_ranks(tmp_path_factory, tiny) -> tuple[Path, list[tuple[int, str, str]]]
     return folder, train(two_rank_config(folder, tiny), world=2)
 
 
-def test_requirement_20_21_two_ranks_killed_and_resumed_are_unbroken(
-    tmp_path: Path, tiny: Path, two_ranks
-) -> None:
+def test_two_ranks_killed_and_resumed_are_unbroken(tmp_path: Path, tiny: Path, two_ranks) -> None:
     """ZeRO-3 over two ranks, whose cursor depends on how often they sampled and whose reference is
     the initial model, not the resumed one.
     """
@@ -224,7 +220,7 @@ def test_requirement_20_21_two_ranks_killed_and_resumed_are_unbroken(
     same_run(tmp_path, two_ranks[0])
 
 
-def test_requirement_3_6_7_two_ranks(two_ranks) -> None:
+def test_two_ranks_evaluate_sample_and_train(two_ranks) -> None:
     folder, results = two_ranks
     assert "step 3/3" in results[0][1]
     assert "step" not in results[1][1]  # rank 0 alone speaks
@@ -235,7 +231,7 @@ def test_requirement_3_6_7_two_ranks(two_ranks) -> None:
     assert all(r["optim/skipped"] == 0 for r in steps)
     # Over the whole vocabulary it would be some 0.2, which top_p cuts away from the sampler.
     assert all(abs(r["loss/sampler_kl"]) < 0.01 for r in steps)
-    # Requirement 3: evaluated before the first training step, through the same gather.
+    # Evaluated before the first training step, through the same gather.
     evaluations = json.loads((folder / "run" / "summary.json").read_text())["evaluations"]
     assert [(e["label"], e["step"], e["problems"]) for e in evaluations] == [
         ("before", 0, 4.0),

@@ -28,8 +28,8 @@ CASES = [
     ([8], 1, 3, True, "token", False),  # eight accumulation steps
     ([4, 4], 4, 3, True, "token", False),  # two ranks
     ([4, 4], 4, 3, False, "token", False),  # untied head
-    ([3, 5], 2, 3, True, "token", False),  # requirement 6: unequal numbers of micro-batches
-    ([8, 0], 4, 3, True, "token", False),  # requirement 7: a rank that filtered everything away
+    ([3, 5], 2, 3, True, "token", False),  # unequal numbers of micro-batches
+    ([8, 0], 4, 3, True, "token", False),  # a rank that filtered everything away
     ([4, 4], 1, 2, True, "sequence", False),
     ([2, 6], 3, 1, True, "constant", False),
     ([4, 4], 4, 0, True, "token", False),
@@ -100,10 +100,10 @@ def results() -> dict:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_requirement_1_2_6_7_15_27_same_update(results, case: int) -> None:
+def test_the_update_is_that_of_whole_logits(results, case: int) -> None:
     """The fused head under DeepSpeed, however the sequences are cut, against whole logits and
-    torch's autograd over the model alone (requirements 1, 2); whatever the cut, one pass over all
-    sequences (requirements 6, 7, 15).
+    torch's autograd over the model alone; whatever the cut, one pass over all
+    sequences.
     """
     (expected,) = results[1][unfused(CASES[case])]
     for got in results[len(CASES[case][0])][f"update-{case}"]:
@@ -118,7 +118,7 @@ def test_requirement_1_2_6_7_15_27_same_update(results, case: int) -> None:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_requirement_15_sums_do_not_depend_on_the_cut(results, case: int) -> None:
+def test_sums_do_not_depend_on_the_cut(results, case: int) -> None:
     """What the metrics, sigma and the conserving scale are made of."""
     (expected,) = results[1][f"one-pass-{CASES[case][3]}"]
     expected = {**expected["sums"], **expected["branches"]}
@@ -152,7 +152,7 @@ def test_a_frozen_head_stays_and_the_backbone_learns(results, case: int) -> None
         assert moved == set(start) - {head}
 
 
-def test_requirement_2_head_outside_a_gather_is_a_clear_error(results) -> None:
+def test_head_outside_a_gather_is_a_clear_error(results) -> None:
     for world in (1, 2):
         for got in results[world]["outside"]:
             assert got["elements"] == 0
@@ -160,7 +160,7 @@ def test_requirement_2_head_outside_a_gather_is_a_clear_error(results) -> None:
             assert "gather" in got["message"]
 
 
-def test_requirement_14_nothing_to_train_on_is_a_loss_of_zero(results) -> None:
+def test_nothing_to_train_on_is_a_loss_of_zero(results) -> None:
     for world in (1, 2):
         for got in results[world]["nothing"]:
             assert got["unchanged"] and not got["applied"]
@@ -172,7 +172,7 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_text(results) -> None:
         assert results[2][f"fails-{rank}"] == [f"rank {rank} has no disk"] * 2
 
 
-def test_requirement_27_tied_embedding_receives_the_heads_gradient(results) -> None:
+def test_tied_embedding_receives_the_heads_gradient(results) -> None:
     """The embedding rows of tokens that are never fed move only through the head."""
     got = results[1]["update-0"][0]["weights"]
     from tests.distributed.tasks import model, sequences
@@ -199,15 +199,13 @@ def test_a_bad_step_is_skipped_on_every_rank_and_training_goes_on(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_requirement_26_first_ratio_is_exactly_one(results, dtype: str) -> None:
+def test_first_ratio_is_exactly_one(results, dtype: str) -> None:
     ratios = results[1][f"ratio-{dtype}"][0]
     assert len(ratios) > 8 and all(r == 1.0 for r in ratios)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
-def test_requirement_16_17_entropy_logp_and_polarity_at_the_sampling_temperature(
-    results, temperature: float
-) -> None:
+def test_entropy_logp_and_polarity_at_the_sampling_temperature(results, temperature: float) -> None:
     got = results[1][f"stats-{temperature}"][0]
     assert got["entropy"] == pytest.approx(got["true_entropy"], abs=1e-5)
     assert got["logp"] == pytest.approx(got["true_logp"], abs=1e-5)

@@ -14,7 +14,7 @@ FIELDS = ("logp", "entropy", "unit_polarity")
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "masked", "offset_up"])
 @pytest.mark.parametrize("softcap", [None, 8.0])
-def test_complaint_07_gradcheck_with_zero_probabilities(kind, softcap, backend, dtypes):
+def test_gradcheck_with_zero_probabilities(kind, softcap, backend, dtypes):
     """In float64, with -inf entries in `masked` (p (log p + H) is 0 * inf there)."""
     if torch.float64 not in dtypes:
         return

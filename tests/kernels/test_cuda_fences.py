@@ -6,7 +6,6 @@ tests/mutate_cuda.py shows that `test_every_access_is_ordered` misses none of th
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from tests.cases import make_loss_case
 from tests.kernels.cuda_emulator import FLAGS, ROOT, emulated
 from tests.kernels.test_cuda_emulated import EVERY_TERM, one_call
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+pytestmark = pytest.mark.needs("g++")
 
 
 class Rows(NamedTuple):

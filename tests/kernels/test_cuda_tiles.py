@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize("name", ["tile_walk", "merge_order"])
 def test_program(name, tmp_path):
     program = tmp_path / name

@@ -104,7 +104,7 @@ def test_arguments_of_the_loss(name, value, error, message):
         policy_loss(**good(**{name: value}))
 
 
-def test_complaint_30_hidden_states_passed_as_logits():
+def test_hidden_states_passed_as_logits():
     """[B, T, D] with targets of another length says which shapes disagree."""
     hidden, targets = torch.zeros(2, 6, 8), torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(
@@ -116,7 +116,7 @@ def test_complaint_30_hidden_states_passed_as_logits():
 
 
 @pytest.mark.parametrize("bad", [-1, -2, -99, -101, V, V + 1, 2**40, -(2**40)])
-def test_complaint_41_targets_out_of_range(bad, backend, device):
+def test_targets_out_of_range(bad, backend, device):
     """On a CPU an error with value and position. On a GPU, where the check would cost a sync, a
     NaN row. Nothing is read or written outside the row either way."""
     targets = torch.tensor([2, bad, 3], device=device)

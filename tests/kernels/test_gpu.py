@@ -18,7 +18,8 @@ from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats, plain_token_stats
 
 pytestmark = pytest.mark.gpu
-GPU = pytest.mark.parametrize("name", ["cuda", "triton"])
+CUDA = pytest.mark.needs("CUDA kernels")
+GPU = pytest.mark.parametrize("name", [pytest.param("cuda", marks=CUDA), "triton"])
 
 PARAMS = Objective(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
@@ -33,14 +34,6 @@ SMALL = (
 )
 
 
-def require(name: str) -> None:
-    """Skip where this machine cannot run backend `name`."""
-    from papo_kernels.backends import extension as _native
-
-    if name == "cuda" and not _native.has_cuda():
-        pytest.skip("the extension was built without CUDA")
-
-
 def loss_of(logits: Tensor, targets: Tensor, backend: str, inplace: bool = False, **more):
     n = targets.numel()
     ones = torch.ones(n, device=logits.device)
@@ -48,13 +41,19 @@ def loss_of(logits: Tensor, targets: Tensor, backend: str, inplace: bool = False
     return policy_loss(logits, targets, ones, ones / n, compute=compute, **more)
 
 
-@pytest.fixture(params=["resident", "streamed", "triton"])
+RESIDENT = [CUDA, pytest.mark.needs("clusters")]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("resident", marks=RESIDENT),
+        pytest.param("streamed", marks=CUDA),
+        "triton",
+    ]
+)
 def family(request, monkeypatch):
     """The backend of a family of kernels, which it is made to use."""
     name = "triton" if request.param == "triton" else "cuda"
-    require(name)
-    if request.param == "resident" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs thread block clusters")
     if name == "cuda":
         monkeypatch.setenv("PAPO_KERNEL", request.param)
     tuning.forced.cache_clear()
@@ -75,8 +74,7 @@ def test_small_cases_of_every_kernel(family, n, v):
 
 
 @GPU
-def test_complaint_19_20_more_than_2_to_the_31_elements(name):
-    require(name)
+def test_more_than_2_to_the_31_elements(name):
     logits = torch.empty(16385, 131072, dtype=torch.bfloat16, device="cuda").normal_(0, 2)
     targets = torch.randint(131072, (16385,), device="cuda")
     last = slice(-3, None)
@@ -96,15 +94,13 @@ def test_complaint_19_20_more_than_2_to_the_31_elements(name):
 
 
 @GPU
-def test_complaint_21_more_than_65535_rows(name):
-    require(name)
+def test_more_than_65535_rows(name):
     check_token_stats(make_case("normal", 70001, 40, device="cuda"), name)
     check_policy_loss(make_loss_case("normal", 70001, 40, objective=PARAMS, device="cuda"), name)
 
 
 @GPU
-def test_complaint_25_side_stream_and_autograd_thread(name):
-    require(name)
+def test_side_stream_and_autograd_thread(name):
     case = make_case("normal", 64, 50000, dtype=torch.bfloat16, device="cuda")
     expected = check_token_stats(case, name)
     results: list[Tensor] = []
@@ -125,17 +121,15 @@ def test_complaint_25_side_stream_and_autograd_thread(name):
 
 
 @GPU
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-def test_complaint_25_the_tensors_device_not_the_current_one(name):
-    require(name)
+@pytest.mark.needs("two GPUs")
+def test_the_tensors_device_not_the_current_one(name):
     with torch.cuda.device(0):
         check_token_stats(make_case("normal", 8, 5000, device="cuda:1"), name)
         assert torch.cuda.current_device() == 0
 
 
 @GPU
-def test_complaint_26_no_host_sync_and_graph_capture(name):
-    require(name)
+def test_no_host_sync_and_graph_capture(name):
     logits = torch.empty(40, 30000, dtype=torch.bfloat16, device="cuda").normal_(0, 2)
     targets = torch.randint(30000, (40,), device="cuda")
     phase = torch.tensor(0.3, device="cuda")
@@ -172,32 +166,20 @@ def test_complaint_26_no_host_sync_and_graph_capture(name):
         assert torch.equal(got, expected)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-    reason="needs thread block clusters",
-)
-def test_rows_that_fit_on_chip_run_the_resident_kernel():
+@pytest.mark.needs("CUDA kernels", "clusters")
+def test_rows_that_fit_on_chip_run_the_resident_kernel(kernels_run):
     """Nothing else would show that a call fell back on the kernel that reads the logits twice."""
-    require("cuda")
     logits = torch.empty(8, 151936, dtype=torch.bfloat16, device="cuda").normal_(0, 2)
     leaf = logits.requires_grad_()
     targets = torch.randint(151936, (8,), device="cuda")
     loss_of(leaf, targets, "cuda")  # not in the profile: loading the extension
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        loss_of(leaf, targets, "cuda")
-        torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    names = [event.name for event in profiler.events() if event.device_type == on_device]
-    if not names:
-        pytest.skip("the profiler sees no kernels here")
+    names = kernels_run(lambda: loss_of(leaf, targets, "cuda"))
     assert any("resident_kernel" in name for name in names), names
 
 
 @GPU
 @pytest.mark.parametrize("n", [1, 64, 131, 300])
 def test_the_same_bits_every_time(name, n):
-    require(name)
     case = make_loss_case(
         "normal",
         n,

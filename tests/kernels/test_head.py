@@ -139,7 +139,7 @@ def test_losses_follow_the_rule(head, backend, device, dtypes, sizes):
                 check_head_policy_loss(case, backend=backend, chunk_bytes=chunk_bytes)
 
 
-def test_complaint_17_and_34_logits_of_half_operands_are_float32(backend, device):
+def test_logits_of_half_operands_are_float32(backend, device):
     """bfloat16 operands taken as they are: rounding their product to bfloat16 moved logp by 1e-2
     and gradients by up to 23 % (Liger #1432; open-instruct 1387 wants a float32 head)."""
     case = make_head_case(16, 96, 700, Traits(spread=8.0), dtype=torch.bfloat16, device=device)
@@ -190,9 +190,7 @@ def test_results_do_not_depend_on_the_chunks(backend, device, sizes):
             assert (a - b).abs().max() <= 1e-6 * size * a.abs().max()
 
 
-def test_complaint_16_error_of_the_weight_gradient_does_not_grow_with_the_chunks(
-    backend, device, sizes
-):
+def test_error_of_the_weight_gradient_does_not_grow_with_the_chunks(backend, device, sizes):
     """bfloat16 sums over chunks drift (Liger #512: 7.5e-3 to 10e-3 from 1 to 32 chunks). Here one
     slab, some, and one per token are each as far off as one rounding to bfloat16."""
     case = make_head_case(sizes(256, 32), 8, 400, dtype=torch.bfloat16, device=device, loss=True)

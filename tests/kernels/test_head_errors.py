@@ -215,7 +215,7 @@ def test_wrong_arguments(name):
         policy_loss(*first, ONES, ONES, **named)
 
 
-def test_complaint_30_logits_passed_as_hidden():
+def test_logits_passed_as_hidden():
     """unsloth-zoo #708, unsloth #5121: a shape error that says what the tensor looks like."""
     logits = torch.randn(N, V)
     with pytest.raises(

@@ -196,7 +196,7 @@ def test_the_byte_model_of_the_documentation(dtype, frozen, workspace):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [True, False])
-def test_complaints_35_and_37_memory_is_the_workspace(loss, dtype):
+def test_memory_is_the_workspace(loss, dtype):
     """Logits of 256 MiB (float32) through 8 MiB. No one-hot (NeMo-RL 4114) and no [V, D] temporary
     per chunk (Liger #1323): beyond the workspace, the results and, for a half weight, the lower
     halves of its gradient's float32 sum, only a few MiB of tiles and per-token vectors."""
@@ -224,7 +224,7 @@ def test_complaints_35_and_37_memory_is_the_workspace(loss, dtype):
     slack = 20 * MiB if dtype == torch.bfloat16 else MiB
     assert used.peak <= workspace + results + sums + slack
     assert hidden.grad is not None and weight.grad is not None
-    # Complaint 40: nothing but results stays, with the outputs and their graph alive.
+    # Nothing but results stays, with the outputs and their graph alive.
     assert used.after <= results + MiB
 
 
@@ -311,7 +311,7 @@ def saved_by(run):
     return sizes
 
 
-def test_complaint_40_what_is_saved_for_backward():
+def test_what_a_fused_head_saves_for_backward():
     """The loss keeps its gradients and no input; the statistics their inputs and six numbers per
     token; neither anything of N V elements (speculators #1000)."""
     hidden, weight, targets = inputs(N, D, V)

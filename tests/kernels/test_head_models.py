@@ -203,7 +203,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_complaint_32_statistics_of_the_filtered_distribution(name, backend, device):
+def test_statistics_of_the_filtered_distribution(name, backend, device):
     """The trainer's logp must be that of the distribution the sampler drew from (trl #7221 kin: TRL
     #6789, prime-rl 3235, vllm 49577); a fused head had no way to say so."""
     hidden, weight, _ = (x.detach().to(device) for x in small(n=20))
@@ -288,7 +288,7 @@ def test_a_filter_that_removed_the_sampled_id(backend, device):
 # ---- ZeRO-3 -------------------------------------------------------------------------------------
 
 
-def test_complaint_31_a_weight_outside_its_gather():
+def test_a_weight_outside_its_gather():
     """ZeRO-3 leaves zero elements: said in forward, and in a backward that reads the weight again
     (trl 6372, 6859); the loss does not read it again."""
     hidden, weight, targets = small()

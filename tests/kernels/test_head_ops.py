@@ -18,6 +18,7 @@ from papo_kernels import (
 )
 from tests.kernels.head_cases import make_head_case
 
+pytestmark = pytest.mark.plumbing
 N, D, V = 7, 5, 23
 
 

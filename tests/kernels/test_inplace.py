@@ -1,5 +1,5 @@
-"""`Compute(inplace=True)`: the gradient takes the logits' storage, and every misuse is refused
-(complaint 14: peers corrupt other gradients silently)."""
+"""`Compute(inplace=True)`: the gradient takes the logits' storage, and every misuse is refused;
+peers corrupt other gradients silently."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_any_leading_shape(backend, device):
     assert torch.equal(torch.autograd.grad(out.loss, leaf)[0], expected)
 
 
-def test_complaint_14_a_leaf_is_refused(backend, device):
+def test_a_leaf_is_refused(backend, device):
     case = small_case(device)
     leaf = case.logits.requires_grad_()
     before = leaf.detach().clone()
@@ -90,7 +90,7 @@ def test_complaint_14_a_leaf_is_refused(backend, device):
 
 
 @pytest.mark.parametrize("view", ["rows", "reshape", "columns"])
-def test_complaint_14_a_view_is_refused(view, backend, device):
+def test_a_view_is_refused(view, backend, device):
     """Its base would be overwritten as well."""
     case = small_case(device)
     base = torch.zeros(18, 50, device=device).requires_grad_().mul(1.0)
@@ -104,7 +104,7 @@ def test_complaint_14_a_view_is_refused(view, backend, device):
     assert base.eq(0).all()
 
 
-def test_complaint_14_non_contiguous_logits_are_refused(backend, device):
+def test_non_contiguous_logits_are_refused(backend, device):
     case = small_case(device)
     strided = torch.empty_strided((9, 50), (1, 9), device=device).requires_grad_() + 0.0
     assert not strided.is_contiguous()
@@ -113,7 +113,7 @@ def test_complaint_14_non_contiguous_logits_are_refused(backend, device):
         case.policy_loss(strided, backend, inplace=True)
 
 
-def test_complaint_14_logits_saved_by_an_earlier_operation(backend, device):
+def test_logits_saved_by_an_earlier_operation(backend, device):
     """tanh keeps its output for backward; overwriting it must not give a wrong gradient."""
     case = small_case(device)
     z = case.logits.requires_grad_().tanh()
@@ -122,7 +122,7 @@ def test_complaint_14_logits_saved_by_an_earlier_operation(backend, device):
         loss.backward()
 
 
-def test_complaint_14_an_earlier_loss_of_the_same_logits(backend, device):
+def test_an_earlier_loss_of_the_same_logits(backend, device):
     case = small_case(device)
     z = case.logits.requires_grad_().mul(1.0)
     first = case.token_stats(z, backend).entropy.sum()
@@ -131,7 +131,7 @@ def test_complaint_14_an_earlier_loss_of_the_same_logits(backend, device):
         (first + loss).backward()
 
 
-def test_complaint_14_a_later_use_of_the_logits(backend, device):
+def test_a_later_use_of_the_logits(backend, device):
     """They hold a gradient by then: a loss of it is refused where its gradient arrives."""
     case = small_case(device)
     z = case.logits.requires_grad_().mul(1.0)
@@ -140,7 +140,7 @@ def test_complaint_14_a_later_use_of_the_logits(backend, device):
         (loss + z.sum()).backward()
 
 
-def test_complaint_14_a_second_policy_loss_on_the_same_logits(backend, device):
+def test_a_second_policy_loss_on_the_same_logits(backend, device):
     case = small_case(device)
     z = case.logits.requires_grad_().mul(1.0)
     first = case.policy_loss(z, backend, inplace=True).loss
@@ -150,7 +150,7 @@ def test_complaint_14_a_second_policy_loss_on_the_same_logits(backend, device):
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_complaint_14_retain_graph_twice(factor, backend, device):
+def test_retain_graph_twice(factor, backend, device):
     """The buffer is handed on by the first backward; the second is refused, whatever the factor."""
     case = small_case(device)
     leaf = case.logits.requires_grad_()
@@ -164,7 +164,7 @@ def test_complaint_14_retain_graph_twice(factor, backend, device):
     assert torch.equal(dz, kept)
 
 
-def test_complaint_14_double_backward_is_refused(backend, device):
+def test_double_backward_is_refused(backend, device):
     case = small_case(device)
     leaf = case.logits.requires_grad_()
     loss = case.policy_loss(leaf.mul(1.0), backend, inplace=True).loss
@@ -172,7 +172,7 @@ def test_complaint_14_double_backward_is_refused(backend, device):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
-def test_complaint_14_version_counter(backend, device):
+def test_version_counter(backend, device):
     case = small_case(device)
     z = case.logits.requires_grad_().mul(1.0)
     version = z._version

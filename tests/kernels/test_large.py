@@ -1,4 +1,4 @@
-"""More than 2^31 logits (complaint 19). `pytest -m large`: 4.3 GB in half precision, twice that in
+"""More than 2^31 logits. `pytest -m large`: 4.3 GB in half precision, twice that in
 backward; interpreted kernels would take hours."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def same(actual, few):
     return bool((rows == few).all())
 
 
-def test_complaint_19_statistics_and_their_gradient(case, backend):
+def test_statistics_of_more_than_2_to_the_31_logits(case, backend):
     if case is None:
         return
     few, logits = case
@@ -52,7 +52,7 @@ def test_complaint_19_statistics_and_their_gradient(case, backend):
     assert same(dz, want)
 
 
-def test_complaint_19_loss_in_place(case, backend):
+def test_loss_in_place_over_more_than_2_to_the_31_logits(case, backend):
     if case is None:
         return
     few, logits = case

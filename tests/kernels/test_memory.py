@@ -78,7 +78,7 @@ def test_the_meter_sees_a_temporary(case, device):
     assert used >= case.logits.nbytes
 
 
-def test_complaints_08_35_statistics_allocate_nothing_wide(backend, device, case, slack):
+def test_statistics_allocate_nothing_wide(backend, device, case, slack):
     """Forward: per-token outputs only. Backward: the gradient, and for logp alone no more."""
     if backend == "reference":
         return  # the oracle is dense by design
@@ -92,7 +92,7 @@ def test_complaints_08_35_statistics_allocate_nothing_wide(backend, device, case
         assert leaf.nbytes <= used < leaf.nbytes + slack
 
 
-def test_complaint_35_the_loss_in_place_allocates_nothing_wide(backend, device, case, slack):
+def test_the_loss_in_place_allocates_nothing_wide(backend, device, case, slack):
     if backend == "reference":
         return
     leaf = case.logits.requires_grad_()
@@ -145,7 +145,7 @@ def saved_by(run):
     return list(kept.values()), result
 
 
-def test_complaint_40_what_is_saved_for_backward(backend, device, case):
+def test_what_is_saved_for_backward(backend, device, case):
     """The statistics keep the logits themselves; the loss keeps its gradient and not the logits."""
     leaf = case.logits.requires_grad_()
     saved, _ = saved_by(lambda: case.token_stats(leaf, backend))
@@ -161,7 +161,7 @@ def test_complaint_40_what_is_saved_for_backward(backend, device, case):
     assert [x.untyped_storage().data_ptr() for x in wide] == [z.untyped_storage().data_ptr()]
 
 
-def test_complaint_40_the_loss_does_not_pin_the_logits(backend, device, case):
+def test_the_loss_does_not_pin_the_logits(backend, device, case):
     leaf = case.logits.requires_grad_()
     z = leaf.mul(1.0)
     loss = case.policy_loss(z, backend).loss
@@ -172,7 +172,7 @@ def test_complaint_40_the_loss_does_not_pin_the_logits(backend, device, case):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_complaint_40_nothing_stays_after_backward(inplace, backend, device, case):
+def test_nothing_stays_after_backward(inplace, backend, device, case):
     """The outputs that a trainer keeps for its metrics hold no graph and no logits."""
     leaf = case.logits.requires_grad_()
     z = leaf.mul(1.0)

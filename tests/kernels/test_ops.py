@@ -64,14 +64,14 @@ def samples(name, backend, device):
 OPERATIONS = ("token_stats", "token_stats_bwd", "policy_loss", "policy_loss_", "scale_")
 
 
-def test_complaint_28_no_operation_is_left_out():
+def test_no_operation_is_left_out():
     """The linear operations have their opcheck in test_linear."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("papo::")}
     assert {name for name in names if "linear" not in name} == {f"papo::{x}" for x in OPERATIONS}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_complaint_28_opcheck(name, backend, device):
+def test_opcheck_of_every_operation(name, backend, device):
     checked = 0
     for arguments in samples(name, backend, device):
         torch.library.opcheck(getattr(torch.ops.papo, name).default, arguments)
@@ -155,7 +155,7 @@ def run_step(step, inputs):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_complaint_28_compiled_steps(inplace, backend, device):
+def test_compiled_steps(inplace, backend, device):
     """fullgraph, dynamic N: one compilation serves every N and phase, with eager's results."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -183,7 +183,7 @@ def test_compiled_by_inductor(backend, device):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_complaint_27_no_compilation_per_shape(backend, device):
+def test_no_compilation_per_shape(backend, device):
     """A sweep of N and V is served by one compilation."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

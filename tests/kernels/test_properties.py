@@ -268,7 +268,7 @@ def test_strength_or_phase_zero_is_the_baseline_bit_for_bit(
     weighting=st.one_of(st.none(), WEIGHTINGS),
     kind=st.sampled_from(["normal", "peaked", "masked", "uniform"]),
 )
-def test_complaint_12_every_loss_option_against_one_oracle(backend, device, data, weighting, kind):
+def test_every_loss_option_against_one_oracle(backend, device, data, weighting, kind):
     objective = Objective(
         clip_low=data.draw(st.sampled_from([0.0, 0.2, 1.0])),
         clip_high=data.draw(st.sampled_from([0.0, 0.28, math.inf])),

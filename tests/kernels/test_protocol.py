@@ -134,7 +134,7 @@ def test_state_of_a_row(call):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_complaint_24_shards_of_the_vocabulary(split, call):
+def test_shards_of_the_vocabulary(split, call):
     """A sampled token outside the shard is neither read nor written, in a ragged last tile least of
     all; merged states give every shard the whole row's results and its own columns' gradient."""
     stats, state, dstats, loss, dloss = call.whole()

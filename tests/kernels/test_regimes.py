@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import papo_kernels
-from papo_kernels import Compute, Objective, PolarityWeighting
+from papo_kernels import Compute, Logits, Objective, PolarityWeighting, token_stats
 from tests.cases import LAYOUTS, LOGITS, make_case, make_loss_case
-from tests.oracle import check_policy_loss, check_token_stats
+from tests.oracle import (
+    check_policy_loss,
+    check_token_stats,
+    plain_policy_loss,
+    plain_token_stats,
+)
 
 EVERY_TERM = Objective(clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 WEIGHTING = PolarityWeighting(0.5, 0.7, sigma=0.1, scale=1.1)
@@ -160,3 +167,87 @@ def test_outputs_do_not_depend_on_the_rows_beside(backend, device):
         )
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a[0], b[i])
+
+
+@pytest.mark.parametrize(("v", "vocab_size"), [(1304, 1300), (151_944, 151_937)])
+def test_padded_columns_do_not_enter_the_sums(v, vocab_size, backend, device, sizes):
+    """Padding full of large values (verl #2656: logp up to +123)."""
+    v, vocab_size = sizes((v, vocab_size), (1304, 1300))
+    rows = sizes(64, 8)
+    logits = torch.randn(1, v, generator=torch.Generator().manual_seed(0)).to(device)
+    logits[:, vocab_size:] = 1e4
+    targets = torch.arange(rows, device=device) * (vocab_size // rows)
+    padded = Logits(logits.expand(rows, v), vocab_size=vocab_size)
+    stats = token_stats(padded, targets, compute=Compute(backend))
+    plain = torch.log_softmax(logits[0, :vocab_size].double(), 0)
+    assert (stats.logp <= 0).all()
+    torch.testing.assert_close(stats.logp.double(), plain[targets], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("v", [151_936, 201_088, 248_320, 262_144])
+def test_large_vocabularies(v, backend, device, sizes):
+    v = sizes(v, v // 16)
+    case = make_loss_case("normal", 2, v, dtype=torch.bfloat16, device=device)
+    check_policy_loss(case, backend)
+
+
+def test_entropy_of_262144_equal_logits(backend, device, dtypes, sizes):
+    v = sizes(262_144, 32_768)
+    for dtype in dtypes[-3:]:
+        logits = torch.full((1, v), 0.5, dtype=dtype, device=device)
+        targets = torch.tensor([v - 1], device=device)
+        stats = token_stats(logits, targets, compute=Compute(backend))
+        assert stats.entropy.item() == pytest.approx(math.log(v), abs=1e-5)
+        assert stats.logp.item() == pytest.approx(-math.log(v), abs=1e-5)
+        assert abs(stats.unit_polarity.item()) < 1e-10
+
+
+@pytest.mark.parametrize("v", range(1, 18))
+def test_tiny_vocabularies_with_and_without_grad(v, backend, device, sizes):
+    n = sizes(4, 1)
+    check_token_stats(make_case("normal", n, v, device=device), backend)
+    case = make_loss_case("normal", n, v, device=device, objective=Objective(entropy_coef=0.1))
+    check_policy_loss(case, backend)
+    with torch.no_grad():
+        out = case.policy_loss(case.logits, backend)
+    expected = plain_policy_loss(case).loss
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not out.loss.requires_grad
+
+
+@pytest.mark.plumbing
+def test_more_rows_than_a_grid_dimension_holds(backend, device):
+    """65,536 and more rows; the last ones are checked one by one."""
+    n, v = 131_073, 5
+    logits = torch.randn(n, v, generator=torch.Generator().manual_seed(6)).to(device)
+    targets = torch.arange(n, device=device) % v
+    z = logits.requires_grad_()
+    stats = token_stats(z, targets, compute=Compute(backend))
+    exact = plain_token_stats(logits.detach(), targets)
+    for a, b in zip(stats, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-6)
+    (dz,) = torch.autograd.grad(stats.logp.sum(), z)
+    assert dz.sum(1).abs().max() < 1e-6
+    assert dz[-1].abs().max() > 1e-3
+
+
+def test_logits_of_magnitude_100(backend, device, dtypes, sizes):
+    """Results are float32 whatever the logits, with no narrow staging on the way."""
+    for dtype in dtypes[-3:]:
+        case = make_case("normal", sizes(16, 3), 500, dtype=dtype, device=device)
+        case.logits.mul_(30.0)
+        check_token_stats(case, backend)
+        assert all(x.dtype == torch.float32 for x in case.token_stats(case.logits, backend))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 15.0, 30.0, 50.0])
+def test_softcap_is_that_of_transformers(softcap, backend, device):
+    """Gemma's own lines: logits / cap, tanh, * cap; from far below to far above the cap."""
+    z = torch.linspace(-8.0 * softcap, 8.0 * softcap, 101, device=device)[None]
+    capped = z.double() / softcap
+    capped = torch.tanh(capped) * softcap
+    for target in (0, 50, 75, 100):
+        targets = torch.tensor([target], device=device)
+        stats = token_stats(Logits(z, softcap), targets, compute=Compute(backend))
+        expected = torch.log_softmax(capped, -1)[0, target].item()
+        assert stats.logp.item() == pytest.approx(expected, rel=2e-6, abs=2e-6)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -13,8 +12,7 @@ from benchmarks.machine_code.triton_kernels import CALLS, compiled, kernels_of, 
 from papo_kernels import Objective
 from papo_kernels.types import RowParams, TokenInputs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles kernels: not in an interpreted run")
+pytestmark = pytest.mark.needs("no interpreter")
 
 # Every variant for sm_90, and every kernel for the other architectures.
 NVIDIA = [(name, 90) for name in CALLS]

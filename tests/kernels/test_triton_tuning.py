@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -10,15 +9,12 @@ import torch
 
 from papo_kernels import Objective
 from papo_kernels.backends import tuning
+from papo_kernels.backends.triton import TRITON, config, fused_loss, launch
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
-pytest.importorskip("triton")
-from papo_kernels.backends.triton import TRITON, config, fused_loss, launch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")
+runs = pytest.mark.needs("the interpreter")
 
 CPU, BF16, F32 = torch.device("cpu"), torch.bfloat16, torch.float32
 V = 151_936

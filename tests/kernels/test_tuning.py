@@ -4,7 +4,6 @@ not. The kernels run on the emulated machine."""
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from tests.cases import make_case, make_loss_case
 from tests.kernels.cuda_emulator import emulated
 from tests.oracle import check_policy_loss, check_token_stats
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+needs_compiler = pytest.mark.needs("g++")
 VARIABLES = ("PAPO_KERNEL", "PAPO_TILE", "PAPO_STATS_TILE")
 # A device with room for every tile below.
 LARGE = {"shared_per_block": 60000, "shared_per_multiprocessor": 64000}

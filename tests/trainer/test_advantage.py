@@ -62,7 +62,7 @@ def test_advantages_sum_to_zero_and_have_unit_spread():
 
 
 def test_masked_row_leaves_the_rest_of_its_group_alone():
-    """Requirement 12: a None or NaN reward masks its own row, nothing else."""
+    """A None or NaN reward masks its own row, nothing else."""
     out = group_advantages(torch.tensor([[1.0, NAN, 0.0, 1.0]]), normalize_std=True)
     rest = group_advantages(torch.tensor([[1.0, 0.0, 1.0]]), normalize_std=True)
     assert torch.equal(out.advantages[:, [0, 2, 3]], rest.advantages)
@@ -78,7 +78,7 @@ def test_a_group_with_fewer_than_two_rewards_teaches_nothing(group):
 
 
 def test_zero_spread_is_by_range_not_by_standard_deviation():
-    """Requirement 10: the float32 standard deviation of equal rewards need not be 0."""
+    """The float32 standard deviation of equal rewards need not be 0."""
     equal = torch.full((1, 7), 0.1)
     assert equal.std() > 0.0  # what makes the test worth having
     out = group_advantages(equal, normalize_std=True)
@@ -91,7 +91,6 @@ def test_zero_spread_is_by_range_not_by_standard_deviation():
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 2, 2)])
 def test_groups_need_at_least_two_completions(shape):
-    """Requirement 13."""
     with pytest.raises(ValueError, match="n >= 2"):
         group_advantages(torch.zeros(shape), normalize_std=True)
 
@@ -149,7 +148,7 @@ def test_weighted_sum_is_the_named_mean(aggregation):
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=2, max_size=12), st.data())
 def test_weights_do_not_depend_on_how_the_batch_is_cut(aggregation, rows, data):
-    """Requirement 15: any split into ranks or accumulation steps gives the same weights."""
+    """Any split into ranks or accumulation steps gives the same weights."""
     lengths = torch.tensor([n for n, _ in rows])
     mask = torch.tensor([m for _, m in rows])
     whole = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
@@ -162,7 +161,7 @@ def test_weights_do_not_depend_on_how_the_batch_is_cut(aggregation, rows, data):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_fully_masked_batch_weighs_zero(aggregation):
-    """Requirement 14: 0, not 0/0."""
+    """0, not 0/0."""
     lengths, mask = torch.tensor([3, 5]), torch.tensor([False, False])
     weight = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
     assert weight.tolist() == [0.0, 0.0]

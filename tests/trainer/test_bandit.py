@@ -1,7 +1,7 @@
 """What PAPO claims, on problems small enough to know the truth.
 
 Unit polarity predicts the entropy change of a step; and in a bandit where the baseline's entropy
-collapses or explodes, the phase and the weights hold it in a band (requirement 19).
+collapses or explodes, the phase and the weights hold it in a band.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ SEEDS = [0, 1, 2]
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_entropy_collapse_is_held_off(seed):
-    """Requirement 19: GRPO settles on few of ten equally good arms, PAPO stays near its target."""
+    """GRPO settles on few of ten equally good arms, PAPO stays near its target."""
     grpo = train(many_good_arms(), strength=0.0, seed=seed, steps=350)
     papo = train(many_good_arms(), strength=0.5, seed=seed, steps=350)
     assert grpo.entropy[-1] < 0.5 * many_good_arms().target
@@ -173,7 +173,7 @@ def test_entropy_collapse_is_held_off(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_entropy_explosion_is_held_off(seed):
-    """Requirement 19, the other direction: PAPO stays within a quarter of where it began."""
+    """The other direction: PAPO stays within a quarter of where it began."""
     grpo = train(comfortable_start(), strength=0.0, seed=seed, steps=300)
     papo = train(comfortable_start(), strength=0.5, seed=seed, steps=300)
     assert grpo.entropy[-1] > 0.9 * math.log(50)

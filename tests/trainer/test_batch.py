@@ -43,7 +43,7 @@ responses = st.lists(st.lists(ids, min_size=1, max_size=7), min_size=1, max_size
     st.sampled_from([1, 16]),
 )
 @settings(max_examples=40, deadline=None)
-def test_requirement_28_logits_do_not_depend_on_padding_sharing_or_mates(
+def test_logits_do_not_depend_on_padding_sharing_or_mates(
     model: LlamaForCausalLM,
     some_prompts: list,
     some_responses: list,
@@ -63,7 +63,7 @@ def test_requirement_28_logits_do_not_depend_on_padding_sharing_or_mates(
     assert torch.allclose(got, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_requirement_29_30_targets_and_masks_are_the_sampled_ids_even_where_pad_is_eos() -> None:
+def test_targets_and_masks_are_the_sampled_ids_even_where_pad_is_eos() -> None:
     eos = 0
     sequences = [
         sequence([5, eos, 6], [7, eos], 1),

@@ -70,7 +70,7 @@ def test_lambda_outside_0_to_1_is_refused(load, value):
 
 
 def test_one_completion_per_prompt_is_refused(load):
-    """Requirement 13: a group of one has no spread, and its unbiased std is NaN."""
+    """A group of one has no spread, and its unbiased std is NaN."""
     line = refusal(load, "rollout.completions_per_prompt=1")
     assert "rollout.completions_per_prompt=1: expected greater than or equal to 2" in line
 

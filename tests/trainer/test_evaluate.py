@@ -150,7 +150,7 @@ def test_no_problems_is_zero_not_a_division_by_it() -> None:
     assert set(figures.values()) == {0.0} and not sampler.asked
 
 
-def test_requirement_3_ranks_share_the_problems_and_the_sums(
+def test_ranks_share_the_problems_and_the_sums(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four ranks, one without a problem: each samples its own, the sums make the figures of all."""

@@ -69,7 +69,7 @@ def scored(values: list[list[float]], advantage: Advantage = Advantage(), **kwar
     )
 )
 @settings(max_examples=50, deadline=None)
-def test_requirement_9_rows_keep_their_identity(values: list[list[float]]) -> None:
+def test_rows_keep_their_identity(values: list[list[float]]) -> None:
     groups = scored(values)
     for g, group in enumerate(groups):
         sizes = {
@@ -88,7 +88,7 @@ def test_requirement_9_rows_keep_their_identity(values: list[list[float]]) -> No
     assert all(math.isfinite(s.advantage) for s in made)
 
 
-def test_requirement_14_masked_truncated_completions_leave_nothing_and_no_zero_division() -> None:
+def test_masked_truncated_completions_leave_nothing_and_no_zero_division() -> None:
     groups = scored([[1.0, 0.0]], Advantage(overlong="mask"), truncated=True)
     assert groups[0].used == (False, False)
     assert with_token_weights(to_sequences(groups), Loss()) == []
@@ -113,21 +113,21 @@ def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("train_smaller", 1), ("skip", 0)])
-def test_requirement_8_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
+def test_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
     got = collect(
         lambda k: scored([MIXED if k == 0 else FLAT, FLAT]), 2, Dynamic(on_exhausted=policy)
     )
     assert len(got.groups) == kept and got.rounds == 3
 
 
-def test_requirement_8_exhausted_budget_can_be_an_error() -> None:
+def test_exhausted_budget_can_be_an_error() -> None:
     with pytest.raises(
         PapoError, match=r"dynamic sampling: 0 of 2 groups have mixed rewards after 3 rounds"
     ):
         collect(lambda k: scored([FLAT, FLAT]), 2, Dynamic(on_exhausted="error"))
 
 
-def test_requirement_7_rounds_depend_on_all_ranks(monkeypatch) -> None:
+def test_rounds_depend_on_all_ranks(monkeypatch) -> None:
     """This rank has enough at once; the other never has any: it samples on as long as the other
     does.
     """

@@ -115,7 +115,7 @@ def test_a_row_of_the_same_step_and_names_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "kept"), [(2, [1, 2]), (0, []), (-1, []), (9, [1, 2, 3])])
-def test_requirement_20_a_resumed_run_drops_what_came_after_its_checkpoint(
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(
     tmp_path: Path, step: int, kept: list[int]
 ) -> None:
     """Every step is there once, in the file and in TensorBoard, whatever was written before."""
@@ -225,7 +225,7 @@ def update_of(sums: TokenSums, grad_norm: float = 0.5, **more: Any) -> Update:
     return Update(sums, branches, grad_norm, more.pop("reason", ""), 1e-3, **more)
 
 
-def test_requirement_11_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
+def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
     """On-policy with centred advantages the surrogate is 0 and its gradient is not: the metrics
     hold the surrogate, the gradient norm and the mean absolute advantage; the page explains.
     """
@@ -274,8 +274,8 @@ def collected(values: list[list[float]]) -> Collected:
     return Collected(groups, groups, 2)
 
 
-def test_requirement_10_12_rollout_figures_by_hand() -> None:
-    """Zero-spread groups (10) and masked rewards (12) are counted; masked rows are left out of the
+def test_rollout_figures_by_hand() -> None:
+    """Zero-spread groups and masked rewards are counted; masked rows are left out of the
     mean.
     """
     sampled = collected([[1.0, 0.0, math.nan], [1.0, 1.0, 1.0], [-0.5, 0.0, 0.0]])
@@ -364,7 +364,7 @@ def test_stage_times_add_up_and_make_tokens_per_second() -> None:
     assert figures["throughput/tokens_per_second"] == pytest.approx(3 / figures["time/step"])
 
 
-def test_requirement_34_completion_rows_hold_what_was_sampled() -> None:
+def test_completion_rows_hold_what_was_sampled() -> None:
     rows = completion_rows(collected([[1.0, math.nan], [0.0, 0.0]]).sampled, first_group=5)
     assert [(r["group"], r["uid"], r["text"]) for r in rows] == [
         (5, 0, "text 0 0"),

@@ -107,7 +107,7 @@ def test_math_verify(text, how, answer, expected):
 
 
 def test_math_verify_works_off_the_main_thread():
-    """Requirement 31: math_verify's own SIGALRM timeouts would score 0 here."""
+    """math_verify's own SIGALRM timeouts would score 0 here."""
     found = []
     thread = threading.Thread(
         target=lambda: found.append(verdict("$2$", "2", verifier="math_verify"))
@@ -129,7 +129,7 @@ def test_users_function_is_not_thresholded():
 
 @pytest.mark.parametrize("text", ["none", "nan", "inf", "huge"])
 def test_no_verdict_is_a_masked_row(text):
-    """Requirement 12. What float32 cannot hold is an infinity to the advantages."""
+    """What float32 cannot hold is an infinity to the advantages."""
     value, status = verdict(text, verifier=SCRIPTED)
     assert math.isnan(value)
     assert status == "invalid"
@@ -276,7 +276,6 @@ def test_unpicklable_metadata_is_an_error(pool):
 
 
 def test_works_off_the_main_thread(pool):
-    """Requirement 31."""
     found = []
     thread = threading.Thread(target=lambda: found.extend(pool.score([completion("x", value=1.0)])))
     thread.start()
@@ -298,7 +297,7 @@ def test_what_workers_import_does_not_import_torch(imports):
 
 
 def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path):
-    """Requirements 31 and 32: more hung verifiers than workers, some stuck in C code."""
+    """More hung verifiers than workers, some stuck in C code."""
     rules = config(timeout_s=0.3)
     with RewardPool(rules, SCRIPTED) as pool:
         rewards = pool.score([completion(t) for t in ("hang", "hang in C", "hang", "hang in C")])

@@ -57,9 +57,7 @@ def true_logp(model, completion: Completion, params: SamplingParams) -> torch.Te
 @pytest.mark.parametrize(
     "params", [SamplingParams(12, 1.3), SamplingParams(12, 0.6, top_p=0.9, top_k=20)]
 )
-def test_requirement_28_29_sampler_logp_is_the_models_at_the_temperature(
-    model, batch_size, params
-) -> None:
+def test_sampler_logp_is_the_models_at_the_temperature(model, batch_size, params) -> None:
     """Prompts of other lengths in the same call and shared prefixes leave it unchanged, and with
     top-k and top-p it is that of the distribution they leave.
     """

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read: one line with what, which value and what to do."""
+"""The one error that a user is meant to read: what is wrong, with which value, and what to do."""
 
 
 class PapoError(Exception):
@@ -6,6 +6,6 @@ class PapoError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its text that is not blank, its type's name where there is none."""
+    """The first line of the error's text that is not blank, or its type's name if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

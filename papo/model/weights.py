@@ -1,27 +1,31 @@
-"""Whether the weights of a loaded model are all there, of its shapes, and numbers."""
+"""Whether a loaded model's weights are all there, have its shapes, and are finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def weight_faults(model: Any, report: Mapping[str, Any], path: str) -> list[str]:
-    """What is wrong with loaded weights, empty where nothing is.
+def weight_faults(model: PreTrainedModel, report: Mapping[str, Any], path: str) -> list[str]:
+    """What is wrong with loaded weights; empty if nothing is.
 
-    What is missing has random weights now: a run would train, and learn nothing.
+    transformers gives missing tensors random values: a run would train on them and learn nothing.
 
     Args:
-        report: `from_pretrained`'s, without what the model's class itself lets be missing.
-        path: what it was loaded from.
+        report: `from_pretrained`'s, without the tensors that the model's class allows to be
+            missing.
+        path: what the model was loaded from.
     """
     shapes = [
         f"{name} {list(stored)} instead of {list(expected)}"
@@ -34,7 +38,7 @@ def weight_faults(model: Any, report: Mapping[str, Any], path: str) -> list[str]
     }
     faults = [f"{kind} {_some(names)}" for kind, names in told.items() if names]
     if faults:
-        # A file of another architecture or size names its tensors otherwise.
+        # A file of another architecture or size gives its tensors other names.
         advice = "config.json and the safetensors files are not of one model"
         return [*faults, f"{advice}; expected a folder as save_pretrained writes it"]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -56,7 +60,7 @@ def weight_faults(model: Any, report: Mapping[str, Any], path: str) -> list[str]
 
 
 def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
-    """Name and dtype of the stored tensors: loading converts whatever it finds."""
+    """Name and dtype of each tensor as stored: loading converts whatever it finds."""
     from transformers.utils import cached_file
 
     config = cached_file(path, "config.json")
@@ -67,7 +71,7 @@ def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # Without a temporary of the tensor's size.
+    # aminmax needs no temporary of the tensor's size.
     return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
 
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from papo.config import TrainConfig
-from papo.data import references
 from papo.data.problems import ProblemSource
 from papo.dist import checkpoint, collectives
 from papo.dist.engine import Engine, local_device
 from papo.errors import PapoError
-from papo.model import limits, probe
+from papo.model import limits
 from papo.model.load import eos_ids, load_causal_lm, load_tokenizer, recompute_activations
 from papo.policy.batch import IDLE, MicroBatch, TrainingSequence, collate, micro_batches
 from papo.policy.objective import Policy, loss_of
@@ -32,6 +31,7 @@ from papo.record.telemetry import completion_rows
 from papo.reward.pool import RewardPool
 from papo.reward.verifiers import choose_verifier
 from papo.rollout import HFSampler, SamplingParams
+from papo.train import probe, references
 from papo.train.evaluate import evaluate
 from papo.train.experience import Collected
 from papo.train.schedule import seed_of
@@ -65,7 +65,9 @@ class Session:
                 self.rewards.thinks = opens_thinking(
                     self.tokenizer, self.problems.batch(0, 1)[0].prompt_ids
                 )
-            references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.say)
+            references.check(
+                self.problems, self.rewards, config.reward.on_bad_reference, self.progress
+            )
             self.engine, self.reference = self._engines()
             pad = self.tokenizer.pad_token_id
             eos = eos_ids(self.engine.policy.causal_lm, self.tokenizer)
@@ -78,7 +80,7 @@ class Session:
             self._rows_checked = not config.model.probe
             if config.model.probe:
                 self._row_tokens = probe.check(
-                    self.engine, self.sampler, self.tokenizer, self.pad_id, config, self.say
+                    self.engine, self.sampler, self.tokenizer, self.pad_id, config, self.progress
                 )
             self.phase = PhaseController(config.phase)
             self.weighting = WeightController(config.weighting)
@@ -168,7 +170,9 @@ class Session:
         rows = causal_lm.get_input_embeddings().num_embeddings
         limits.check_ids(max(problems.largest_id, self.pad_id, *eos), rows)
         tokens = self.config.rollout.max_new_tokens
-        limits.check_lengths(causal_lm.config, problems.longest_prompt, tokens, self.say)
+        warning = limits.check_lengths(causal_lm.config, problems.longest_prompt, tokens)
+        if warning:
+            self.say(warning)
 
     def check_rows(self, sequences: Sequence[TrainingSequence]) -> None:
         """Give each completion its own row from now on, if sharing rows turns out to change the

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from papo.dist import collectives
-from papo.model.probe import check_sampler_kl
 from papo.policy.batch import MicroBatch, TrainingSequence, micro_batches
 from papo.policy.objective import evaluating, loss_of, sampler_kl, stats_of
 from papo.policy.prediction import UpdateEffect
 from papo.policy.weighting import BranchSums, WeightController, branch_sums
+from papo.train.probe import check_sampler_kl
 from papo.train.stats import pass_count
 from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams
 

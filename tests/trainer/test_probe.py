@@ -14,12 +14,11 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from papo.config import TrainConfig
 from papo.errors import PapoError
-from papo.model import probe
 from papo.policy import objective
 from papo.policy.batch import collate
 from papo.policy.weighting import WeightController
 from papo.rollout import HFSampler
-from papo.train import step
+from papo.train import probe, step
 from papo_kernels import PolicyLossParams
 from tests.trainer.families import PlainEngine, V, alone, build, sequences
 
@@ -36,6 +35,12 @@ class Tokenizer:
         return ""
 
 
+class Told(list[str]):
+    """The lines that the user is shown, in place of the progress display."""
+
+    say = list.append
+
+
 def check(model: Any, sampler: HFSampler | None = None, **options: Any) -> tuple[int, list[str]]:
     """Row tokens of the run and what the user is told."""
     config = SimpleNamespace(
@@ -43,10 +48,10 @@ def check(model: Any, sampler: HFSampler | None = None, **options: Any) -> tuple
         rollout=SimpleNamespace(temperature=options.get("temperature", 1.0)),
         optim=SimpleNamespace(max_row_tokens=options.get("row_tokens", ROW)),
     )
-    told: list[str] = []
+    told = Told()
     engine = PlainEngine(model, temperature=config.rollout.temperature)
     sampler = sampler or HFSampler(Tokenizer(), (0,), 0)
-    return probe.check(engine, sampler, Tokenizer(), 0, config, told.append), told
+    return probe.check(engine, sampler, Tokenizer(), 0, config, told), told
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

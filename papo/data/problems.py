@@ -228,7 +228,7 @@ class ProblemSource:
         raise PapoError(
             f"{what}: {found} distinct problems of at most "
             f"data.max_prompt_tokens={self._config.max_prompt_tokens} tokens, "
-            f"{keeps} leaves none to train on: hold out less or widen the data"
+            f"of which {keeps} leaves none to train on; hold out less or use more data"
         )
 
     def _distinct(self, records: Iterable[Record], what: str) -> list[_Item]:

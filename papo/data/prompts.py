@@ -42,7 +42,7 @@ class PromptEncoder:
         for name, value in self._args.items():
             if name not in str(self._template):
                 log.warning(
-                    "data.chat_template_args.%s=%r: the chat template does not use this name",
+                    "data.chat_template_args.%s=%r: the chat template knows no such name",
                     name,
                     value,
                 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from papo.data.rows import open_rows
-from papo.errors import PapoError
+from papo.errors import PapoError, listed
 from papo.numbers import positional
 
 if TYPE_CHECKING:
@@ -159,11 +159,9 @@ def _require(row: Mapping[str, Any], path: str, where: str, option: str) -> None
         return
     keys = list(_paths(row))
     near = difflib.get_close_matches(path, keys, n=1)
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     advice = f"; did you mean {near[0]}?" if near else ""
     raise PapoError(
-        f"{where}: {path} is missing: {option} must be one of "
-        f"{', '.join(keys[:_SHOWN_KEYS])}{more}{advice}"
+        f"{where}: {path} is missing: {option} must be one of {listed(keys, _SHOWN_KEYS)}{advice}"
     )
 
 
@@ -210,7 +208,7 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...
     try:
         "".join(m["role"] + (m.get("content") or "") for m in value).encode()
     except UnicodeEncodeError as error:
-        raise PapoError(f"{where}: {shown}: half of a surrogate pair, which is no text") from error
+        raise PapoError(f"{where}: {shown}: half of a surrogate pair, which is not text") from error
     # In a column every message has every key; null stands for a key that the message lacks.
     order = ("role", "content")
     return tuple(

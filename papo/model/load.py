@@ -223,7 +223,7 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
         if "does not support an attention implementation" in str(error):
             raise PapoError(
                 f"model.attn_implementation={config.attn_implementation!r}: expected eager, "
-                f"the model at model.path={config.path!r} has no other"
+                f"the only one that the model at model.path={config.path!r} has"
             ) from error
         raise _cannot_load("model", config.path, error) from error
     model, report = loaded
@@ -276,8 +276,8 @@ def recompute_activations(causal_lm: PreTrainedModel, *, dropout: bool) -> None:
     layers: list[Any] = [*recomputed_layers(causal_lm)]
     if not layers:
         raise PapoError(
-            f"model.activation_checkpointing=True: {type(causal_lm).__name__} recomputes with "
-            "dropout alone; expected model.dropout=true beside it"
+            f"model.activation_checkpointing=True: {type(causal_lm).__name__} recomputes only "
+            "with dropout; expected model.dropout=true beside it"
         )
     for layer in layers:
         checkpoint = layer._gradient_checkpointing_func

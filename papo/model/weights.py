@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from papo.errors import listed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -31,15 +33,15 @@ def weight_faults(model: PreTrainedModel, report: Mapping[str, Any], path: str) 
         f"{name} {list(stored)} instead of {list(expected)}"
         for name, stored, expected in report["mismatched_keys"]
     ]
-    told = {
+    found = {
         "the file lacks": report["missing_keys"],
         "the file has unknown": report["unexpected_keys"],
         "other shapes in the file:": shapes,
     }
-    faults = [f"{kind} {_some(names)}" for kind, names in told.items() if names]
+    faults = [f"{kind} {_some(names)}" for kind, names in found.items() if names]
     if faults:
         # A file of another architecture or size gives its tensors other names.
-        advice = "config.json and the safetensors files are not of one model"
+        advice = "config.json and the safetensors files do not belong to one model"
         return [*faults, f"{advice}; expected a folder as save_pretrained writes it"]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -75,7 +77,5 @@ def _finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
 
 
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    first, *rest = sorted(names)
-    more = f" and {len(rest) + 1 - shown} more" if len(rest) >= shown else ""
-    return ", ".join([first, *rest][:shown]) + more
+def _some(names: Iterable[str]) -> str:
+    return listed(sorted(names), 3)

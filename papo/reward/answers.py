@@ -108,10 +108,10 @@ def only_number(answer: str) -> str:
     found = list(_NUMBER.finditer(text))
     if len(found) != 1:
         count = len(found) or "no"
-        raise ValueError(f"it holds {count} numbers, reward.extract=last_number compares one")
+        raise ValueError(f"it holds {count} numbers; reward.extract=last_number compares one")
     before, after = text[: found[0].start()], text[found[0].end() :]
     if _FORMULA.search(before + after) or before[-1:].isalpha() or after[:1].isalpha():
-        raise ValueError("its number is part of a formula, reward.extract=last_number compares one")
+        raise ValueError("its number is part of a formula; reward.extract=last_number compares one")
     return _bare(found[0].group())
 
 

@@ -106,7 +106,9 @@ class Judge:
         boxes = how == "boxed" or (self.verifier == "math_verify" and how in ("none", "last_line"))
         if boxes and "\n" in answer.strip() and "\\begin" not in answer:
             lines = len(answer.strip().splitlines())
-            return Verdict(0.0, "ok", f"it has {lines} lines, as a solution has, not an answer")
+            return Verdict(
+                0.0, "ok", f"it has {lines} lines, like a solution rather than an answer"
+            )
         text = f"\\boxed{{{answer}}}" if boxes and "\\boxed" not in answer else answer
         if self.verifier == "math_verify":
             with contextlib.suppress(Exception):  # the verdict below says why

@@ -40,7 +40,7 @@ _LONGEST_WINDOW = 64
 # right path stays below 0.003 in bfloat16 and 4e-7 in float32. In both, a token that sees another
 # completion or position makes it 0.01 and more.
 _ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-15}
-_ANYWAY = "take another model, or model.probe=false to go on all the same"
+_ANYWAY = "take another model, or set model.probe=false to go on anyway"
 
 
 @dataclass(frozen=True)

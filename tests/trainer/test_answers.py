@@ -101,6 +101,13 @@ def test_other_extractions(text, how, expected):
     assert extract(text, how) == expected
 
 
+def test_boxes_nested_by_the_thousand_are_read_in_one_pass():
+    """A pass for each of them took longer than a worker may."""
+    text = r"\boxed{ " * 5000 + "7" + " }" * 5000
+    assert normalize(text) == latex(text) == extract(text, "boxed") == "7"
+    assert for_sympy(f"so {text}.") == r"so \boxed{7}."
+
+
 def test_extract_refuses_unknown_rule():
     with pytest.raises(ValueError, match="first_word"):
         extract("a", "first_word")

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from papo.config.options import NonNegative, Positive, Section, refuse
 
-# Under any other source these options would silently do nothing.
 _FILES = ("jsonl", "parquet")
+# Under any other source these options would silently do nothing.
 _SOURCES_OF = {
     "dataset": ("reasoning_gym", "huggingface"),
     "params": ("reasoning_gym",),
@@ -24,6 +24,7 @@ _SOURCES_OF = {
     "answer_field": (*_FILES, "huggingface"),
     "answer_pattern": (*_FILES, "huggingface"),
 }
+# Arguments of apply_chat_template that are no variables of the template.
 _TEMPLATE_TAKEN = {
     "chat_template",
     "messages",

@@ -1,7 +1,8 @@
 """A whole run's options: every section, the rules that tie sections together, and the config that
 DeepSpeed gets.
 
-Importing it imports neither torch nor deepspeed."""
+Importing it imports neither torch nor deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -118,8 +119,7 @@ class TrainConfig(Section):
         refuse(
             self.model.attn_implementation == "flash_attention_2" and optim.max_row_tokens > 0,
             f"optim.max_row_tokens={optim.max_row_tokens}: expected 0 with "
-            "model.attn_implementation=flash_attention_2, "
-            "which takes no mask for shared prompts",
+            "model.attn_implementation=flash_attention_2, which takes no mask for shared prompts",
         )
         return self
 
@@ -161,15 +161,12 @@ class TrainConfig(Section):
         """
         prompts = self.rollout.prompts_per_step
         if prompts % world_size:
-            below, above = (
-                prompts // world_size * world_size,
-                -(-prompts // world_size) * world_size,
-            )
+            below = prompts - prompts % world_size
+            above = below + world_size
             nearest = f"{below} or {above}" if below else str(above)
             raise ConfigError(
                 f"rollout.prompts_per_step={prompts}: expected a multiple of the {world_size} "
-                "ranks (a group stays whole on "
-                f"its rank), for example {nearest}"
+                f"ranks (a group stays whole on its rank), for example {nearest}"
             )
 
     def deepspeed_dict(self, world_size: int) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _place(config: DataConfig, held_out: bool) -> str:
         place = config.eval_split if held_out else config.train_split
     else:
         place = config.eval_path if held_out else config.train_path
-    assert place is not None  # DataConfig requires one to train on; others are asked for if given
+    assert place is not None  # required to train on; held-out ones are asked for only if given
     return place
 
 

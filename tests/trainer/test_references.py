@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from papo.config.data_options import DataConfig
-from papo.data import references
 from papo.data.problems import ProblemSource
 from papo.dist import collectives
 from papo.errors import PapoError
 from papo.reward.pool import BadReference
+from papo.train import references
 from tests.trainer.tiny import build_tokenizer
 
 

@@ -3,6 +3,7 @@ carries as a GGUF file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,7 +187,9 @@ def recomputed_layers(causal_lm: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _recomputed(layer: Any, checkpoint: Any, function: Any, *args: Any) -> Any:
+def _recomputed(
+    layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
+) -> Any:
     """`checkpoint(function, *args)` with `function` run in evaluation mode.
 
     A layer recomputes only in training mode, and in training mode its dropout is on as well.

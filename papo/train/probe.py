@@ -19,7 +19,8 @@ from papo.dist import collectives
 from papo.errors import PapoError, first_line
 from papo.model.limits import positions_of
 from papo.policy.batch import MicroBatch, TrainingSequence, collate
-from papo.policy.objective import evaluating, sampler_kl, stats_of
+from papo.policy.passes import ForwardEngine, evaluating, stats_of
+from papo.policy.update import sampler_kl
 from papo.record.progress import Progress
 from papo.rollout import HFSampler, SamplingParams
 from papo.types import Completion, Problem
@@ -220,7 +221,7 @@ def _trained(
     return [part for part, (real, _) in zip(parts, rows, strict=True) if real is not None]
 
 
-def rows_fault(engine: Engine, shared: MicroBatch, apart: MicroBatch, noise: float) -> str:
+def rows_fault(engine: ForwardEngine, shared: MicroBatch, apart: MicroBatch, noise: float) -> str:
     """Why completions cannot share rows, empty if they can; a collective.
 
     The probe's own sequences are short. A window that they do not fill, or anything else that a
@@ -230,14 +231,14 @@ def rows_fault(engine: Engine, shared: MicroBatch, apart: MicroBatch, noise: flo
         shared, apart: the same completions with and without shared rows.
         noise: KL to the sampler (nats) that rounding explains.
     """
-    live = shared.token_weight > 0  # the same tokens in the same order in both
-    sums = [live.double().sum()]
+    live = shared.live  # the same tokens in the same order in both
+    sums = {"tokens": live.sum()}
     with evaluating(engine):
-        for batch in (shared, apart):
+        for name, batch in (("together", shared), ("alone", apart)):
             logp = stats_of(engine, batch).logp
-            sums.append(sampler_kl(batch.sampler_logp, logp, live).sum())
-    tokens, *kls = collectives.all_sum(torch.stack(sums)).tolist()
-    together, alone = (kl / max(1.0, tokens) for kl in kls)
+            sums[name] = sampler_kl(batch.sampler_logp, logp, live).sum()
+    total = collectives.sum_named(sums)
+    together, alone = (total[name] / max(1.0, total["tokens"]) for name in ("together", "alone"))
     if not together > noise + 4.0 * alone:
         return ""
     return f"loss/sampler_kl is {together:.2g} in shared rows and {alone:.2g} in rows of their own"

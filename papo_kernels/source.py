@@ -8,15 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_finite, check_positive, check_type, check_vocab_size
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 # What model configs call the number that logits are multiplied by (Cohere, Falcon-H1) or divided by
 # (Granite).
@@ -107,7 +104,7 @@ class Head:
     softcap: float | None = None
     logit_scale: float | None = None
     vocab_size: int | None = None
-    group: ProcessGroup | None = None
+    group: torch.distributed.ProcessGroup | None = None
     shards: Sequence[int] | None = None
 
     def __post_init__(self) -> None:

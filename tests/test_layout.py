@@ -26,10 +26,24 @@ TRAIN = ROOT / "train.py"
 # What a package is made of, each part a folder or a file: it may import itself and what stands
 # before it. The package's __init__ is its front door and may import all of it.
 ORDER = {
-    "papo_kernels": ("types", "checks", "reference", "backends", "head", "ops", "api"),
+    "papo_kernels": (
+        *("types", "checks", "source", "dispatch", "inputs", "reference"),
+        *("backends", "head", "ops", "api"),
+    ),
     "papo": (
-        *("errors", "types", "config", "reward", "data", "model", "rollout", "policy", "dist"),
-        *("record", "train", "cli"),
+        *(
+            "errors",
+            "types",
+            "numbers",
+            "config",
+            "reward",
+            "data",
+            "model",
+            "rollout",
+            "policy",
+            "dist",
+        ),
+        *("policy", "dist", "record", "train", "cli"),
     ),
 }
 

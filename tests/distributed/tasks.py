@@ -58,7 +58,7 @@ def make_engine(
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     causal_lm = model(tied).to(torch_dtype)
     causal_lm.get_output_embeddings().requires_grad_(not frozen)
-    policy = Policy(causal_lm, temperature=temperature, backend=None)
+    policy = Policy(causal_lm, temperature=temperature)
     return Engine(policy, ds_config(stage, dtype), OptimConfig(lr=lr, eps=1e-3))
 
 

@@ -15,7 +15,7 @@ from papo.model.attention import shared_prompts
 from papo.policy.batch import MicroBatch, TrainingSequence, collate
 from papo.policy.objective import Policy
 from papo.policy.passes import stats_of
-from papo_kernels import TokenStats
+from papo_kernels import Compute, TokenStats
 
 V = 64
 WINDOW = 8
@@ -107,7 +107,9 @@ class PlainEngine:
     device = torch.device("cpu")
 
     def __init__(self, causal_lm: Any, **options: Any) -> None:
-        self.policy = Policy(causal_lm, **{"temperature": 1.0, "backend": "reference", **options})
+        self.policy = Policy(
+            causal_lm, **{"temperature": 1.0, "compute": Compute("reference"), **options}
+        )
         self.policy.eval()
 
     def forward(self, *args: Any) -> Any:

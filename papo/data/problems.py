@@ -200,8 +200,8 @@ class ProblemSource:
         held_out = self._distinct(read(c, held_out=True), where)
         if not held_out:
             raise PapoError(f"{where}: no usable problem")
-        kept_out = {item.prompt for item in held_out}
-        train = [item for item in found if item.prompt not in kept_out]
+        prompts = {item.prompt for item in held_out}
+        train = [item for item in found if item.prompt not in prompts]
         self.dropped_held_out = len(found) - len(train)
         if self.dropped_held_out:
             log.warning(

@@ -26,7 +26,7 @@ from torch import Tensor
 from papo.dist import collectives
 from papo.dist.engine import MOMENTS, Engine
 from papo.errors import PapoError
-from papo.model.load import quiet
+from papo.model.quiet import quiet
 
 FORMAT = 2
 SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written

@@ -54,7 +54,7 @@ _WRAPPERS = [
 _SAME_IN_LATEX = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
-    # Spaces, but for those between digits.
+    # Spaces, except between digits.
     (re.compile(r"(?<!\\)(?:(?<![0-9])\\[!,;: ]|\\[!,;: ](?![0-9]))"), ""),
     (re.compile(r"(?<!\\)\\%"), "%"),
 ]
@@ -116,7 +116,7 @@ def only_number(answer: str) -> str:
 
 
 def normalize(text: str) -> str:
-    """The one spelling that all texts have in common which `exact` treats as equal.
+    """The form in which two texts that `exact` treats as equal are the same.
 
     Numbers are written out in digits, without separators, trailing zeros, dollar and percent signs.
     Other text loses what surrounds it (spaces, dollar signs, a box, `\\text{}`, `**`) and LaTeX's

@@ -1,5 +1,5 @@
-"""Where an answer stands in a text, and which spellings of it are the same: both ways, for a wrong
-reward of 1 does more harm than a wrong 0.
+"""Where an answer stands in a text, and which spellings of it are the same and which are not: a
+wrong reward of 1 does more harm than a wrong 0.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_other_extractions(text, how, expected):
 
 
 def test_boxes_nested_by_the_thousand_are_read_in_one_pass():
-    """A pass for each of them took longer than a worker may."""
+    """With one pass per box a worker ran into its deadline."""
     text = r"\boxed{ " * 5000 + "7" + " }" * 5000
     assert normalize(text) == latex(text) == extract(text, "boxed") == "7"
     assert for_sympy(f"so {text}.") == r"so \boxed{7}."
@@ -338,7 +338,7 @@ REAL = ["72", "1,234", "10,000,000", "-3", "43.0", "0.6666666667", "3.33333", "1
         ("math_verify", "last_number"),
     ],
 )
-def test_references_as_data_sets_have_them_score_1_against_themselves(verifier, how):
+def test_references_as_datasets_have_them_score_1_against_themselves(verifier, how):
     for answer in [*REAL, r"\$40", "$40", r"40\%", "1e-05", "27.0", "1{,}234"]:
         verdict = Judge(verifier, how, 0.99).verdict(Task(None, answer, {}))
         assert verdict == (1.0, "ok", ""), answer

@@ -1,4 +1,4 @@
-"""What a model's tables have room for."""
+"""What fits into a model's tables."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ def test_an_attention_that_the_model_does_not_have_is_one_line(tmp_path):
 
 
 def test_a_model_whose_decoder_is_its_head_is_refused(tmp_path):
-    """ModernBERT's decoder calls its head so; it ended in a TypeError of torch's Linear."""
+    """ModernBERT calls its head its decoder: a run ended in a TypeError of torch's Linear."""
     build("modernbert-decoder", bos_token_id=1).save_pretrained(tmp_path)
     with pytest.raises(PapoError, match=r"ModernBertDecoderForCausalLM gives its head as its"):
         load_causal_lm(ModelConfig(path=str(tmp_path)))

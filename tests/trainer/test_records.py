@@ -1,5 +1,5 @@
-"""Rows as they are found: files and datasets of every form, the fields of a problem, and what is
-said of those that are none.
+"""Rows of files and datasets in every form, the fields of a problem, and the errors of rows that
+hold none.
 """
 
 from __future__ import annotations

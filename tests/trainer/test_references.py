@@ -1,4 +1,4 @@
-"""Bad references: what is shown of them, and what the run does about them."""
+"""Bad references: what the user is shown of them, and what the run does about them."""
 
 from __future__ import annotations
 

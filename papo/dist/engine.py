@@ -77,7 +77,7 @@ def start(backend: str | None = None) -> None:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # An all-reduce for inference on CPUs that nothing here calls: DeepSpeed would compile it now.
+    # DeepSpeed would now compile an all-reduce for inference on CPUs, which nothing here calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.cuda.is_available():
@@ -145,9 +145,9 @@ class Engine:
                 fused=True,
             )
         self._view = _empty_twin(policy.causal_lm)
-        # DeepSpeed makes its float32 masters of bfloat16 weights. A checkpoint's further digits
-        # would be lost, and small updates with them: a master that starts on the bfloat16 grid has
-        # to walk out of its rounding interval before the policy changes at all.
+        # DeepSpeed makes its float32 masters from bfloat16 weights. A checkpoint's further digits
+        # would be lost, and small updates with them: a master that starts on the bfloat16 grid must
+        # first leave its rounding interval before the policy changes at all.
         exact = {
             name: p.detach()
             for name, p in self.trained_parameters()

@@ -32,7 +32,7 @@ class Termination:
 def _deepspeed_command() -> psutil.Process | None:
     """The `deepspeed` process behind the launcher that started this rank, if one did.
 
-    It passes no signal on: terminated, it would leave the ranks running unseen.
+    It passes no signal on: without this, the ranks would run on unseen when it is terminated.
     """
     try:
         launcher = psutil.Process(os.getppid())

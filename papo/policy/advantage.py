@@ -121,14 +121,14 @@ def group_advantages(
     values = rewards.double().nan_to_num(0.0)
     count = valid.sum(1, keepdim=True)
     mean = values.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(valid, values - mean, 0.0)
+    centered = torch.where(valid, values - mean, 0.0)
     high = torch.where(valid, values, -torch.inf).amax(1)
     low = torch.where(valid, values, torch.inf).amin(1)
     zero_spread = (count.squeeze(1) < 2) | (high - low <= tolerance)
     if normalize_std:
-        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + STD_EPS)
-    advantages = torch.where(zero_spread[:, None], 0.0, centred).to(torch.float32)
+        variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+        centered = centered / (variance.sqrt() + STD_EPS)
+    advantages = torch.where(zero_spread[:, None], 0.0, centered).to(torch.float32)
     return GroupAdvantages(advantages, valid, zero_spread)
 
 

@@ -23,10 +23,12 @@ from papo.types import KeptIds
 class TrainingSequence:
     """One completion with what the loss needs to know of it.
 
-    `weight` is the token weight (mask times normaliser of the aggregation) of each of its tokens,
-    `old_logp` and `ref_logp` are `[len(response_ids)]` float32 or None, and so is `factor`, which
-    multiplies the advantage token by token. `kept` has the ids that top-k and top-p left to draw
-    each token from, None where neither was on.
+    Attributes:
+        weight: token weight of each of its tokens: mask times normalizer of the aggregation.
+        group: number of its prompt in the step, -1 for `IDLE`.
+        old_logp, ref_logp: float32 [len(response_ids)] or None.
+        factor: the same; multiplies the advantage token by token.
+        kept: the ids that top-k and top-p left to draw each token from, None where neither was on.
     """
 
     prompt_ids: tuple[int, ...]
@@ -41,8 +43,8 @@ class TrainingSequence:
     kept: KeptIds | None = None
 
 
-# Contributes exactly nothing: for ranks that have nothing to do where others have. It holds what
-# any loss may ask for, also where a rank has no real sequence to tell.
+# Contributes exactly nothing: for a rank that has nothing to do while others have. It holds all
+# that a loss may ask for, since such a rank has no real sequence that would tell.
 IDLE = TrainingSequence(
     (0,),
     (0,),
@@ -104,8 +106,8 @@ class MicroBatch:
 def rows_of(sequences: Sequence[TrainingSequence], max_row_tokens: int) -> list[list[int]]:
     """Indices of neighbours with the same prompt, in rows of at most `max_row_tokens`.
 
-    A dense mask makes attention quadratic in the row's length, so past some length sharing the
-    prompt costs more than it saves; `max_row_tokens` is that length (0: never share).
+    A dense mask makes attention quadratic in the row's length: past some length, sharing the prompt
+    costs more than it saves. `max_row_tokens` is that length; with 0 nothing is shared.
     """
     rows: list[list[int]] = []
     length = 0

@@ -22,7 +22,7 @@ ROUNDING = 1e-6  # nats below 0 that a float32 mean of near-zero entropies may s
 
 
 class PhaseController:
-    """State and update of the phase. 0 during warm-up, where PAPO is exactly its baseline.
+    """State and update of the phase: 0 during warm-up, when PAPO is exactly its baseline.
 
     Args:
         config: the config's `phase` section.

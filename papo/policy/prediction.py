@@ -1,5 +1,6 @@
-"""The entropy change that a step predicts: through AdamW, and from its own gradient alone. How well
-either correlates with the measured change.
+"""The entropy change that a step predicts, through AdamW and from its own gradient alone.
+
+Both predictions are held against the measured change: their rank correlation over the last steps.
 
 Update k has the gradient g of sum token_weight * loss, and with it the prediction
 
@@ -13,8 +14,7 @@ It is linear in g: what the optimizer does to g, it does to p.
     predicted = lr (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k) / n) + eps)
 
 AdamW divides each parameter's step by the root of its own second moment; the prediction divides by
-the root of their mean.
-Weight decay is not modelled, nor are the KL and entropy terms of the loss.
+the root of their mean. Weight decay is left out, and so are the KL and entropy terms of the loss.
 """
 
 from __future__ import annotations

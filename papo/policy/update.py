@@ -21,14 +21,15 @@ class TokenSums(NamedTuple):
 
     Attributes:
         tokens: how many there are.
-        loss: the policy loss, weighted by token.
+        loss: token weight times the token's loss.
         entropy: nats.
         ratio: importance ratio.
         clip_low, clip_high: tokens of negative and of positive advantage whose gradient is clipped
             away.
         sampler_kl: see `sampler_kl`, nats.
         absolute_advantage: |A|, weights of the old policy included.
-        predicted: the first-order entropy change (papo/policy/prediction.py), weighted by token.
+        predicted: token weight times the token's first-order entropy change
+            (papo/policy/prediction.py).
     """
 
     tokens: float

@@ -35,8 +35,8 @@ class BranchSums(NamedTuple):
     """Sums over the tokens that train.
 
     A token's branch is the sign of its h: expanding above 0, contracting below, neither at 0 (dead
-    zone, or advantage 0). Tokens whose gradient is clipped away are left out of branches and
-    pressures. The last three feed the controller and include them: weights come before clipping.
+    zone, or advantage 0). Branches and pressures leave out the tokens whose gradient is clipped
+    away. The last three sums feed the controller and include them: weights come before clipping.
 
     Attributes:
         tokens: all that train.
@@ -175,15 +175,15 @@ class WeightController:
 
     @property
     def from_rollout(self) -> bool:
-        """Whether the old policy's polarity makes the weights, before the first update, instead of
-        the loss kernel."""
+        """Whether the weights come from the old policy's polarity, once before the step's updates,
+        and not from the loss kernel."""
         return self._config.source == "rollout" and self._config.strength > 0.0
 
     def kernel_weighting(self, phase: float) -> PolarityWeighting | None:
-        """Weighting for the loss kernel, None where it has none to do.
+        """Weighting for the loss kernel, None where it is not to weight.
 
-        At strength 0 that is the baseline bit for bit; `from_rollout`, the advantages hold the
-        weights already.
+        With strength 0 the step is then the baseline's bit for bit; where the weights are
+        `from_rollout`, the advantages hold them already.
         """
         config = self._config
         if config.strength == 0.0 or self.from_rollout:

@@ -1,4 +1,4 @@
-"""Every figure a run writes: the one table of names, units and meanings.
+"""Every figure that a run writes: the one table of names, units and meanings.
 
 `python -m papo.record.metric_names` prints docs/metrics.md.
 """
@@ -24,7 +24,7 @@ METRICS: dict[str, Metric] = {
     "reward/zero_spread_groups": Metric(
         "share",
         "Groups whose rewards are all equal (largest minus smallest <= 1e-6): advantages 0, "
-        "nothing learnt.",
+        "nothing learned.",
     ),
     "reward/errors": Metric("", "Completions whose verifier raised; scored 0."),
     "reward/timeouts": Metric(
@@ -186,11 +186,11 @@ ran. Figures cover all ranks; a figure that is not finite is written as null.
 
 ## The loss is 0
 
-That is what a healthy on-policy run shows. Advantages are centred within each group and the ratio
+That is what a healthy on-policy run shows. Advantages are centered within each group and the ratio
 is 1, so the loss's value is minus the token mean of the advantages, near 0, while its gradient is
-not. Look at `optim/grad_norm`, `loss/advantage_abs` and `reward/mean` instead. Nothing is learnt
+not. Look at `optim/grad_norm`, `loss/advantage_abs` and `reward/mean` instead. Nothing is learned
 only where `loss/advantage_abs` and `optim/grad_norm` are 0 as well: then
-`reward/zero_spread_groups` is 1, all groups were solved completely or not at all. Choose easier or
+`reward/zero_spread_groups` is 1: every group was solved completely or not at all. Choose easier or
 harder problems, or set `dynamic_sampling.enabled`.
 
 ## Completions

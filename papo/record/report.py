@@ -1,5 +1,4 @@
-"""What a finished run leaves: the table of held-out accuracy, summary.json and a plot. No tracker
-is needed."""
+"""What a finished run leaves: the table of held-out accuracy, summary.json and a plot."""
 
 from __future__ import annotations
 
@@ -84,9 +83,12 @@ def _write(path: Path, text: str) -> None:
 def summary(
     evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The evaluations, the change from `before` to `after`, the last step's figures, the seconds of
-    a step (median), and over all steps how well entropy changes were predicted (None where it
-    cannot be told)."""
+    """What summary.json holds.
+
+    The evaluations and the change from `before` to `after`; the last step's figures and the median
+    seconds of a step; how well entropy changes were predicted over all steps, None where it cannot
+    be told.
+    """
     by_label = {e["label"]: e for e in evaluations}
     seconds = sorted(s["time/step"] for s in steps if s.get("time/step") is not None)
     result: dict[str, Any] = {"evaluations": list(evaluations), "steps": len(steps)}

@@ -1,4 +1,4 @@
-"""The policy of a run under DeepSpeed, made from the config, and what is checked before that."""
+"""The policy of a run under DeepSpeed, made from the config, and the checks that come before it."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ from papo.train.stats import Passes
 from papo.train.step import Updater
 from papo_kernels import Objective
 
-# torch compiles its CPU products for every shape it meets and keeps the code: with rows of any
-# width the main job grew by 24 MiB a step.
+# torch compiles its CPU products for every shape that it meets and keeps the code: with rows of
+# any width the main job grew by 24 MiB a step.
 _CPU_WIDTHS = 32
 
 
@@ -65,7 +65,7 @@ class Session:
         self._stack.close()
 
     def _open_problems(self, stack: ExitStack) -> None:
-        """What is known to be right or wrong before the model is loaded."""
+        """Problems and reward workers: what can be refused before the model is loaded."""
         config = self.config
         with collectives.failing_together():
             build.check_backend(config.loss.backend)
@@ -79,7 +79,7 @@ class Session:
         references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.progress)
 
     def _build_policy(self) -> None:
-        """The engines, and how sequences get in and out of them."""
+        """The engines, the sampler, and the passes over sequences."""
         config, tokenizer = self.config, self.tokenizer
         self.engine, reference = build.engines(config)
         eos = eos_ids(self.engine.policy.causal_lm, tokenizer)

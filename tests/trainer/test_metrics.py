@@ -228,7 +228,7 @@ def update_of(sums: TokenSums, grad_norm: float = 0.5, **more: Any) -> Update:
 
 
 def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
-    """On-policy with centred advantages the surrogate is 0 and its gradient is not: the metrics
+    """On-policy with centered advantages the surrogate is 0 and its gradient is not: the metrics
     hold the surrogate, the gradient norm and the mean absolute advantage; the page explains.
     """
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])

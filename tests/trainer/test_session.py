@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ def config(folder: Path, resume: str = "never", steps: int = 3) -> TrainConfig:
         model={"path": "somewhere"},
         data={"source": "reasoning_gym", "dataset": "chain_sum"},
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
+        metrics={"tensorboard": False},
     )
 
 
@@ -78,7 +80,7 @@ def test_a_folder_without_results_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_folder(tmp_path: Path) -> None:
-    """By `auto`, and by the name of one of its own checkpoints, however it is spelt."""
+    """By `auto`, and by the name of one of its own checkpoints, however it is spelled."""
     newest = finished_run(tmp_path / "run", "a")
     relative = os.path.relpath(newest)
     for resume in ("auto", str(newest), relative, f"{newest.parent}/../checkpoints/{newest.name}"):
@@ -123,6 +125,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) 
     assert "\n" not in told
     assert told.startswith(f"output_dir={str(tmp_path / 'run')!r}: ")
     assert told.endswith("choose another output_dir")
+
+
+def test_what_a_run_writes_to_is_closed_with_it(tmp_path: Path) -> None:
+    made = Session.__new__(Session)
+    made.config, made.run_dir = config(tmp_path), tmp_path
+    made._lead, made._resumed = True, None
+    with pytest.raises(PapoError, match="disk"), contextlib.ExitStack() as stack:
+        made._open_writers(stack)
+        made.metrics.write(1, {"reward/mean": 1.0})
+        made.completions.write(1, [{"text": "a"}])
+        files = [writer._lines._file for writer in (made.metrics, made.completions)]
+        assert not any(file.closed for file in files)
+        raise PapoError("no disk")
+    assert all(file.closed for file in files)
 
 
 def test_bad_references_stop_the_run_before_the_model_is_loaded(

@@ -77,13 +77,8 @@ def test_opcheck(name, backend, device):
     assert checked >= 3
 
 
-def head_of(weight, a, b):
-    return Head(weight, lora=LoRA(a, b, 0.5), softcap=30.0)
-
-
-def step(hidden, weight, a, b, targets, advantages, token_weight, keep, made):
-    """The loss of a head that is made here, the statistics of one that was `made` before."""
-    head = head_of(weight, a, b)
+def step(hidden, weight, a, b, targets, advantages, token_weight, keep):
+    head = Head(weight, lora=LoRA(a, b, 0.5), softcap=30.0)
     options = {"temperature": 0.9, "compute": Compute(chunk_bytes=2000)}
     out = policy_loss(
         head(hidden, keep=KeepSet(*keep)),
@@ -94,7 +89,7 @@ def step(hidden, weight, a, b, targets, advantages, token_weight, keep, made):
         weighting=PolarityWeighting(0.5, 0.3),
         **options,
     )
-    stats = token_stats(made(hidden), targets, **options)
+    stats = token_stats(head(hidden), targets, **options)
     return 2.0 * out.loss + (stats.entropy * token_weight).sum(), out.ratio, stats.unit_polarity
 
 
@@ -113,10 +108,31 @@ def test_compile_in_one_graph_for_every_number_of_tokens():
         results = []
         for run in (step, compiled):
             leaves = [x.clone().requires_grad_() for x in values]
-            loss, *rest = run(*leaves, *tokens, keep, head_of(*leaves[1:]))
+            loss, *rest = run(*leaves, *tokens, keep)
             loss.backward()
             results.append([loss.detach(), *rest, *(x.grad for x in leaves)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
         graphs.append(counter.frame_count)
     assert graphs == [1, 1, 1]
+
+
+def test_compiled_code_calls_a_head_that_was_made_before():
+    """It reads the parameters that the head holds, and what a step makes of them."""
+    weight = torch.randn(V, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    head, compute = Head(weight, softcap=30.0, logit_scale=0.5), Compute(chunk_bytes=2000)
+
+    def total(hidden, targets):
+        return token_stats(head(hidden), targets, temperature=0.9, compute=compute).logp.sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(total, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for n in (8, 13):
+        hidden = torch.randn(n, D, generator=torch.Generator().manual_seed(n))
+        results = [run(hidden, torch.arange(n)) for run in (total, compiled)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(x, weight) for x in results))
+        weight.data *= 0.5
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[0]

@@ -10,11 +10,12 @@ from torch import Tensor
 from benchmarks.harness import produced
 from benchmarks.shapes import LinearShape, Shape
 from papo_kernels import (
+    Compute,
+    Head,
+    Objective,
     PolarityWeighting,
     PolicyLossOutput,
-    PolicyLossParams,
     TokenStats,
-    linear_policy_loss,
     policy_loss,
     token_stats,
 )
@@ -50,11 +51,11 @@ class Workload:
 
     def stats(self, backend: str) -> TokenStats:
         with torch.no_grad():
-            return token_stats(self.logits, self.targets, backend=backend)
+            return token_stats(self.logits, self.targets, compute=Compute(backend))
 
     def stats_backward(self, backend: str) -> Tensor | None:
         leaf = self.logits.detach().requires_grad_()
-        out = token_stats(leaf, self.targets, backend=backend)
+        out = token_stats(leaf, self.targets, compute=Compute(backend))
         (out.logp.sum() + out.entropy.sum() + out.unit_polarity.sum()).backward()
         return leaf.grad
 
@@ -67,8 +68,7 @@ class Workload:
             self.token_weight,
             old_logp=self.old_logp,
             weighting=self.weighting,
-            inplace=True,
-            backend=backend,
+            compute=Compute(backend, inplace=True),
         )
         out.loss.backward()
         return out
@@ -82,7 +82,7 @@ class Workload:
             logits,
             self.targets[:n],
             tokens,
-            PolicyLossParams(),
+            Objective(),
             None,
             RowParams(1.0, 0.0, columns),
             dlogits,
@@ -116,7 +116,8 @@ class LinearWorkload:
     def loss(self) -> Any:
         """Loss and both gradients."""
         h, w = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
-        linear_policy_loss(h, w, self.targets, self.advantages, self.token_weight).loss.backward()
+        inputs = (self.targets, self.advantages, self.token_weight)
+        policy_loss(Head(w)(h), *inputs).loss.backward()
         return h.grad, w.grad
 
 

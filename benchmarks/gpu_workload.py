@@ -116,8 +116,7 @@ class LinearWorkload:
     def loss(self) -> Any:
         """Loss and both gradients."""
         h, w = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
-        inputs = (self.targets, self.advantages, self.token_weight)
-        policy_loss(Head(w)(h), *inputs).loss.backward()
+        policy_loss(Head(w)(h), self.targets, self.advantages, self.token_weight).loss.backward()
         return h.grad, w.grad
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.optests import aot_autograd_check
 
 from papo_kernels import (
     Compute,
@@ -75,6 +76,46 @@ def test_opcheck(name, backend, device):
         torch.library.opcheck(getattr(torch.ops.papo, name).default, arguments)
         checked += 1
     assert checked >= 3
+
+
+def lazy(hidden, weight, bias, a, b, *keep):
+    """The logits of what `head_arguments` gives."""
+    lora = None if a is None else LoRA(a, b, 0.5)
+    head = Head(weight, bias=bias, lora=lora, softcap=20.0, vocab_size=V - 2)
+    return head(hidden, keep=None if keep[0] is None else KeepSet(*keep))
+
+
+def statistics_of(backend, targets, *head):
+    """The differentiable ones."""
+    compute = Compute(backend, chunk_bytes=700)
+    return token_stats(lazy(*head), targets, temperature=0.9, compute=compute)[:3]
+
+
+def loss_of(backend, targets, advantages, token_weight, old_logp, *head):
+    return policy_loss(
+        lazy(*head),
+        targets,
+        advantages,
+        token_weight,
+        old_logp=old_logp,
+        objective=Objective(0.2, 0.28, 3.0, entropy_coef=0.01),
+        temperature=0.9,
+        compute=Compute(backend, chunk_bytes=700),
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "bare", "half precision"])
+def test_traced_gradients(kind, backend, device):
+    """The part of opcheck that an operation without autograd escapes, for the two functions."""
+    dtype = torch.bfloat16 if kind == "half precision" else torch.float32
+    tensors = head_arguments(device, dtype, kind != "bare")
+    head = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in tensors]
+    targets = torch.arange(N, device=device)
+    targets[3] = -100
+    aot_autograd_check(statistics_of, (backend, targets, *head), {}, dynamic=True)
+    case = make_head_case(N, D, V, device=device, loss=True).tokens
+    tokens = (case.advantages, case.token_weight, case.old_logp)
+    aot_autograd_check(loss_of, (backend, targets, *tokens, *head), {}, dynamic=True)
 
 
 def step(hidden, weight, a, b, targets, advantages, token_weight, keep):

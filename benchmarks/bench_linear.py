@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from benchmarks import peers
 from benchmarks.harness import Case, environment, time_interleaved, write_json
 from benchmarks.shapes import LinearShape
-from papo_kernels import linear_policy_loss, linear_token_stats
+from papo_kernels import Compute, Head, policy_loss, token_stats
 
 # SmolLM2's head: 3 x 116 GFLOP, logits of 384 MiB in float32.
 CPU_LINEAR_SHAPES = tuple(
@@ -30,7 +30,7 @@ CPU_LINEAR_SHAPES = tuple(
 )
 BARE = "three bare products"
 BARE_ONE = "one bare product"
-OURS = "papo linear_policy_loss"
+OURS = "papo policy_loss"
 
 
 class Workload:
@@ -64,19 +64,18 @@ class Workload:
     def loss(self, **options: Any) -> Any:
         h, w = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
         inputs = (self.targets, self.advantages, self.token_weight)
-        linear_policy_loss(h, w, *inputs, **options).loss.backward()
+        policy_loss(Head(w)(h), *inputs, compute=Compute(**options)).loss.backward()
         return h.grad, w.grad
 
     def stats(self, logits_dtype: torch.dtype | None = None) -> Any:
+        logits, compute = Head(self.weight)(self.hidden), Compute(logits_dtype=logits_dtype)
         with torch.no_grad():
-            return linear_token_stats(
-                self.hidden, self.weight, self.targets, logits_dtype=logits_dtype
-            )
+            return token_stats(logits, self.targets, compute=compute)
 
     def statistics_loss(self) -> Any:
         """Any differentiable loss of the statistics: the logits are computed a second time."""
         h, w = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
-        stats = linear_token_stats(h, w, self.targets)
+        stats = token_stats(Head(w)(h), self.targets)
         (stats.logp.sum() + stats.entropy.sum()).backward()
         return h.grad, w.grad
 
@@ -88,14 +87,14 @@ def make_cases(work: Workload) -> list[Case]:
         Case(BARE_ONE, work.bare_logits),
         Case(OURS, work.loss),
         Case(f"{OURS}, 64 MiB", functools.partial(work.loss, chunk_bytes=64 * 2**20)),
-        Case("papo linear_token_stats fwd", work.stats),
-        Case("papo linear_token_stats fwd+bwd", work.statistics_loss),
+        Case("papo token_stats fwd", work.stats),
+        Case("papo token_stats fwd+bwd", work.statistics_loss),
     ]
     if work.shape.dtype.itemsize == 2:
         half = functools.partial(work.loss, logits_dtype=work.shape.dtype)
         cases.append(Case(f"{OURS}, half logits", half))
         half = functools.partial(work.stats, work.shape.dtype)
-        cases.append(Case("papo linear_token_stats fwd, half logits", half))
+        cases.append(Case("papo token_stats fwd, half logits", half))
     cases += peers.linear_cases(work.hidden, work.weight, work.targets)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         cases.append(Case("torch F.linear_cross_entropy chunked (loss only)", _chunked(work)))

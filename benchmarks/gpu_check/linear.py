@@ -70,7 +70,7 @@ def figures(shape: LinearShape, cases: list[Case], stopwatch: Stopwatch) -> dict
             moved = int(case.name.split()[2]) * shape.vocab * (4 + shape.dtype.itemsize)
             found[case.name]["GB/s"] = moved / case.ms / 1e6
         else:
-            products = 3 if "three" in case.name or "linear" in case.name else 1
+            products = 3 if "three" in case.name or "policy_loss" in case.name else 1
             found[case.name]["TFLOP/s"] = products * shape.flops / case.ms / 1e9
     return found
 
@@ -86,7 +86,7 @@ def run(notes: Notes) -> int:
             lambda work=work: [Case("three products", work.products)],
             lambda work=work: product_cases(work),
             lambda shape=shape: kernel_cases(shape, target.backend_of("resident")),
-            lambda work=work: [Case("linear_policy_loss", work.loss)],
+            lambda work=work: [Case("policy_loss of the head", work.loss)],
         )
         for make in makers:
             found.update(figures(shape, make(), stopwatch))

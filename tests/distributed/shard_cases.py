@@ -1,20 +1,19 @@
-"""Cases whose head is split over the ranks, for parallel_tasks."""
+"""Cases whose head is split over the ranks, for shard_tasks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels import Objective, PolarityWeighting, PolicyLossOutput, TokenStats
-from papo_kernels.head.shards import parallel_linear_policy_loss, parallel_linear_token_stats
-from tests.kernels.linear_cases import TOKEN_INPUTS, HeadCase, make_head_case
+from papo_kernels import Head, Objective, PolarityWeighting
+from tests.kernels.head_cases import HeadCase, Traits, make_head_case
 
 # Rows of the weight per rank: uneven, a shard without rows, and (vocab_size 80) one of padding.
 ROWS, VOCAB = 100, 80
@@ -24,7 +23,7 @@ SPLITS = {
 }
 SPLIT_LIKE_WEIGHT = ("weight", "bias", "lora_b")
 LOSS = {
-    "params": Objective(clip_high=0.28, dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01),
+    "objective": Objective(clip_high=0.28, dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01),
     "weighting": PolarityWeighting(0.5, -0.6, shape="tanh", sigma=0.1, scale=1.1),
 }
 
@@ -32,10 +31,16 @@ LOSS = {
 @dataclass(frozen=True)
 class SplitCase(HeadCase):
     """A case whose calls see this rank's rows. Gradients of the shards are put together again, so
-    that the checks of the whole head apply."""
+    that the checks of the whole head apply.
+
+    Attributes:
+        split: rows of every rank's shard.
+        told: whether the head is told so, or its calls find out.
+    """
 
     split: tuple[int, ...] = ()
     group: Any = None
+    told: bool = False
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         leaves = super().leaves(dtype)
@@ -56,30 +61,23 @@ class SplitCase(HeadCase):
         rows = slice(first, first + self.split[rank])
         return {k: x[rows] if k in SPLIT_LIKE_WEIGHT else x for k, x in leaves.items()}
 
-    def token_stats(self, leaves: dict[str, Tensor], **more: Any) -> TokenStats:
-        shard = self.shards(leaves)
-        options = {**self.options(shard), "group": self.group, **more}
-        return parallel_linear_token_stats(
-            shard["hidden"], shard["weight"], self.tokens.targets, **options
-        )
-
-    def policy_loss(self, leaves: dict[str, Tensor], **more: Any) -> PolicyLossOutput:
-        shard = self.shards(leaves)
-        inputs = {name: getattr(self.tokens, name) for name in TOKEN_INPUTS}
-        options = {**self.options(shard), **inputs, "group": self.group, **more}
-        return parallel_linear_policy_loss(
-            shard["hidden"], shard["weight"], self.tokens.targets, **options
-        )
+    def head(self, leaves: dict[str, Tensor]) -> Head:
+        """Of this rank's rows of the whole `leaves`."""
+        whole = super().head(self.shards(leaves))
+        return replace(whole, group=self.group, shards=self.split if self.told else None)
 
 
 def split_case(case: HeadCase, name: str = "uneven", group: Any = None) -> SplitCase:
+    """`group`: None for all ranks."""
+    group = group or dist.group.WORLD
     split = tuple(SPLITS[dist.get_world_size(group)][name])
     return SplitCase(**vars(case), split=split, group=group)
 
 
-def some_case(split: str = "uneven", **more: Any) -> SplitCase:
-    options = {"bias": True, "vocab_size": VOCAB, **more}
-    return split_case(make_head_case(23, 12, ROWS, **options), split)
+def some_case(split: str = "uneven", traits: Traits | None = None, **more: Any) -> SplitCase:
+    """A head of `ROWS` rows with a bias, and the last of them padding."""
+    traits = replace(traits or Traits(), bias=True, vocab_size=VOCAB)
+    return split_case(make_head_case(23, 12, ROWS, traits, **more), split)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What each rank does in test_parallel: `python -m tests.distributed.parallel_tasks`.
+"""What each rank does in test_shards: `python -m tests.distributed.shard_tasks`.
 
 Every `run_*` checks one thing on all ranks; its traceback, or nothing, is printed for the test.
 """
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels.head.shards import parallel_linear_policy_loss, parallel_linear_token_stats
-from tests.distributed.parallel_cases import (
+from papo_kernels import Compute, Head, policy_loss, token_stats
+from tests.distributed.shard_cases import (
     LOSS,
     ROWS,
     SPLITS,
@@ -26,8 +26,8 @@ from tests.distributed.parallel_cases import (
     some_case,
     split_case,
 )
-from tests.kernels.linear_cases import (
-    HeadCase,
+from tests.kernels.head_cases import (
+    Traits,
     check_head_policy_loss,
     check_head_token_stats,
     make_head_case,
@@ -40,9 +40,9 @@ def run_rule(split: str) -> None:
     """The tolerance rule of the whole head, on every rank, for whole and for small chunks."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for chunk_bytes in (None, 3000):
-            options = {"dtype": dtype, "rank": 2, "temperature": 0.8}
-            check_head_token_stats(some_case(split, **options), chunk_bytes=chunk_bytes)
-            case = some_case(split, loss=True, **options, **LOSS)
+            traits = Traits(rank=2, temperature=0.8)
+            check_head_token_stats(some_case(split, traits, dtype=dtype), chunk_bytes=chunk_bytes)
+            case = some_case(split, traits, dtype=dtype, loss=True, **LOSS)
             check_head_policy_loss(case, chunk_bytes=chunk_bytes)
 
 
@@ -62,15 +62,15 @@ def run_padding() -> None:
 
 def run_kept_and_capped() -> None:
     """Kept ids and the soft cap act on each shard's own columns."""
-    options = {"kept": 15, "softcap": 6.0, "logit_scale": 0.5}
+    traits = Traits(kept=15, softcap=6.0, logit_scale=0.5)
     for split in SPLITS[dist.get_world_size()]:
-        check_head_token_stats(some_case(split, **options))
-        check_head_policy_loss(some_case(split, loss=True, **options), chunk_bytes=3000)
+        check_head_token_stats(some_case(split, traits))
+        check_head_policy_loss(some_case(split, traits, loss=True), chunk_bytes=3000)
 
 
 def run_masked_shard() -> None:
     """The whole first shard masked by its bias: the identity of the merge, gradient 0."""
-    case = make_head_case(23, 12, ROWS, bias=True, vocab_size=VOCAB, loss=True)
+    case = make_head_case(23, 12, ROWS, Traits(bias=True, vocab_size=VOCAB), loss=True)
     case.parameters["bias"][:37] = -torch.inf
     targets = case.tokens.targets
     targets = torch.where((targets >= 0) & (targets < 37), targets + 40, targets)
@@ -107,7 +107,7 @@ def run_nan() -> None:
 
 def run_same_bits() -> None:
     """Outputs and the gradients of hidden and lora.a do not differ by a bit between ranks."""
-    case = some_case(loss=True, rank=2, **LOSS)
+    case = some_case(traits=Traits(rank=2), loss=True, **LOSS)
     leaves = case.leaves()
     out = case.policy_loss(leaves, chunk_bytes=3000)
     out.loss.backward()
@@ -121,7 +121,7 @@ def run_same_bits() -> None:
 
 def run_tied() -> None:
     """A shard that is embedding and head receives both gradients; hidden is replicated."""
-    case = split_case(make_head_case(23, 12, ROWS, vocab_size=VOCAB))
+    case = split_case(make_head_case(23, 12, ROWS, Traits(vocab_size=VOCAB)))
     rank, targets = dist.get_rank(), case.tokens.targets
     tokens = targets.clamp(min=0)
     whole = case.parameters["weight"].nan_to_num(0.0)
@@ -135,13 +135,15 @@ def run_tied() -> None:
 
     unsplit = whole.clone().requires_grad_()
     hidden = torch.tanh(lookup(unsplit, 0))
-    HeadCase.token_stats(case, {"hidden": hidden, "weight": unsplit}).logp.sum().backward()
+    whole_head = Head(unsplit, vocab_size=VOCAB)
+    token_stats(whole_head(hidden), targets).logp.sum().backward()
     shard = whole[rows].clone().requires_grad_()
     found = lookup(shard, first)
     total = found.detach().clone()
     dist.all_reduce(total)
     hidden = torch.tanh(found + (total - found).detach())
-    stats = parallel_linear_token_stats(hidden, shard, targets, vocab_size=VOCAB)
+    head = Head(shard, vocab_size=VOCAB, group=dist.group.WORLD)
+    stats = token_stats(head(hidden), targets)
     stats.logp.sum().backward()
     torch.testing.assert_close(shard.grad, unsplit.grad[rows], rtol=1e-4, atol=1e-5)
 
@@ -151,7 +153,7 @@ def run_tied() -> None:
 
 def run_collectives() -> None:
     """One exchange, one gather per chunk, one all-reduce; none in the backward of the loss."""
-    case = some_case(loss=True, rank=2)
+    case = some_case(traits=Traits(rank=2), loss=True)
     leaves = case.leaves()
     hidden = leaves["hidden"]
     with counted() as calls:
@@ -162,7 +164,7 @@ def run_collectives() -> None:
     assert not calls, calls
     active = int(((case.tokens.targets >= 0) & (case.tokens.token_weight != 0)).sum())
     with counted() as calls:
-        case.policy_loss(leaves, chunk_bytes=1, shards=case.split)
+        replace(case, told=True).policy_loss(leaves, chunk_bytes=1)
     assert calls == {"all_gather_into_tensor": active, "all_reduce": 1}, (calls, active)
     for chunk_bytes in (None, 1):
         with counted() as calls:
@@ -218,7 +220,7 @@ def run_subgroup() -> None:
         return
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     seed = rank // 2
-    case = make_head_case(11, 8, ROWS, vocab_size=VOCAB, seed=seed, loss=True)
+    case = make_head_case(11, 8, ROWS, Traits(vocab_size=VOCAB), seed=seed, loss=True)
     check_head_policy_loss(split_case(case, "uneven", groups[seed]))
 
 
@@ -237,47 +239,52 @@ def run_errors() -> None:
     shard, targets = case.shards(case.leaves()), case.tokens.targets
     hidden, weight = shard["hidden"].detach(), shard["weight"].detach()
 
-    def stats(
-        hidden: Any = hidden, weight: Any = weight, targets: Any = targets, **more: Any
-    ) -> Any:
-        return parallel_linear_token_stats(hidden, weight, targets, vocab_size=VOCAB, **more)
+    def head(weight: Any = weight, **more: Any) -> Head:
+        return Head(weight, vocab_size=VOCAB, group=dist.group.WORLD, **more)
+
+    def stats(of: Head, targets: Any = targets, backend: str | None = None) -> Any:
+        return token_stats(of(hidden), targets, compute=Compute(backend))
 
     other = weight.double() if rank == 1 else weight
     refused(
         TypeError,
         "weight: expected torch.float32 like hidden.*on rank 1",
-        lambda: stats(weight=other),
+        lambda: stats(head(other)),
     )
     other = weight[:, :5] if rank == 1 else weight
     refused(
-        ValueError, r"hidden: expected shape \[\.\.\., 5\].*on rank 1", lambda: stats(weight=other)
+        ValueError, r"hidden: expected shape \[\.\.\., 5\].*on rank 1", lambda: stats(head(other))
     )
     other = weight.new_empty(0) if rank == 0 else weight
-    refused(ValueError, "zero elements.*on rank 0", lambda: stats(weight=other))
+    refused(ValueError, "zero elements.*on rank 0", lambda: stats(head(other)))
     refused(
         ValueError,
         r"softcap: expected None or a finite number > 0, got 0.0$",
-        lambda: stats(softcap=0.0),
+        lambda: stats(head(softcap=0.0)),
     )
     other = targets.clone()
     other[2] = VOCAB
     refused(
         ValueError,
         r"targets: expected values in \[0, 80\) .*, got 80",
-        lambda: stats(targets=other),
+        lambda: stats(head(), targets=other),
     )
     bias = torch.zeros(3) if rank == 1 else None
-    refused(ValueError, r"bias: expected shape .*on rank 1 of the group", lambda: stats(bias=bias))
+    refused(
+        ValueError, r"bias: expected shape .*on rank 1 of the group", lambda: stats(head(bias=bias))
+    )
     backend = "cuda" if rank == 1 else None
-    refused(ValueError, "backend: 'cuda' cannot serve.*on rank 1", lambda: stats(backend=backend))
+    refused(
+        ValueError,
+        "backend: 'cuda' cannot serve.*on rank 1",
+        lambda: stats(head(), backend=backend),
+    )
     weights = torch.ones(targets.shape)
     advantages = weights[1:] if rank == 1 else weights
     refused(
         ValueError,
         "advantages: expected shape .*on rank 1",
-        lambda: parallel_linear_policy_loss(
-            hidden, weight, targets, advantages, weights, vocab_size=VOCAB
-        ),
+        lambda: policy_loss(head()(hidden), targets, advantages, weights),
     )
 
 
@@ -288,7 +295,7 @@ def run_disagreement() -> None:
     hidden, weight = shard["hidden"].detach(), shard["weight"].detach()
 
     def stats(hidden: Any = hidden, targets: Any = targets, **more: Any) -> Any:
-        return parallel_linear_token_stats(hidden, weight, targets, **more)
+        return token_stats(Head(weight, group=dist.group.WORLD, **more)(hidden), targets)
 
     refused(
         ValueError,

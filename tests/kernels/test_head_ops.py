@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.optests import aot_autograd_check
 
 from papo_kernels import (
     Compute,
@@ -78,13 +79,48 @@ def test_opcheck(name, backend, device):
     assert checked >= 3
 
 
-def head_of(weight, a, b):
-    return Head(weight, lora=LoRA(a, b, 0.5), softcap=30.0)
+def lazy(hidden, weight, bias, a, b, *keep):
+    """The logits of what `head_arguments` gives."""
+    lora = None if a is None else LoRA(a, b, 0.5)
+    head = Head(weight, bias=bias, lora=lora, softcap=20.0, vocab_size=V - 2)
+    return head(hidden, keep=None if keep[0] is None else KeepSet(*keep))
 
 
-def step(hidden, weight, a, b, targets, advantages, token_weight, keep, made):
-    """The loss of a head that is made here, the statistics of one that was `made` before."""
-    head = head_of(weight, a, b)
+def statistics_of(backend, targets, *head):
+    """The differentiable ones."""
+    compute = Compute(backend, chunk_bytes=700)
+    return token_stats(lazy(*head), targets, temperature=0.9, compute=compute)[:3]
+
+
+def loss_of(backend, targets, advantages, token_weight, old_logp, *head):
+    return policy_loss(
+        lazy(*head),
+        targets,
+        advantages,
+        token_weight,
+        old_logp=old_logp,
+        objective=Objective(0.2, 0.28, 3.0, entropy_coef=0.01),
+        temperature=0.9,
+        compute=Compute(backend, chunk_bytes=700),
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "bare", "half precision"])
+def test_traced_gradients(kind, backend, device):
+    """The part of opcheck that an operation without autograd escapes, for the two functions."""
+    dtype = torch.bfloat16 if kind == "half precision" else torch.float32
+    tensors = head_arguments(device, dtype, kind != "bare")
+    head = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in tensors]
+    targets = torch.arange(N, device=device)
+    targets[3] = -100
+    aot_autograd_check(statistics_of, (backend, targets, *head), {}, dynamic=True)
+    case = make_head_case(N, D, V, device=device, loss=True).tokens
+    tokens = (case.advantages, case.token_weight, case.old_logp)
+    aot_autograd_check(loss_of, (backend, targets, *tokens, *head), {}, dynamic=True)
+
+
+def step(hidden, weight, a, b, targets, advantages, token_weight, keep):
+    head = Head(weight, lora=LoRA(a, b, 0.5), softcap=30.0)
     options = {"temperature": 0.9, "compute": Compute(chunk_bytes=2000)}
     out = policy_loss(
         head(hidden, keep=KeepSet(*keep)),
@@ -95,7 +131,7 @@ def step(hidden, weight, a, b, targets, advantages, token_weight, keep, made):
         weighting=PolarityWeighting(0.5, 0.3),
         **options,
     )
-    stats = token_stats(made(hidden), targets, **options)
+    stats = token_stats(head(hidden), targets, **options)
     return 2.0 * out.loss + (stats.entropy * token_weight).sum(), out.ratio, stats.unit_polarity
 
 
@@ -114,10 +150,31 @@ def test_compile_in_one_graph_for_every_number_of_tokens():
         results = []
         for run in (step, compiled):
             leaves = [x.clone().requires_grad_() for x in values]
-            loss, *rest = run(*leaves, *tokens, keep, head_of(*leaves[1:]))
+            loss, *rest = run(*leaves, *tokens, keep)
             loss.backward()
             results.append([loss.detach(), *rest, *(x.grad for x in leaves)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
         graphs.append(counter.frame_count)
     assert graphs == [1, 1, 1]
+
+
+def test_compiled_code_calls_a_head_that_was_made_before():
+    """It reads the parameters that the head holds, and what a step makes of them."""
+    weight = torch.randn(V, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    head, compute = Head(weight, softcap=30.0, logit_scale=0.5), Compute(chunk_bytes=2000)
+
+    def total(hidden, targets):
+        return token_stats(head(hidden), targets, temperature=0.9, compute=compute).logp.sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(total, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for n in (8, 13):
+        hidden = torch.randn(n, D, generator=torch.Generator().manual_seed(n))
+        results = [run(hidden, torch.arange(n)) for run in (total, compiled)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(x, weight) for x in results))
+        weight.data *= 0.5
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[0]

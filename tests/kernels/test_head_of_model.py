@@ -1,0 +1,80 @@
+"""`Head.of`: tiny models of transformers, whose own logits the head's are held against."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from papo_kernels import Head, token_stats
+
+V, D = 50, 16
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# family: its options, and the soft cap and scale of its head.
+FAMILIES = {
+    "llama": ({}, None, None),
+    "gemma2": ({"final_logit_softcapping": 0.8, "query_pre_attn_scalar": 8}, 0.8, None),
+    "granite": ({"logits_scaling": 4.0}, None, 0.25),
+    "cohere": ({"logit_scale": 0.25}, None, 0.25),
+    "phi": ({}, None, None),  # with a bias
+}
+
+
+def tiny(family, **options):
+    """A causal language model in evaluation mode, its head far from uniform."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**SIZES, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with torch.no_grad():
+            for parameter in model.get_output_embeddings().parameters():
+                parameter.normal_()
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_head_gives_the_models_logits(family):
+    """Parameters, soft cap and scale are those of the model, and so are the statistics."""
+    options, softcap, scale = FAMILIES[family]
+    model = tiny(family, **options)
+    head = Head.of(model)
+    projection = model.get_output_embeddings()
+    assert head.weight is projection.weight and head.bias is projection.bias
+    assert (head.bias is not None) == (family == "phi")
+    assert (head.softcap, head.logit_scale) == (softcap, scale)
+    tokens = torch.arange(12).view(2, 6) * 4
+    with torch.no_grad():
+        hidden = model.base_model(tokens).last_hidden_state
+        expected = token_stats(model(tokens).logits, tokens + 1)
+        actual = token_stats(head(hidden), tokens + 1)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    """Naming what was found instead: no model at all, a body without a head, an adapter's layer."""
+    message = r"model: expected a causal language model .* nn\.Linear, got {} with {}; make Head\("
+    model = tiny("llama")
+    for other, names in (
+        (nn.Linear(D, V), ("Linear", "NoneType")),
+        (model.base_model, ("LlamaModel", "NoneType")),
+    ):
+        with pytest.raises(TypeError, match=message.format(*names)):
+            Head.of(other)
+    model.set_output_embeddings(nn.Sequential(nn.Linear(D, V)))
+    with pytest.raises(TypeError, match=message.format("LlamaForCausalLM", "Sequential")):
+        Head.of(model)

@@ -1,5 +1,5 @@
-// papo_kernels._C: pointers as integers, strides and sizes in, a RuntimeError out. The callers
-// (papo_kernels/backends/native.py) own the tensors and have validated them.
+// papo_kernels._C: pointers come in as integers, errors go out as exceptions. The caller owns the
+// tensors, and has checked them.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -26,9 +26,9 @@ constexpr bool kHasCuda = true;
   ((launch).device >= 0 ? cuda::function(__VA_ARGS__) : cpu::function(__VA_ARGS__))
 #else
 constexpr bool kHasCuda = false;
-#define PAPO_DISPATCH(launch, function, ...)                                  \
-  ((launch).device >= 0 ? Status{"papo_kernels was built without CUDA"} \
-                        : cpu::function(__VA_ARGS__))
+constexpr const char* kWithoutCuda = "papo_kernels was built without CUDA";
+#define PAPO_DISPATCH(launch, function, ...) \
+  ((launch).device >= 0 ? Status{kWithoutCuda} : cpu::function(__VA_ARGS__))
 #endif
 
 void token_stats_fwd(const Matrix& logits, uintptr_t targets, uintptr_t state,
@@ -46,11 +46,11 @@ void token_stats_bwd(const Matrix& logits, uintptr_t targets, uintptr_t state,
                       pointer<double>(state), grads, row, dlogits, launch));
 }
 
-void policy_loss(const Matrix& logits, const TokenInputs& tokens, const PolicyLossParams& params,
+void policy_loss(const Matrix& logits, const TokenInputs& tokens, const Objective& objective,
                  const Weighting& weighting, const RowParams& row, const PolicyLossOut& out,
                  const Matrix& dlogits, const Launch& launch) {
   const py::gil_scoped_release release;
-  check(PAPO_DISPATCH(launch, launch_policy_loss, logits, tokens, params, weighting, row, out,
+  check(PAPO_DISPATCH(launch, launch_policy_loss, logits, tokens, objective, weighting, row, out,
                       dlogits, launch));
 }
 
@@ -59,17 +59,18 @@ void scale(const Matrix& matrix, uintptr_t factor, const Launch& launch) {
   check(PAPO_DISPATCH(launch, launch_scale, matrix, pointer(factor), launch));
 }
 
-// A ValueError where logits of `columns` cannot be cut so on a GPU.
-void check_tile(int64_t columns, int dtype, int device, const TileChoice& choice) {
+// Raises a ValueError where the device cannot cut logits of `columns` as `choice` says.
+void check_tile([[maybe_unused]] int64_t columns, [[maybe_unused]] int dtype,
+                [[maybe_unused]] int device, [[maybe_unused]] const TileChoice& choice) {
 #if defined(PAPO_WITH_CUDA)
   const Status status = cuda::check_tile(columns, static_cast<DType>(dtype), device, choice);
   if (!status.ok()) throw py::value_error(status.message);
 #else
-  throw py::value_error("papo_kernels was built without CUDA");
+  throw py::value_error(kWithoutCuda);
 #endif
 }
 
-// Position of the first target that is neither a column nor ignored, -1 if there is none.
+// The position of the first target that is neither a column nor ignored, or -1.
 int64_t first_bad_target(uintptr_t targets, int64_t count, int64_t vocab_size) {
   const int64_t* t = pointer<int64_t>(targets);
   for (int64_t i = 0; i < count; ++i) {
@@ -118,10 +119,10 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("targets"), py::arg("advantages"), py::arg("token_weight"), py::arg("old_logp"),
            py::arg("ref_logp"), py::arg("state"));
-  py::class_<PolicyLossParams>(m, "PolicyLossParams")
+  py::class_<Objective>(m, "Objective")
       .def(py::init([](double clip_low, double clip_high, double dual_clip, double kl_coef,
                        double entropy_coef) {
-             return PolicyLossParams{clip_low, clip_high, dual_clip, kl_coef, entropy_coef};
+             return Objective{clip_low, clip_high, dual_clip, kl_coef, entropy_coef};
            }),
            py::arg("clip_low"), py::arg("clip_high"), py::arg("dual_clip"), py::arg("kl_coef"),
            py::arg("entropy_coef"));
@@ -152,7 +153,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("kernel") = 0, py::arg("cluster") = 0, py::arg("warps") = 0,
            py::arg("stages") = 0, py::arg("ring") = 0, py::arg("blocks") = 0, py::arg("stats") = 0,
            py::arg("stats_teams") = 0, py::arg("stats_ring") = 0, py::arg("stats_blocks") = 0);
-  // device -1: the CPU, on `threads` threads.
+  // Device -1 is the CPU.
   py::class_<Launch>(m, "Launch")
       .def(py::init([](int threads, int device, uintptr_t stream, const TileChoice& choice) {
              return Launch{threads, device, pointer(stream), choice};
@@ -164,7 +165,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("state"), py::arg("row"), py::arg("out"), py::arg("launch"));
   m.def("token_stats_bwd", &token_stats_bwd, py::arg("logits"), py::arg("targets"),
         py::arg("state"), py::arg("grads"), py::arg("row"), py::arg("dlogits"), py::arg("launch"));
-  m.def("policy_loss", &policy_loss, py::arg("logits"), py::arg("tokens"), py::arg("params"),
+  m.def("policy_loss", &policy_loss, py::arg("logits"), py::arg("tokens"), py::arg("objective"),
         py::arg("weighting"), py::arg("row"), py::arg("out"), py::arg("dlogits"),
         py::arg("launch"));
   m.def("first_bad_target", &first_bad_target, py::arg("targets"), py::arg("count"),

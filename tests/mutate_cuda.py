@@ -1,8 +1,8 @@
-"""Deletes the synchronisation of the CUDA kernels call by call, and shows that a test notices.
+"""Deletes the synchronization of the CUDA kernels call by call, and shows that a test notices.
 
     python -m tests.mutate_cuda [WORDS OF A MUTANT ...]
 
-Every call in csrc/cuda that orders something (a fence, an arrival, a wait, a synchronisation, a
+Every call in csrc/cuda that orders something (a fence, an arrival, a wait, a synchronization, a
 copy, a message) is left out in turn, or replaced by a weaker one; the result runs
 `test_every_access_is_ordered` on the emulated machine. Prints what killed each mutant. The exit
 status is 1 if one survived that REDUNDANT does not explain.
@@ -175,7 +175,7 @@ def main(words: list[str]) -> int:
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         builder = Builder(Path(folder))
-        unchanged = "csrc/cuda/fused_loss.cu"
+        unchanged = "csrc/cuda/resident.cu"
         whole = killed_by(builder.build(unchanged, (ROOT / unchanged).read_text()))
         if whole:
             print(f"The kernels as they are fail: {whole}")

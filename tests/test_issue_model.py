@@ -24,8 +24,8 @@ from benchmarks.issue_model.scheduler import (
 from benchmarks.issue_model.warps import Step, Warp
 
 LISTING = """
-\t//## File "/somewhere/csrc/cuda/machine.cuh", line 50 inlined at "/x/fused_loss.cu", line 48
-\t//## File "/somewhere/csrc/cuda/fused_loss.cu", line 48
+\t//## File "/somewhere/csrc/cuda/machine.cuh", line 50 inlined at "/x/resident.cu", line 48
+\t//## File "/somewhere/csrc/cuda/resident.cu", line 48
         /*0000*/                   S2R R5, SR_TID.X ;       /* 0x0000000000057919 */
                                                             /* 0x000e220000002100 */
 .L_x_1:
@@ -41,7 +41,7 @@ def test_a_listing_is_read():
     listing = parse(LISTING)
     first, second, third = listing.instructions
     assert (first.base, first.operands, first.guard) == ("S2R", ["R5", "SR_TID.X"], None)
-    assert first.places == (("machine.cuh", 50), ("fused_loss.cu", 48))
+    assert first.places == (("machine.cuh", 50), ("resident.cu", 48))
     assert (first.stall, first.write_barrier, first.wait) == (1, 0, 0)
     assert (second.base, second.modifiers, second.guard) == ("LDS", {"128"}, (True, "P", 0))
     assert second.places == first.places

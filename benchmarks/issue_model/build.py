@@ -44,6 +44,17 @@ def binary_tool(name: str) -> str | None:
     return shutil.which(name)
 
 
+def run_tool(name: str, *arguments: str) -> str:
+    """What cuobjdump or nvdisasm prints."""
+    tool = binary_tool(name)
+    if tool is None:
+        raise RuntimeError(f"no {name}, in triton's package or on PATH")
+    # cuobjdump starts nvdisasm, which lies beside it.
+    env = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, env=env)
+    return done.stdout
+
+
 def _run(command: list[str], folder: Path | None = None) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode != 0:
@@ -53,10 +64,7 @@ def _run(command: list[str], folder: Path | None = None) -> str:
 
 def disassembled(cubin: Path, symbol: str) -> str:
     """nvdisasm's text of the kernel of this name, with encodings and line information."""
-    tool = binary_tool("nvdisasm")
-    if tool is None:
-        raise RuntimeError("no nvdisasm, in triton's package or on PATH")
-    for part in _run([tool, "-c", "-hex", "-gi", str(cubin)]).split("\n.text.")[1:]:
+    for part in run_tool("nvdisasm", "-c", "-hex", "-gi", str(cubin)).split("\n.text.")[1:]:
         if part.startswith(f"{symbol}:"):
             return part
     raise KeyError(symbol)

@@ -180,13 +180,13 @@ int main(int, char** argv) {
   } else {
     const papo::TokenInputs tokens = {at<int64_t>(kTargets), at<void>(kAdvantages),
                                       at<void>(kTokenWeight), at<void>(kOldLogp), nullptr, nullptr};
-    const papo::PolicyLossParams params = {0.2, 0.2, 0.0, 0.0, task == "entropy" ? 0.01 : 0.0};
+    const papo::Objective objective = {0.2, 0.2, 0.0, 0.0, task == "entropy" ? 0.01 : 0.0};
     const papo::Weighting weighting = {papo::WeightShape::kNone, 0.0, 0.0, nullptr, nullptr,
                                        nullptr};
     const papo::PolicyLossOut out = {at<void>(kTokenLoss), at<void>(kLogp),  at<void>(kEntropy),
                                      nullptr,              nullptr,          nullptr,
                                      at<void>(kRatio),     at<bool>(kClipped)};
-    status = papo::cuda::launch_policy_loss(logits, tokens, params, weighting, row, out, dlogits,
+    status = papo::cuda::launch_policy_loss(logits, tokens, objective, weighting, row, out, dlogits,
                                             launch);
   }
   if (!status.ok()) {

@@ -14,8 +14,8 @@ struct Choice {
   bool available;
 };
 
-// PAPO_CPU_ISA lowers the choice: the best set from the named one down that the machine has. What it
-// lacks, or an unknown name, is refused by _native.py.
+// PAPO_CPU_ISA is an upper limit: the best set that the machine has, from the named one down. A
+// name that is unknown, or that the machine lacks, is refused by _native.py.
 const RowKernels* choose() {
   const char* wanted = std::getenv("PAPO_CPU_ISA");
   bool allowed = wanted == nullptr || *wanted == '\0';

@@ -1,4 +1,4 @@
-// exp and tanh, a vector at a time. Included by the code that is compiled once per instruction set.
+// exp and tanh of a vector, for code that is compiled once per instruction set.
 #pragma once
 
 #include <initializer_list>
@@ -12,14 +12,14 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kLowest = -88.02969193111305f;  // -127 ln 2
 
-// e^y, y <= 88, within 1.5 ulp; exactly 1 at 0 and exactly 0 from -127 ln 2 down, so that -inf and the
-// products with it stay finite. y is replaced by its clamped value. The band up to -126 ln 2 yields a
-// subnormal, zero in the flush-to-zero mode that the kernels run in.
+// e^y for y <= 88, within 1.5 ulp. It is exactly 1 at 0, and exactly 0 from -127 ln 2 down. y is
+// clamped there too, so that its product with e^y is finite. Between -127 and -126 ln 2 the result
+// is subnormal: zero in the mode that the kernels run in.
 #if defined(PAPO_ISA_AVX512)
-// y = k/32 ln 2 + f: 2^(k/32) from a table that fits two registers and one permutation, then a minimax
-// quadratic (5.3e-8) on |f| <= ln 2 / 64. Two multiplications fewer than the polynomial alone.
-// Entry j is the bit pattern of 2^(j/32) less j << 18, so that adding k << 18 sets the exponent
-// and cancels the low five bits of k.
+// y = k/32 ln 2 + f. 2^(k/32) comes from a table, which fits in two registers and takes one
+// permutation; e^f from a minimax quadratic, good to 5.3e-8 for |f| <= ln 2 / 64. A polynomial
+// alone takes two multiplications more. Entry j is the bit pattern of 2^(j/32) less j << 18: adding
+// k << 18 to it sets the exponent, and cancels the low five bits of k.
 alignas(64) constexpr uint32_t kExp2Table[32] = {
     0x3f800000u, 0x3f7ecd87u, 0x3f7daac3u, 0x3f7c980fu, 0x3f7b95c2u, 0x3f7aa43au, 0x3f79c3d3u,
     0x3f78f4f0u, 0x3f7837f0u, 0x3f778d3au, 0x3f76f532u, 0x3f767043u, 0x3f75fed7u, 0x3f75a15bu,
@@ -27,7 +27,7 @@ alignas(64) constexpr uint32_t kExp2Table[32] = {
     0x3f75b9beu, 0x3f76248cu, 0x3f76a81eu, 0x3f7744fdu, 0x3f77fbb8u, 0x3f78ccdfu, 0x3f79b907u,
     0x3f7ac0c7u, 0x3f7be4bau, 0x3f7d257du, 0x3f7e83b3u};
 
-// Clamps y and splits e^y into the table's part, which is returned, and f.
+// Clamps y, returns the table's part of e^y, and leaves the rest to f.
 PAPO_HD F32 exp_parts(F32& y, F32& f) {
   constexpr float kRound = 393216.0f;  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
   y = max_keep_nan(splat(kLowest, F32{}), y);
@@ -46,8 +46,8 @@ PAPO_HD F32 exp_of(F32& y) {
   return fma(t * f, q, t);
 }
 
-// For what is rounded to bfloat16, without the square of f: times kCoarse within 2.94e-5, a hundredth of
-// the rounding.
+// e^y without the square of f, for results that are rounded to bfloat16. Multiplied by kCoarse it
+// is good to 2.94e-5, a hundredth of that rounding.
 PAPO_HD F32 exp_coarse(F32& y) {
   F32 f;
   const F32 t = exp_parts(y, f);
@@ -65,13 +65,13 @@ PAPO_HD F32 exp_of(F32& y) {
 #else
   const F32 f = (y - k * 0.693359375f) - k * -2.12194440e-4f;
 #endif
-  // Minimax for the relative error (9.2e-8) with the constant held at 1.
+  // Minimax in the relative error, 9.2e-8, with a constant term of 1.
   F32 p = splat(8.290311321616173e-3f, F32{});
   for (float c : {4.189784452319145e-2f, 1.6667641699314117e-1f, 4.9999150633811950e-1f,
                   9.9999970197677612e-1f, 1.0f}) {
     p = fma(p, f, c);
   }
-  // At the lower bound f is just below 0, p below 1, and the sum below the bits of 0.
+  // At kLowest f is just below 0 and p just below 1, which puts the sum below the bits of 0.
   return (F32)max_of((I32)p + ((I32)shifted << 23), I32{});
 }
 
@@ -79,7 +79,7 @@ PAPO_HD F32 exp_coarse(F32& y) { return exp_of(y); }
 constexpr double kCoarse = 1.0;
 #endif
 
-// e^y, y <= 709, relative error below 2e-16 (with rounding 1 ulp); exactly 0 below -708.
+// e^y for y <= 709: 1 ulp, and exactly 0 below -708. Before rounding the relative error is 2e-16.
 PAPO_HD F64 exp_of(F64& y) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   const F64 low = splat(-708.0, F64{});
@@ -98,7 +98,7 @@ PAPO_HD F64 exp_of(F64& y) {
   return (F64)(e & ~(I64)(y == low));
 }
 
-// tanh to about 1 ulp: odd polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
+// tanh to about 1 ulp: an odd polynomial near 0, and 1 - 2 / (e^2x + 1) beyond.
 PAPO_HD F32 tanh_of(F32 x) {
   const I32 sign = (I32)x & (I32)(U32{} + 0x80000000u);
   const F32 a = (F32)((I32)x ^ sign);

@@ -1,12 +1,12 @@
-// The inner loops: scan (five sums) and grad. Compiled once per instruction set; see simd.h.
-// No standard library here: an inline function of it, compiled with AVX-512, could be linked into
-// code that runs without.
+// The inner loops: scan, with its five sums, and grad. Compiled once per instruction set; see
+// simd.h. The standard library is not used here: one of its inline functions, compiled for AVX-512,
+// could be linked into code that runs on machines without.
 #include "row_kernels.h"
 
 #include <type_traits>
 
 #include "exp.h"
-#include "scaling.h"
+#include "scaled_logits.h"
 #include "simd.h"
 
 namespace papo {
@@ -14,12 +14,12 @@ namespace {
 
 using cpu::kChunk;
 
-// Elements whose maximum is taken before their exponentials: they stay in the L1 cache between.
+// Elements whose maximum is taken before their exponentials. They stay in the L1 cache for both.
 constexpr int64_t kBlock = 1024;
 static_assert(kChunk % kBlock == 0, "a chunk is a whole number of blocks");
 
-// Fetches the lines of the n elements one block on, while arithmetic leaves the memory idle. (An
-// integer address, as it may lie beyond the array: a prefetch never faults.)
+// Fetches the lines of n elements one block ahead, while arithmetic leaves the memory idle. The
+// address is an integer, as it may lie beyond the array. A prefetch never faults.
 template <typename S>
 PAPO_HD void prefetch_next_block(const S* x, int64_t n) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(x) + kBlock * sizeof(S);
@@ -28,9 +28,9 @@ PAPO_HD void prefetch_next_block(const S* x, int64_t n) {
   }
 }
 
-// ---- scan -----------------------------------------------------------------------------------------
+// ---- scan ---------------------------------------------------------------------------------------
 
-// The four sums in vector lanes about the maximum m.
+// The four sums about the maximum m, in vector lanes.
 template <typename V>
 struct LaneSums {
   V Z{}, T{}, Z2{}, T2{};
@@ -50,7 +50,7 @@ struct LaneSums {
     T2 += block.T2;
   }
 
-  // Moves the sums to a maximum larger by -shift.
+  // Moves the sums to a maximum that is larger by -shift.
   PAPO_HD void rescale(V shift) {
     const V alpha = exp_of(shift);
     const V alpha2 = alpha * alpha;
@@ -61,7 +61,7 @@ struct LaneSums {
   }
 };
 
-// Lane maxima of the block; lanes of m0 may stand in where they are larger. A NaN may be lost.
+// The maxima of the lanes, or the lanes of m0 where those are larger. A NaN may be lost.
 template <typename S, typename V>
 PAPO_HD V block_max(const S* x, int64_t n, V m0) {
   constexpr int kStep = 2 * lanes<V>();
@@ -75,8 +75,8 @@ PAPO_HD V block_max(const S* x, int64_t n, V m0) {
   return max_keep_nan(a, b);
 }
 
-// bfloat16 as int16: the order of positive numbers is that of their bits, so a block with any positive
-// logit needs one instruction per vector. (A +NaN wins too, and is not greater than 0.)
+// Positive bfloat16 numbers have the order of their bits. As int16, a block with a positive logit
+// takes one instruction per vector. A positive NaN wins too, and is not greater than 0.
 PAPO_HD F32 block_max(const BFloat16* x, int64_t n, F32 m0) {
   constexpr int kStep = 2 * lanes<F32>();
   I16 best = load_raw<I16>(x);
@@ -137,8 +137,8 @@ struct Scanner {
   }
 
   PAPO_HD void accumulate(const S* x, int64_t n) {
-    // Fresh sums per block: added one by one to the row's, a block's many small terms would be lost in
-    // the rounding of a large one.
+    // Each block has sums of its own. Added to the row's one by one, its many small terms would be
+    // lost in the rounding of a large sum.
     LaneSums<V> s;
     for (int64_t i = 0; i < n; i += kStep) {
       prefetch_next_block(x + i, kStep);
@@ -181,13 +181,13 @@ void scan_as(const S* x, int64_t n, const RowParams& row, RowState<double>* stat
 
 // ---- gradient ---------------------------------------------------------------------------------
 
-// kLogpOnly: a1 = b0 = b1 = 0, the usual policy loss, whose gradient is a multiple of p.
+// kLogpOnly: a1 = b0 = b1 = 0, as for the usual policy loss. The gradient is a multiple of p.
 template <typename S, template <typename> class Prep, bool kLogpOnly>
 struct GradWriter {
   using V = typename Acc<S>::Vec;
   using Scalar = typename Acc<S>::Scalar;
   static constexpr int kStep = 2 * lanes<V>();
-  // Only where nothing is subtracted: what is left of e a - e^2 b would not be rounding any more.
+  // Only where nothing is subtracted: in e a - e^2 b the error of e may exceed what is left.
   static constexpr bool kIsCoarse = kLogpOnly && std::is_same_v<S, BFloat16>;
 
   Prep<V> prep;
@@ -248,7 +248,7 @@ void grad_as(const S* x, S* dx, int64_t n, double row_max, const RowGrad<double>
   }
 }
 
-// ---- single elements and scaling -----------------------------------------------------------------
+// ---- single elements and scaling ----------------------------------------------------------------
 
 template <typename S>
 typename Acc<S>::Scalar load_one(const S* x) {

@@ -1,4 +1,4 @@
-// The vectorised inner loops, one table of them per instruction set.
+// The vectorized inner loops: a table of them for each instruction set.
 #pragma once
 
 #include "papo/params.h"
@@ -8,34 +8,34 @@
 namespace papo {
 namespace cpu {
 
-// Columns handled by one call. Fixed, so that a row's result does not depend on who computed which
-// part of it.
+// Columns that one call handles. It is fixed, so that a row's result does not depend on which
+// thread computed which part.
 constexpr int64_t kChunk = 16384;
 
 struct RowKernels {
   const char* isa;
 
-  // State of n <= kChunk contiguous logits.
+  // The state of n <= kChunk contiguous logits.
   void (*scan)(const void* logits, int64_t n, DType dtype, const RowParams& row,
                RowState<double>* state);
 
-  // dlogits[j] = grad.element(...) with the chain rule of scaling and soft cap; grad.target is not
-  // used. dlogits may be logits.
+  // dlogits[j] = grad.element(...), with the chain rule of temperature and soft cap. It does not
+  // use grad.target. dlogits may be logits.
   void (*grad)(const void* logits, void* dlogits, int64_t n, DType dtype, double row_max,
                const RowGrad<double>& grad, const RowParams& row);
 
-  // u of one logit, rounded exactly as in scan and grad.
+  // u of one logit, with exactly the rounding of scan and grad.
   double (*scaled)(const void* logit, DType dtype, const RowParams& row);
 
   // data[j] *= factor.
   void (*scale)(void* data, int64_t n, DType dtype, double factor);
 
-  // Plain value <-> stored format, for single elements.
+  // One element, from and to its stored format.
   double (*load)(const void* element, DType dtype);
   void (*store)(void* element, DType dtype, double value);
 };
 
-// The best set that this machine has, or the one named by PAPO_CPU_ISA.
+// Those of the best instruction set that this machine has and PAPO_CPU_ISA allows.
 const RowKernels& row_kernels();
 
 extern const RowKernels kPortableKernels;

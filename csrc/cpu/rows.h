@@ -1,65 +1,33 @@
-// Rows and their fixed chunks of columns: what token_stats.cpp and policy_loss.cpp share.
+// Rows and their fixed chunks of columns, for token_stats.cpp and policy_loss.cpp.
 #pragma once
 
 #include <cstring>
 #include <vector>
 
 #include "papo/launch.h"
-#include "papo/policy_loss.h"
+#include "papo/row_arrays.h"
 #include "papo/row_grad.h"
-#include "parallel_rows.h"
+#include "parallel_for.h"
 #include "row_kernels.h"
 
 namespace papo {
 namespace cpu {
 
-inline int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 8;
-  }
-}
-
 inline char* element_at(const Matrix& m, int64_t i, int64_t j) {
-  return static_cast<char*>(m.data) + (i * m.row_stride + j) * element_size(m.dtype);
+  return m.at(i, j, element_bytes(m.dtype));
 }
 
-// Reads or writes entry i of a row array in the accumulation type of `logits`.
-inline double load_acc(const void* array, int64_t i, DType logits) {
-  return logits == DType::kFloat64 ? static_cast<const double*>(array)[i]
-                                   : static_cast<const float*>(array)[i];
-}
-inline void store_acc(void* array, int64_t i, DType logits, double value) {
-  if (array == nullptr) return;
+// Calls fn(A{}), where A is acc for logits of this type.
+template <typename Fn>
+void with_acc(DType logits, const Fn& fn) {
   if (logits == DType::kFloat64) {
-    static_cast<double*>(array)[i] = value;
+    fn(double{});
   } else {
-    static_cast<float*>(array)[i] = static_cast<float>(value);
+    fn(float{});
   }
 }
 
-// A row's state and its sampled token's scaled logit.
-struct RowScan {
-  RowState<double> state = RowState<double>::empty();
-  double target_u = 0;
-};
-
-inline RowScan load_scan(const double* states, int64_t i) {
-  const double* s = states + kStateSize * i;
-  return {{s[0], s[1], s[2], s[3], s[4]}, s[5]};
-}
-inline void store_scan(double* states, int64_t i, const RowScan& scan) {
-  const RowState<double>& s = scan.state;
-  const double values[kStateSize] = {s.max, s.Z, s.T, s.Z2, s.T2, scan.target_u};
-  std::copy(values, values + kStateSize, states + kStateSize * i);
-}
-
-// A row between its statistics and its gradient.
+// What a row's gradient needs. The gradient of a row that is not active is 0.
 struct RowPlan {
   bool active = false;
   double row_max = 0;
@@ -67,7 +35,7 @@ struct RowPlan {
   RowGrad<double> grad{};
 };
 
-// One call's view of its logits.
+// The logits of a call, shared out over its threads.
 class Rows {
  public:
   Rows(const Matrix& logits, const RowParams& row, int threads)
@@ -80,7 +48,7 @@ class Rows {
   int64_t chunks() const { return chunks_; }
   int64_t count() const { return logits_.rows; }
 
-  // With fewer rows than threads, the threads share out the chunks of each row.
+  // Whether the threads share the chunks of each row, as there are fewer rows than threads.
   bool splits_rows() const { return logits_.rows < threads_ && chunks_ > 1; }
 
   template <typename Fn>
@@ -89,7 +57,7 @@ class Rows {
     parallel_for(logits_.rows, threads_, grain, fn);
   }
 
-  // fn(i, chunk) for every chunk of every row.
+  // Calls fn(i, chunk) for every chunk of every row.
   template <typename Fn>
   void for_each_chunk(const Fn& fn) const {
     parallel_for(logits_.rows * chunks_, threads_, 1,
@@ -103,7 +71,7 @@ class Rows {
     return state;
   }
 
-  // Chunks merge in order, whoever scanned them: the result is the same for any thread count.
+  // Chunks are merged in order, whichever thread scanned them: the bits do not depend on threads.
   template <typename ChunkState>
   RowScan merge_row(int64_t i, int64_t target, const ChunkState& chunk_state) const {
     RowScan scan{RowState<double>::empty(), target_u(i, target)};
@@ -111,17 +79,18 @@ class Rows {
     return scan;
   }
 
-  // Row i from `given`, [rows, kStateSize], where it is not null, else from its logits.
+  // Row i from its logits, or from `given`, [rows, kStateSize], where that is not null.
   RowScan scan_row(int64_t i, int64_t target, const double* given) const {
     if (given != nullptr) return load_scan(given, i);
     return merge_row(i, target, [&](int64_t c) { return scan_chunk(i, c); });
   }
 
-  // done(i, scan) for every row; the scans of rows that are not is_active(i) are all zero.
+  // Calls done(i, scan) for every row. A row for which is_active(i) is false is not read: its scan
+  // is zeros.
   template <typename Active, typename Done>
   void scan_all(const int64_t* targets, const double* given, const Active& is_active,
                 const Done& done) const {
-    const RowScan none{RowState<double>{}, 0};
+    const RowScan none{};
     if (given != nullptr || !splits_rows()) {
       for_each_row([&](int64_t i) {
         done(i, is_active(i) ? scan_row(i, targets[i], given) : none);
@@ -138,13 +107,13 @@ class Rows {
     }
   }
 
-  // dlogits, which may be the logits, of every row by plan(i), asked for once a row.
+  // Writes dlogits, which may be the logits. plan(i) is called once a row.
   template <typename Plan>
   void grad_all(const int64_t* targets, const Plan& plan, const Matrix& dlogits) const {
     if (!splits_rows()) {
       for_each_row([&](int64_t i) {
         const RowPlan row = plan(i);
-        // Backwards: the end of the row is what a scan left in the nearest cache.
+        // From its end, which the scan has left in the nearest cache.
         for (int64_t c = chunks_ - 1; c >= 0; --c) grad_chunk(i, c, row, dlogits);
         finish_grad_row(i, targets[i], row, dlogits);
       });
@@ -167,7 +136,7 @@ class Rows {
                   chunk_size(chunk), logits_.dtype, plan.row_max, plan.grad, row_);
   }
 
-  // The sampled token's gradient over what grad_chunk wrote, and zeros over the columns that it left.
+  // Replaces the sampled token's gradient, and writes the zeros that grad_chunk does not.
   void finish_grad_row(int64_t i, int64_t target, const RowPlan& plan,
                        const Matrix& dlogits) const {
     if (!plan.active) return zero_columns(i, 0, dlogits);
@@ -180,7 +149,7 @@ class Rows {
 
   static void zero_columns(int64_t i, int64_t begin, const Matrix& m) {
     std::memset(element_at(m, i, begin), 0,
-                static_cast<size_t>((m.cols - begin) * element_size(m.dtype)));
+                static_cast<size_t>((m.cols - begin) * element_bytes(m.dtype)));
   }
 
   double target_u(int64_t i, int64_t target) const {

@@ -1,11 +1,11 @@
 // One vector abstraction for every instruction set. The translation unit that includes it is
-// compiled once per set, with PAPO_ISA_AVX512_BF16 (AVX-512 with bfloat16 conversions), PAPO_ISA_AVX512,
-// PAPO_ISA_AVX2 or none of them defined; everything lives in an anonymous namespace so that no set's
-// code can be linked into another's.
+// compiled once per set, with one of PAPO_ISA_AVX512_BF16 (AVX-512 with bfloat16 conversions),
+// PAPO_ISA_AVX512 and PAPO_ISA_AVX2 defined, or none. Everything is in an anonymous namespace, so
+// that no set's code can be linked into another's.
 //
-// Vectors are GCC/Clang vector types: + - * and the bit operators are the language's. Only what it
-// lacks is spelled out below. FMA is always explicit (the build passes -ffp-contract=off): fused into
-// u - row_max, the product in u would make the row's maximum differ from itself.
+// Vectors are those of GCC and Clang, for which the language has + - * and the bit operators. Below
+// is only what it lacks. FMA is always explicit, and the build passes -ffp-contract=off: if the
+// product in u were fused into u - row_max, a row's maximum would differ from itself.
 #pragma once
 
 #include <stdint.h>
@@ -45,7 +45,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type that a stored element is computed in, and its vector.
+// The type that a stored element is computed in, and the vectors of that width.
 template <typename S>
 struct Acc {
   using Scalar = float;
@@ -67,7 +67,7 @@ constexpr int lanes() {
 PAPO_HD F32 splat(float x, F32) { return F32{} + x; }
 PAPO_HD F64 splat(double x, F64) { return F64{} + x; }
 
-// a * b + c, in one rounding where the machine can.
+// a * b + c, rounded once where the machine can do that.
 PAPO_HD F32 fma(F32 a, F32 b, F32 c) {
 #if defined(PAPO_ISA_AVX512)
   return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -91,7 +91,7 @@ PAPO_HD V fma(V a, V b, decltype(V{}[0] + 0.0f) c) {
   return fma(a, b, splat(c, V{}));
 }
 
-// a > b ? a : b: where either is NaN the result is b, so `b` is the operand whose NaN must survive.
+// a > b ? a : b. Where either is NaN the result is b, so a NaN survives in `b` alone.
 PAPO_HD F32 max_keep_nan(F32 a, F32 b) {
 #if defined(PAPO_ISA_AVX512)
   return (F32)_mm512_max_ps((__m512)a, (__m512)b);
@@ -116,7 +116,7 @@ PAPO_HD I max_of(I a, I b) {
   return a > b ? a : b;
 }
 
-// Is any lane of a greater than its lane of b?
+// Whether any lane of a is greater than that lane of b.
 PAPO_HD bool any_greater(F32 a, F32 b) {
 #if defined(PAPO_ISA_AVX512)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -134,7 +134,7 @@ PAPO_HD bool any_greater(F64 a, F64 b) {
   return any;
 }
 
-// Horizontal results are needed once per chunk, so a plain loop will do.
+// Over the lanes of one vector. Once per chunk a plain loop will do.
 template <typename V>
 PAPO_HD double sum_lanes(V v) {
   double total = 0;
@@ -149,8 +149,9 @@ PAPO_HD auto max_lanes(V v) -> decltype(v[0] + v[0]) {
 }
 
 // ---- loads and stores: two vectors at a time --------------------------------------------------
-// The two vectors hold 2 * lanes consecutive elements in an order of the format's choosing (bfloat16
-// splits into even and odd elements, which costs no shuffle); a store undoes its own load's order.
+// The two vectors hold 2 * lanes consecutive elements, in an order that depends on the format:
+// bfloat16 is split into even and odd elements, which takes no shuffle. A store undoes the order of
+// the load.
 
 template <typename V, typename S>
 PAPO_HD V load_raw(const S* p) {
@@ -188,7 +189,7 @@ PAPO_HD void load_pair(const BFloat16* p, F32& a, F32& b) {
 
 #if defined(PAPO_ISA_AVX512_BF16)
 PAPO_HD void store_pair(BFloat16* p, F32 a, F32 b) {
-  // The instruction gives all of a, then all of b: elements 2j come from a, 2j + 1 from b.
+  // The instruction gives all of a, then all of b. Element 2j comes from a, and 2j + 1 from b.
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -196,8 +197,8 @@ PAPO_HD void store_pair(BFloat16* p, F32 a, F32 b) {
   store_raw(p, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
 }
 #else
-// Rounds to nearest even in the upper half word. A NaN stays one: those that get here are the
-// default NaN or came from a half-width logit, so their low halves are zero and nothing carries.
+// Rounds to the nearest, ties to even, in the upper half. A NaN stays a NaN: it is the default one
+// or came from a half-width logit, so that its lower half is zero and nothing carries.
 PAPO_HD U32 round_to_bfloat16(F32 v) {
 #if defined(PAPO_ISA_AVX512)
   const __m512i x = (__m512i)v;
@@ -254,7 +255,7 @@ PAPO_HD uint16_t float_to_half(float f) {
   x &= 0x7fffffffu;
   if (x > 0x7f800000u) return sign | 0x7e00;
   if (x >= 0x477ff000u) return sign | 0x7c00;  // rounds to infinity
-  if (x < 0x38800000u) {                       // a half subnormal: the adder rounds to even
+  if (x < 0x38800000u) {                       // subnormal in half: the addition rounds to even
     const float shifted = bits_to_float(x) + 0.5f;
     uint32_t y;
     memcpy(&y, &shifted, 4);
@@ -277,7 +278,7 @@ PAPO_HD void store_pair(Float16* p, F32 a, F32 b) {
 }
 #endif
 
-// -inf in each stored format, to fill a partial vector with masked logits.
+// -inf in each stored format, for the lanes of a partial vector.
 PAPO_HD void set_masked(float* p) { *p = -infinity<float>(); }
 PAPO_HD void set_masked(double* p) { *p = -infinity<double>(); }
 PAPO_HD void set_masked(BFloat16* p) { p->bits = 0xff80; }

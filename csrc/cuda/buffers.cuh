@@ -1,14 +1,14 @@
-// The buffers in shared memory that rows come into, by bulk copies.
+// The buffers in shared memory, and the bulk copies that bring rows into them.
 #pragma once
 
-#include "vec_io.cuh"
+#include "words.cuh"
 
 namespace papo {
 namespace cuda {
 
 #if defined(PAPO_HAS_CLUSTERS)
 
-// A place in the ring of buffers, and the parity of the round it is in.
+// A place in the ring of buffers, and the parity of how often the ring has been passed.
 struct Cursor {
   int buffer = 0;
   uint32_t parity = 0;
@@ -21,8 +21,8 @@ struct Cursor {
   }
 };
 
-// Slices and stages are whole words, so that the bytes of a stage lie in its buffer as far from a
-// 16-byte boundary as the row's first element does in memory.
+// The elements of a row in a buffer. Slices and stages are whole words: in its buffer a stage
+// starts as far from a 16-byte boundary as the row does in memory.
 template <typename T>
 PAPO_DEVICE SharedRow<T> row_in_buffer(const Matrix& m, int64_t row, uint32_t buffer) {
   const uintptr_t start = reinterpret_cast<uintptr_t>(element_at<T>(m, row, 0));
@@ -40,7 +40,7 @@ PAPO_DEVICE void copy_element(const SharedRow<T>& target, const char* source, in
   }
 }
 
-// Columns of a row on their way into a buffer that nobody reads any more, by one thread; `full`
+// One thread sends columns of a row on their way into a buffer that is no longer read. `full`
 // completes when they have landed.
 template <typename T>
 PAPO_DEVICE void fill_buffer(const Matrix& m, int64_t row, Span columns, uint32_t buffer,
@@ -54,7 +54,7 @@ PAPO_DEVICE void fill_buffer(const Matrix& m, int64_t row, Span columns, uint32_
   const SharedRow<T> target = row_in_buffer<T>(m, row, buffer);
   for (int i = 0; i < range.head; ++i) copy_element(target, source, i);
   for (int i = columns.count - range.tail; i < columns.count; ++i) copy_element(target, source, i);
-  // The buffer's last readers are behind us, by the barrier; now also for the copy engine.
+  // A barrier has ordered this after the buffer's last readers. The fence tells the copy engine so.
   machine::fence_before_bulk();
   const uint32_t bytes = static_cast<uint32_t>(range.end - range.begin);
   if (bytes == 0) return machine::barrier_arrive(full);

@@ -1,4 +1,4 @@
-// Calls: checked, given their constants and tiles, and sent to the kernels that serve them.
+// The entry points. A call is checked, gets its constants and tiles, and goes to a kernel.
 #include <math.h>
 #include <stdio.h>
 
@@ -9,12 +9,13 @@ namespace papo {
 namespace cuda {
 namespace {
 
-// A type's number, in float and in bits, not beyond `least` < 0 in magnitude where the type allows.
+// A number of a stored type.
 struct Low {
   float value;
   uint32_t bits;
 };
 
+// A number of the type near `least` < 0, and no larger in magnitude where the type has one.
 Low low_of(DType dtype, float least) {
   if (dtype == DType::kFloat32) {
     Low low = {least, 0};
@@ -29,7 +30,7 @@ Low low_of(DType dtype, float least) {
     __builtin_memcpy(&low.value, &bits, sizeof(bits));
     return low;
   }
-  // float16: the power of two below, within [2^-14, 2^15], or the largest number.
+  // float16: a power of two within [2^-14, 2^15], or the largest number, and a minus sign.
   if (least <= -65504.0f) return {-65504.0f, 0xfbfffbffu};
   int exponent;
   frexpf(-least, &exponent);  // 2^(exponent - 1) <= -least
@@ -40,7 +41,7 @@ Low low_of(DType dtype, float least) {
 
 Scaling make_scaling(const RowParams& row, DType dtype) {
   Scaling s = {};
-  s.unit = static_cast<float>(kLog2e / row.temperature);
+  s.unit = static_cast<float>(kLog2E / row.temperature);
   s.softcap = static_cast<float>(row.softcap);
   s.inv_softcap = row.softcap > 0 ? static_cast<float>(1.0 / row.softcap) : 0.0f;
   s.inv_temperature = 1.0 / row.temperature;
@@ -70,12 +71,11 @@ RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, c
 Status check_call(const RowsCall& call, const Launch& launch) {
   const Device& device = device_of(launch.device);
   if (device.error != nullptr) return {device.error};
-  constexpr int64_t kMostColumns = int64_t{1} << 30;
   if (call.logits.cols > kMostColumns) return {"papo_kernels: more than 2^30 columns"};
   return Status::success();
 }
 
-// What was asked for, and no other way taken.
+// A tile that was asked for is not replaced by another.
 Status cannot_run(int cluster, int shared_bytes) {
   thread_local char text[160];
   snprintf(text, sizeof(text),
@@ -85,8 +85,8 @@ Status cannot_run(int cluster, int shared_bytes) {
   return {text};
 }
 
-// Rows whose sums are still to be formed. Where the device cannot run a tile's clusters, all rows
-// are streamed, those of statistics too: the sums of a row have the same bits in every call.
+// Runs a call whose rows are to be summed. If the device cannot run the tile's clusters, all rows
+// are streamed, also those of statistics: a row's sums have the same bits in every call.
 Status launch_rows(RowsCall call, const Launch& launch) {
   const DeviceLimits limits = device_of(launch.device).limits;
   const Chosen chosen =
@@ -145,13 +145,13 @@ Status launch_token_stats_bwd(const Matrix& logits, const int64_t* targets, cons
 }
 
 Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
-                          const PolicyLossParams& params, const Weighting& weighting,
+                          const Objective& objective, const Weighting& weighting,
                           const RowParams& row, const PolicyLossOut& out, const Matrix& dlogits,
                           const Launch& launch) {
   RowsCall call = make_call(RowTask::kPolicyLoss, logits, tokens.targets, tokens.state, row,
                             dlogits);
   call.tokens = tokens;
-  call.params = params;
+  call.objective = objective;
   call.weighting = weighting;
   call.loss = out;
   return launch_call(call, launch);

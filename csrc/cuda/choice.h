@@ -1,4 +1,4 @@
-// From what a call asks for to the tiles of its rows, or to why they do not fit the device.
+// Chooses the tiles of a call from what it asks for, or says why that does not fit the device.
 #pragma once
 
 #include <stdio.h>
@@ -12,14 +12,14 @@ namespace cuda {
 struct Chosen {
   Tile tile;
   StatsTile stats;
-  const char* error;  // valid until the thread's next call of choose(); null: none
+  const char* error;  // null if there is none; valid until the thread's next call of choose()
 };
 
 namespace choice {
 
 inline bool power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
 
-// One of the limits that `value` has to keep; `limit` is what the device or the kernel allows.
+// The message for a `value` that does not keep a limit of the device or the kernel.
 inline const char* beyond(const char* what, int64_t value, const char* limit, int64_t most) {
   thread_local char text[160];
   snprintf(text, sizeof(text), "%s is %lld, %s is %lld", what, static_cast<long long>(value), limit,
@@ -33,7 +33,7 @@ inline const char* no_power_of_two(const char* what, int value) {
   return text;
 }
 
-// What `blocks` blocks of so many warps, and the two that serve them, may not have together.
+// Why a multiprocessor has no room for `blocks` blocks of so many compute warps; null if it has.
 inline const char* why_crowded(int64_t warps, int blocks, int64_t shared_bytes,
                                const DeviceLimits& device) {
   if (blocks < 1) return beyond("blocks", blocks, "the least", 1);
@@ -60,7 +60,9 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const DeviceLim
   if (c.warps > kMaxWarps) return beyond("warps", c.warps, "the kernel's most", kMaxWarps);
   if (c.stages < 1) return beyond("stages", c.stages, "the least", 1);
   if (c.ring > kMaxRing) return beyond("ring", c.ring, "the kernel's most", kMaxRing);
-  if (c.ring <= c.stages) return beyond("ring", c.ring, "the least beyond its stages", c.stages + 1);
+  if (c.ring <= c.stages) {
+    return beyond("ring", c.ring, "the least beyond its stages", c.stages + 1);
+  }
   const char* crowded = why_crowded(c.warps, c.blocks, t.shared_bytes, device);
   if (crowded != nullptr) return crowded;
   return t.cluster == 0 ? "a buffer would hold more bytes than a barrier can count" : nullptr;
@@ -87,14 +89,14 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
 
 }  // namespace choice
 
-// The tiles of rows of `columns`: the ones asked for, and what is left open derived.
+// The tiles of rows of `columns`: those that are asked for, and the others derived.
 inline Chosen choose(const TileChoice& asked, int64_t columns, int element_bytes,
                      const DeviceLimits& device) {
   Chosen chosen = {};
   if (asked.kernel == kStreamed) {
     chosen.tile = stream_tile(columns, element_bytes);
   } else if (asked.cluster != 0) {
-    // Numbers that are no tile must not reach its arithmetic.
+    // Numbers that cannot be a tile must not reach its arithmetic.
     const bool sane = asked.cluster > 0 && asked.stages > 0 && asked.ring > 0 && asked.warps > 0;
     if (sane && asked.cluster <= kMaxCluster && asked.ring <= kMaxRing) {
       chosen.tile = make_tile(columns, element_bytes, asked.cluster, asked.warps, asked.stages,

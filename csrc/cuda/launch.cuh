@@ -1,4 +1,4 @@
-// Host side: devices, launches and the choice of template arguments.
+// The host side: devices, launches and the choice of template arguments.
 #pragma once
 
 #include "papo/launch.h"
@@ -10,7 +10,7 @@ namespace cuda {
 struct LaunchShape {
   int64_t blocks;
   int threads;
-  int cluster;  // blocks per cluster; blocks is a multiple of it
+  int cluster;  // blocks of a cluster; `blocks` is a multiple of it
   int shared_bytes;
 };
 
@@ -31,7 +31,7 @@ namespace cuda {
 
 inline Status status_of(cudaError_t error) {
   if (error == cudaSuccess) return Status::success();
-  cudaGetLastError();  // or the next launch would report it again
+  cudaGetLastError();  // clears it: the next launch would report it again
   return {cudaGetErrorString(error)};
 }
 
@@ -57,7 +57,7 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// What is asked of a device once per process, unless asking fails.
+// What a device says of itself. A process asks once, and again if that failed.
 struct Device {
   DeviceLimits limits;
   const char* error;
@@ -111,9 +111,10 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, void* stream,
   return config;
 }
 
-// How many clusters of a kernel (blocks, where shape.cluster is 1) a device runs at a time; 0: it
-// cannot run them, or the query failed. Asked once per kernel, device and shape, as is leave to use
-// all of the shared memory; a query that failed, perhaps for lack of memory, is made again.
+// How many clusters of a kernel a device runs at a time, or blocks where shape.cluster is 1. 0
+// means that it cannot run them or that the query failed. A process asks once per kernel, device
+// and shape, and again if that failed, as it may for lack of memory. The kernel is also allowed all
+// of the shared memory.
 template <typename... Args>
 int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int device,
                       int needed_ptx) {
@@ -134,11 +135,11 @@ int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int dev
   int clusters = 0;
   cudaFuncAttributes attributes = {};
   bool ok = cudaFuncGetAttributes(&attributes, id) == cudaSuccess;
-  // Code built for an older architecture lacks what it needs, whatever the device offers.
+  // Code for an older architecture lacks what the kernel needs, whatever the device offers.
   const bool built =
       ok && attributes.ptxVersion >= needed_ptx && attributes.binaryVersion >= needed_ptx;
   if (built && shape.shared_bytes > 48 * 1024) {
-    // All of it, as a later shape of the same kernel must not take it away from an earlier one.
+    // All of it: a later shape of the same kernel must not take it away from an earlier one.
     ok = cudaFuncSetAttribute(id, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               device_of(device).limits.shared_per_block) == cudaSuccess &&
          cudaFuncSetAttribute(id, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -161,7 +162,7 @@ int resident_clusters(void (*kernel)(Args...), const LaunchShape& shape, int dev
     clusters = blocks * device_of(device).limits.multiprocessors;
   }
   if (!ok) {
-    cudaGetLastError();  // or the next launch would report it
+    cudaGetLastError();  // clears it: the next launch would report it
     return 0;
   }
   all.push_back({id, device, shape.threads, shape.cluster, shape.shared_bytes, clusters});
@@ -184,10 +185,11 @@ Status launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, void* 
 namespace papo {
 namespace cuda {
 
-constexpr int kClusterPtx = 90;  // of kernels that use clusters
+// The oldest architectures whose code has a kernel: one that uses clusters, and any other.
+constexpr int kClusterPtx = 90;
 constexpr int kAnyPtx = 80;
 
-// A persistent grid: at most `work` clusters, at most as many as the device runs at a time.
+// Launches a persistent grid of `work` clusters, or of as many as the device runs at a time.
 template <typename... Params, typename... Args>
 Status launch_persistent(void (*kernel)(Params...), LaunchShape shape, int64_t work,
                          const Launch& launch, const Args&... args) {
@@ -197,7 +199,8 @@ Status launch_persistent(void (*kernel)(Params...), LaunchShape shape, int64_t w
   return launch_kernel(kernel, shape, launch.stream, args...);
 }
 
-// fn(In{}, Out{}) for the stored types of a call; dlogits may be narrower than float32 logits.
+// Calls fn(In{}, Out{}) with the stored types of a call. float32 logits may have a half-width
+// gradient.
 template <typename Fn>
 Status with_types(const Matrix& logits, const Matrix& dlogits, const Fn& fn) {
   const DType out = dlogits.data == nullptr ? logits.dtype : dlogits.dtype;
@@ -209,15 +212,12 @@ Status with_types(const Matrix& logits, const Matrix& dlogits, const Fn& fn) {
   return {"papo_kernels: logits of this dtype, or with a gradient of that one, are not supported"};
 }
 
-inline int element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat64 ? 8 : 2;
-}
-
-// How many clusters of a call's tile the device runs at a time.
+// Sets `clusters` to how many of the call's tile the device runs at a time.
 Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                       int* clusters);
 
-// The ways to run a call, given its tiles. `ran`: whether rows are many enough for this one.
+// The ways to run a call, given its tiles. launch_stats needs enough rows, and `ran` says whether
+// there were.
 Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                        int clusters);
 Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,

@@ -1,6 +1,6 @@
-// The machine below the kernels: every PTX instruction, built-in variable and collective they use,
-// each behind one function. Nothing else in csrc/cuda contains assembly, so that a build for the
-// host (PAPO_EMULATED, see tests/cpp) can put threads of its own underneath.
+// The machine below the kernels. Each PTX instruction, built-in variable and collective that they
+// use is behind one function here, and nothing else in csrc/cuda contains assembly. So a build for
+// the host (PAPO_EMULATED, see tests/cpp) can put threads of its own underneath.
 #pragma once
 
 #include <stdint.h>
@@ -34,12 +34,12 @@ namespace cuda {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
-// 16 bytes, the widest access of one thread.
+// 16 bytes: the widest access that a thread makes.
 struct alignas(16) Word {
   uint32_t r[4];
 };
 
-// Two floats that one instruction computes on where the machine can (sm_100).
+// Two floats. On sm_100 one instruction computes on both.
 struct Pair {
   float lo, hi;
 };
@@ -55,17 +55,17 @@ PAPO_DEVICE int64_t grid_blocks() { return gridDim.x; }
 
 // ---- arithmetic -------------------------------------------------------------------------------
 
-// 2^x to 2 units in the last place; 0 below 2^-126.
+// 2^x, to 2 units in the last place. Results below 2^-126 are 0.
 PAPO_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// a b, rounded before it meets a sum: nvcc fuses the two otherwise.
+// a b, rounded before it is added to anything. Otherwise nvcc would fuse the two.
 PAPO_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 
-// The larger; NaN where either is NaN, unlike fmaxf.
+// The larger of the two. Unlike fmaxf it is NaN where either is NaN.
 PAPO_DEVICE float max_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -100,13 +100,13 @@ PAPO_DEVICE uint32_t to_bf16x2(Pair x) {
   return y;
 }
 
-// 2^n for -1022 <= n <= 1023.
+// 2^n, for -1022 <= n <= 1023.
 PAPO_DEVICE double power_of_two(int n) { return __hiloint2double((1023 + n) << 20, 0); }
 
 PAPO_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 PAPO_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 
-// Bits [shift, shift + 32) of hi:lo, 0 <= shift < 32.
+// Bits [shift, shift + 32) of hi:lo, for 0 <= shift < 32.
 PAPO_DEVICE uint32_t funnel_right(uint32_t lo, uint32_t hi, uint32_t shift) {
   return __funnelshift_r(lo, hi, shift);
 }
@@ -160,14 +160,14 @@ template <typename T>
 PAPO_DEVICE T broadcast(T x, int lane) {
   return __shfl_sync(kWholeWarp, x, lane);
 }
-// Whether x holds in any lane.
+// Whether x is true in any lane.
 PAPO_DEVICE bool any(bool x) { return __any_sync(kWholeWarp, x) != 0; }
 // The largest signed integer of the warp.
 PAPO_DEVICE int warp_max(int x) { return __reduce_max_sync(kWholeWarp, x); }
 
 // ---- global memory ----------------------------------------------------------------------------
 
-// Volatile, so that a read of what an in-place gradient overwrites stays before its write.
+// Volatile, so that a read stays before the write of an in-place gradient to the same place.
 PAPO_DEVICE Word load_global(const void* p) {
   Word w;
   asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -175,7 +175,7 @@ PAPO_DEVICE Word load_global(const void* p) {
                : "l"(p));
   return w;
 }
-// Through the L1 cache: a neighbour reads the same word.
+// Through the L1 cache, as a neighbor reads the same word.
 PAPO_DEVICE Word load_global_cached(const void* p) {
   Word w;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -254,21 +254,21 @@ PAPO_DEVICE void store_shared_double(uint32_t address, double x) {
 PAPO_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes the initialised barriers visible to the cluster and to the copy engine.
+// Makes the initialized barriers visible to the cluster and to the copy engine.
 PAPO_DEVICE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// One arrival; releases what this thread wrote.
+// Arrives once, and releases what this thread wrote.
 PAPO_DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// One arrival, and the phase also waits for `bytes` to be written.
+// The same, and the phase also waits until `bytes` have been written.
 PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Whether the phase of this parity is over, after some time; acquires what was released to it
-// within the block, or by the cluster.
+// Waits for some time, and tells whether the phase of this parity is over. Then what was released
+// to it within the block is acquired.
 PAPO_DEVICE bool try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
@@ -280,6 +280,7 @@ PAPO_DEVICE bool try_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
   return over != 0;
 }
+// The same for what was released to it within the cluster.
 PAPO_DEVICE bool try_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
@@ -291,8 +292,8 @@ PAPO_DEVICE bool try_wait_cluster(uint32_t barrier, uint32_t parity) {
       : "memory");
   return over != 0;
 }
-// Until it is over. A build with PAPO_SPIN_LIMIT gives up after so many tries and says for what it
-// waited: a mistake in the barriers is then an error and not a hang.
+// Waits until it is over. A build with PAPO_SPIN_LIMIT gives up after so many tries, and names what
+// it waited for: a mistake in the barriers is then an error, and not a hang.
 template <typename Try>
 PAPO_DEVICE void wait_for(const Try& over, [[maybe_unused]] const char* name) {
 #if defined(PAPO_SPIN_LIMIT)
@@ -307,20 +308,19 @@ PAPO_DEVICE void wait_for(const Try& over, [[maybe_unused]] const char* name) {
 PAPO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
   wait_for([=] { return try_wait(barrier, parity); }, name);
 }
-// The same for what other blocks of the cluster wrote.
 PAPO_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity, const char* name) {
   wait_for([=] { return try_wait_cluster(barrier, parity); }, name);
 }
 
 // ---- bulk copies --------------------------------------------------------------------------------
 
-// Orders this thread's (and what it has acquired of others') ordinary accesses to shared memory
-// before its later bulk copies into it.
+// Orders ordinary accesses to shared memory before this thread's later bulk copies into it: its own
+// accesses, and those of others that it has acquired.
 PAPO_DEVICE void fence_before_bulk() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// global -> shared; source, target and bytes are multiples of 16. The bytes count towards
-// `barrier`. Streamed data: first to leave the L2 cache.
+// Copies from global to shared memory. source, target and bytes are multiples of 16, and the bytes
+// count toward `barrier`. As they are read once, they are the first to leave the L2 cache.
 PAPO_DEVICE void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
   asm volatile(
       "{.reg .b64 policy;\n"
@@ -338,15 +338,15 @@ PAPO_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 }
-// All threads of the cluster; a block's earlier writes are visible to the others afterwards.
+// Waits for all threads of the cluster. Afterward each sees what the others had written.
 PAPO_DEVICE void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
-// Writes two doubles at the same shared address of block `rank`, and counts their 16 bytes towards
-// that block's barrier. `target` is a multiple of 16.
+// Writes two doubles to shared memory of block `rank`, at the same address `target`, a multiple of
+// 16. Their 16 bytes count toward that block's barrier.
 PAPO_DEVICE void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
   asm volatile(
       "{.reg .b32 there, bar;\n"

@@ -1,35 +1,35 @@
-// The five sums of a row: per lane over words of logits, then over a warp, a block and a cluster.
+// The sums of a row: of a lane over words of logits, then of a warp, a block and a cluster.
 //
-// Lanes count in base 2 about a maximum m that their warp shares. With unit = log2(e)/temperature:
+// Lanes count in base 2, about a maximum m that their warp shares. With unit = log2(e)/temperature:
 //   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y
-// In the usual case y comes from one fma, x unit - M with M = m unit rounded; the rounding error
-// o = m unit - M, known exactly, is the same for every element: the sums are about m - o / unit.
-// A warp leaves the sums of all but its maximum, which adds exactly 1, 0, 1, 0 about itself: what
-// the others are to a nearly certain token keeps its digits. From there on the sums are a
-// RowState<double> in nats, merged as everywhere else.
+// In the usual case y comes from one fma, x unit - M, where M is m unit rounded. The rounding error
+// o = m unit - M is known exactly and is the same for every element: the sums are about m - o/unit.
+// A warp leaves the sums of all elements but its maximum, which about itself adds exactly 1 to Z
+// and Z2, and 0 to T and T2. So beside a nearly certain token the others keep their digits. From
+// there on the sums are a RowState<double> in nats, merged as everywhere else.
 #pragma once
 
 #include "papo/row_state.h"
-#include "vec_io.cuh"
+#include "words.cuh"
 
 namespace papo {
 namespace cuda {
 
-constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
-// 2^y is 0 in float from far above here; a masked logit then adds 0 * -500 and not 0 * -inf.
+// y of a masked logit. 2^y and 2^y y are then 0, where y = -inf would make the product NaN.
 constexpr float kFloor = -500.0f;
 
-// 2^x for |x| <= 2^-4, to 2e-9.
+// 2^x for |x| <= 2^-4, good to 2e-9.
 PAPO_DEVICE double exp2_near_zero(double x) {
   const double t = x * kLn2;
   return 1.0 + t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6 + t * (1.0 / 24))));
 }
 
-// e^x to 6e-9 for x <= 0, and exactly 1 for 0; what float outputs need, and a third of the time of
-// exp(): every row waits for one of these after the other.
+// e^x for x <= 0, good to 6e-9 and exactly 1 at 0: enough for float outputs. It takes a third of
+// the time of exp(), and every row waits for several of them in turn.
 PAPO_DEVICE double exp_of_distance(double x) {
-  const double y = x * kLog2e;
+  const double y = x * kLog2E;
   if (y < -1000.0) return 0.0;
   const double whole = rint(y);
   const double t = (y - whole) * kLn2;
@@ -43,11 +43,11 @@ PAPO_DEVICE double exp_of_distance(double x) {
 struct Scaling {
   float unit;
   float softcap, inv_softcap;  // 0: none
-  // Maxima in [fast_min, fast_max] allow the fma: m unit is at most 2^20, and a logit raised to
-  // `low` is still too far below the maximum to count.
+  // For a maximum in [fast_min, fast_max] the fma is exact enough: m unit is at most 2^20, and a
+  // logit raised to `low` is still too far below the maximum to count.
   float fast_min, fast_max;
   float low;
-  uint32_t low_bits;  // in the bits of the logits' type, once per element of a register
+  uint32_t low_bits;  // `low` in the bits of the logits' type, in each element of a register
   double inv_temperature;
 
   PAPO_DEVICE float capped(float x) const {
@@ -68,8 +68,8 @@ struct LaneSums {
     return {none, none, none, none};
   }
 
-  // One word. Its exponentials meet each other before they meet Z: a nearly certain token is most
-  // of Z, and what the others add is rounded to its last place each time.
+  // Adds one word. Its exponentials are added to each other before they are added to Z: once a
+  // nearly certain token is in Z, every sum is rounded to the last place of that token.
   template <int kPairs>
   PAPO_DEVICE void add(const Pair (&y)[kPairs]) {
     Pair e[kPairs], e2[kPairs];
@@ -84,10 +84,10 @@ struct LaneSums {
     Z2 = machine::add(Z2, total(e2));
   }
 
-  // Moves the sums to a maximum larger by -shift, in units of y. NaN stays.
+  // Moves the sums to a maximum that is larger by -shift, in units of y. NaN stays NaN.
   PAPO_DEVICE void rescale(float shift) {
     const float alpha = machine::exp2_fast(shift);
-    // A shift that underflows may be -inf, whose product with 0 would be NaN.
+    // A shift whose exponential underflows may be -inf, and -inf * 0 is NaN.
     const Pair by = both(alpha == 0.0f ? 0.0f : shift);
     const Pair a = both(alpha);
     const Pair a2 = both(alpha * alpha);
@@ -97,7 +97,7 @@ struct LaneSums {
     Z2 = machine::mul(a2, Z2);
   }
 
-  // Takes out one element at y = o, which one of two halves holds: what it added is known exactly.
+  // Takes out one element at y = o, which is in one of the halves. What it added is known exactly.
   PAPO_DEVICE void take_out(float o) {
     const float e = machine::exp2_fast(o);
     const Pair by = Z.lo >= e ? Pair{-e, 0.0f} : Pair{0.0f, -e};
@@ -120,7 +120,7 @@ struct LaneSums {
   }
 };
 
-// A float as an integer of the same order (NaN with a clear sign bit above +inf), and back.
+// Floats as integers in the same order, and back. A NaN whose sign bit is clear comes after +inf.
 PAPO_DEVICE int ordered(float x) {
   const int b = static_cast<int>(machine::as_bits(x));
   return b ^ ((b >> 31) & 0x7fffffff);
@@ -129,7 +129,8 @@ PAPO_DEVICE float unordered(int key) {
   return machine::as_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
 }
 
-// The largest elements of a lane's words, or NaN, as two chains: each step waits for the one before.
+// The largest element of a lane's words, or NaN. There are two chains of maxima, as each step of a
+// chain waits for the last.
 template <typename T>
 struct LaneTop {
   uint32_t best = T::kMasked, second = T::kMasked;
@@ -141,7 +142,7 @@ struct LaneTop {
   PAPO_DEVICE float largest() const {
     const uint32_t top = T::max_nan(best, second);
     if constexpr (T::kBytes == 2) {
-      const Pair p = T::wide(top);
+      const Pair p = T::to_floats(top);
       return machine::max_nan(p.lo, p.hi);
     } else {
       return machine::as_float(top);
@@ -164,13 +165,14 @@ class WarpScan {
       : s_(scaling), m_(-infinity<float>()), big_m_(0.0f), o_(0.0f), mode_(kNothing),
         sums_(LaneSums::zero()) {}
 
-  // ---- words that come once: about the largest so far
+  // ---- words that are read once: sums about the largest so far
 
-  // kWords words of every lane; those that are not there are masked. All branches are the warp's.
+  // Adds kWords words of every lane, which are masked where the row has none. The warp takes every
+  // branch as one.
   template <int kWords>
   PAPO_DEVICE void batch(Word (&w)[kWords]) {
     const float top = largest<T>(w);
-    // Rare: a new maximum, or NaN. A batch without either goes straight to its sums.
+    // A new maximum and NaN are rare. A batch without them goes straight to its sums.
     if (machine::any(!(top <= m_)) && !raise(top)) return;
     if (mode_ == kFast) {
       add<true>(w);
@@ -179,15 +181,15 @@ class WarpScan {
     }
   }
 
-  // ---- words that can be read twice: about the largest of all
+  // ---- words that are read twice: sums about the largest of all
 
-  // Nothing of what is added from here on exceeds its lane's `lane_top`. False: nothing is to be
-  // added, as the warp's part is bad or masked.
+  // Promises that no element to be added exceeds its lane's `lane_top`. Where this returns false
+  // there is nothing to add: the warp's part of the row is bad or masked.
   PAPO_DEVICE bool start(float lane_top) { return raise(lane_top) && mode_ != kNothing; }
   PAPO_DEVICE bool careful() const { return mode_ == kCareful; }
 
-  // kRaised: -inf among the words is raised to a finite number. Without that it makes T NaN:
-  // met_masked() tells, and restart() forgets what was added.
+  // With kRaised, -inf among the words is raised to a finite number. Without, it makes T NaN, which
+  // met_masked() reports, and restart() then clears the sums.
   template <bool kRaised, int kWords>
   PAPO_DEVICE void add(const Word (&w)[kWords]) {
     const Pair unit = both(s_.unit);
@@ -209,7 +211,8 @@ class WarpScan {
   }
   PAPO_DEVICE void restart() { sums_ = LaneSums::zero(); }
 
-  // Soft caps and maxima beyond the fast range. The words rotate so that the code is there once.
+  // For soft caps, and for maxima outside the fast range. The words rotate, so that the code for
+  // one of them is there once.
   template <int kWords>
   PAPO_DEVICE void add_careful(Word (&w)[kWords]) {
 #pragma unroll 1
@@ -228,8 +231,8 @@ class WarpScan {
 
   // ---- a warp's message
 
-  // Leaves the warp's message at `address`; `sampled` is the softcapped logit of the sampled token
-  // where this warp has it, else -inf.
+  // Leaves the warp's message at `address`. `sampled` is the softcapped logit of the sampled token
+  // if this warp has it, and -inf otherwise.
   PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) {
     const float top = take_out_maximum(lane);
     int which;
@@ -248,7 +251,7 @@ class WarpScan {
  private:
   enum Mode : int { kNothing, kFast, kCareful };  // kNothing: only masked logits so far
 
-  // Moves to the warp's maximum if it is a new one. False: the row is bad, and stays so.
+  // Moves to the warp's maximum if that is new. Returns false if the row is bad, for good.
   PAPO_DEVICE bool raise(float lane_top) {
     const float raw = unordered(machine::warp_max(ordered(lane_top)));
     if (!(raw < infinity<float>())) {
@@ -272,8 +275,9 @@ class WarpScan {
     return machine::max_nan(fmaf(s_.capped(x) - m_, s_.unit, o_), kFloor);
   }
 
-  // What it took out: one element at the maximum, or (a bad or masked part) none. Lanes whose sums
-  // are as large as the maximum's own are all as good: where there are several it is lost in them.
+  // Takes one element at the maximum out of the sums, and returns how many it took out: 1, or 0 if
+  // the part is bad or masked. Any lane will do whose Z is at least what the maximum adds: where
+  // there are several, the total is so large that the choice costs no digits.
   PAPO_DEVICE float take_out_maximum(int lane) {
     const float e = machine::exp2_fast(o_);
     const bool has = sums_.Z.lo >= e || sums_.Z.hi >= e;
@@ -282,8 +286,8 @@ class WarpScan {
     return from >= 0 ? 1.0f : 0.0f;
   }
 
-  // Each lane ends with one of the warp's four totals, `which` of Z, T, Z2, T2: halving what a lane
-  // keeps in the first steps takes a third of the shuffles of four separate sums.
+  // Leaves each lane one of the warp's four totals: number `which` of Z, T, Z2, T2. In the first
+  // two steps a lane keeps half of what it has. That takes a third of the shuffles of four sums.
   PAPO_DEVICE float warp_total(int lane, int& which) const {
     const float Z = sums_.Z.lo + sums_.Z.hi;
     const float T1 = sums_.T.lo + sums_.T.hi;
@@ -301,18 +305,12 @@ class WarpScan {
   }
 
   const Scaling& s_;
-  float m_, big_m_, o_;  // big_m_: M above
+  float m_, big_m_, o_;  // big_m_ is the M above
   Mode mode_;
   LaneSums sums_;
 };
 
 // ---- over warps and blocks --------------------------------------------------------------------
-
-// A row, or a part of it, and the sampled token's scaled logit (-inf: masked, or in another part).
-struct RowScan {
-  RowState<double> state;
-  double target_u;
-};
 
 // The message that WarpScan::leave wrote, in nats.
 PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
@@ -340,19 +338,19 @@ PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
   return scan;
 }
 
-// Merges the parts of `lanes` consecutive lanes, a power of two; every lane gets the result, to the
-// last bit the same, as each step adds the same two numbers on both sides.
+// Merges the parts of `lanes` consecutive lanes, a power of two. Every lane gets the same bits, as
+// in each step both sides add the same two numbers.
 PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
   double top = scan.state.max;
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
     const double other = machine::shuffle_xor(top, mask);
     top = other > top ? other : top;
     const double target_u = machine::shuffle_xor(scan.target_u, mask);
-    // NaN from either side.
+    // A NaN from either side stays.
     const bool theirs = target_u > scan.target_u || target_u != target_u;
     scan.target_u = theirs ? target_u : scan.target_u;
   }
-  // A bad part compares false with everything; its NaN reaches every lane through the sums.
+  // No comparison with a bad part is true. Its NaN reaches every lane through the sums.
   RowState<double> r = scan.state.rescaled(top, exp_of_distance);
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
     r.Z += machine::shuffle_xor(r.Z, mask);
@@ -364,7 +362,7 @@ PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
   return scan;
 }
 
-// Lane `lane`'s part, which every lane may choose for itself.
+// The part of lane `lane`. Each lane may name another.
 PAPO_DEVICE RowScan from_lane(const RowScan& scan, int lane) {
   const auto get = [lane](double x) { return machine::broadcast(x, lane); };
   const RowState<double>& s = scan.state;

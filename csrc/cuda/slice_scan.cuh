@@ -1,6 +1,6 @@
 // The sums of a slice that lies in shared memory, by the warps of a team. Each warp reads its words
-// twice: for their largest element, and for the sums about it. The second read costs less than
-// looking at a running maximum would, and the words need not wait in registers.
+// twice: once for their largest element, and once for the sums about it. The second read costs less
+// than the upkeep of a running maximum, and no words wait in registers.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -8,7 +8,7 @@
 namespace papo {
 namespace cuda {
 
-// The warp of a team that this one is, see rounds_of().
+// This warp's place in its team; rounds_of() says which words it has.
 struct TeamWarp {
   int warp, lane, log_threads;
 
@@ -16,7 +16,7 @@ struct TeamWarp {
   PAPO_DEVICE int threads() const { return 1 << log_threads; }
 };
 
-// The elements of a slice in one buffer.
+// The elements of a slice that lie in one buffer.
 template <typename T>
 struct Stage {
   SharedRow<T> row;
@@ -25,7 +25,7 @@ struct Stage {
   PAPO_DEVICE int words() const {
     return static_cast<int>(static_cast<uint32_t>(count + kPerWord<T> - 1) / kPerWord<T>);
   }
-  // Word i; what lies behind the last element is `fill`.
+  // Word i, with `fill` behind the last element.
   PAPO_DEVICE Word last_word(int i, uint32_t fill) const {
     const int within = i < words() ? i : words() - 1;
     return keep_first<T>(row.word(within), count - i * kPerWord<T>, fill);
@@ -41,7 +41,7 @@ struct Stage {
 
 // ---- the largest element ------------------------------------------------------------------------
 
-// Meets the words first, first + threads, ... of which there are `rounds`, in fours.
+// Meets `rounds` words, first, first + threads, ..., four at a time.
 template <typename T>
 PAPO_DEVICE void meet_words(LaneTop<T>& top, const SharedRow<T>& row, int first, int threads,
                             int rounds) {
@@ -53,7 +53,7 @@ PAPO_DEVICE void meet_words(LaneTop<T>& top, const SharedRow<T>& row, int first,
 #pragma unroll
     for (int u = 0; u < 4; ++u) top.meet(w[u]);
   }
-  // A word may be met twice.
+  // Meeting a word twice does no harm.
   if (rounds == 0) return;
   const int last = first + (rounds - 1) * threads;
   Word w[3];
@@ -63,15 +63,15 @@ PAPO_DEVICE void meet_words(LaneTop<T>& top, const SharedRow<T>& row, int first,
   for (int u = 0; u < 3; ++u) top.meet(w[u]);
 }
 
-// A round's 32 words are one run of elements. Where it starts off a 16-byte boundary, 31 aligned
-// words lie within it; the parts of a word at its two ends are met round by round, a lane each.
+// The 32 words of a round are one run of elements. If it starts off a 16-byte boundary, 31 aligned
+// words lie within it, and a part of a word at each end. Each lane meets the ends of some rounds.
 template <typename T>
 PAPO_DEVICE void meet_unaligned(LaneTop<T>& top, const SharedRow<T>& row, const TeamWarp& t,
                                 int rounds) {
   if (rounds == 0) return;
   const SharedRow<T> floor = {row.address & ~15u};
   const int before = static_cast<int>(row.address & 15u) / T::kBytes;
-  // Lane 0 meets its neighbour's word again.
+  // Lane 0 meets its neighbor's word once more.
   const int inner = 32 * t.warp + (t.lane > 0 ? t.lane : 1);
   meet_words(top, floor, inner, t.threads(), rounds);
 #pragma unroll 1
@@ -125,7 +125,7 @@ PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamW
     i += threads;
   }
   if (stage.rounds(t) == whole) return;
-  // Behind the last element: too far below the maximum to count.
+  // What is behind the last element is too far below the maximum to count.
   Word last[1] = {stage.last_word(i, low_bits)};
   sums.template add<kRaised>(last);
 }
@@ -155,9 +155,9 @@ PAPO_DEVICE void add_stages(WarpScan<T>& sums, int stages, const At& at, const T
   }
 }
 
-// The slice in the buffers at(0) ... at(stages - 1), all of which hold their elements once
-// wait(s) has returned. `masked`: whether the warp expects -inf among them; kept from row to row, as
-// one row with masked logits is followed by others.
+// Sums the slice in the buffers at(0) ... at(stages - 1). Buffer s holds its elements once wait(s)
+// has returned. `masked` says whether the warp expects -inf among them. It is kept from row to row,
+// as a row with masked logits is usually followed by others.
 template <typename T, typename Wait, typename At>
 PAPO_DEVICE void scan_slice(WarpScan<T>& sums, int stages, const Wait& wait, const At& at,
                             const TeamWarp& t, uint32_t low_bits, bool& masked) {

@@ -1,7 +1,8 @@
-// Rows read from global memory by one block each: once for the sums and, where a gradient is
-// wanted, again for it. For GPUs without clusters and rows longer than a cluster's shared memory.
+// Rows that are read from global memory, by one block each: once for the sums, and again for the
+// gradient if one is wanted. For GPUs without clusters, and for rows that a cluster's shared memory
+// cannot hold.
 #include "launch.cuh"
-#include "row_gradient.cuh"
+#include "write_gradient.cuh"
 
 namespace papo {
 namespace cuda {
@@ -9,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 32 * kStreamWarps;
 
-// kStreamBatch words of this lane, from word `first` of the row in steps of `step`.
+// Loads kStreamBatch words of this lane: first, first + step, ....
 template <typename In>
 PAPO_DEVICE void load_batch(const GlobalRow<In>& row, int first, int step,
                             Word (&w)[kStreamBatch]) {
@@ -21,7 +22,7 @@ PAPO_DEVICE void load_batch(const GlobalRow<In>& row, int first, int step,
 #pragma unroll
     for (int u = 0; u < kStreamBatch; ++u) w[u] = row.from_both(first + u * step);
   } else {
-    // The ends of the row. The words rotate so that the code is there once.
+    // At the ends of the row. The words rotate, so that the code for one of them is there once.
 #pragma unroll 1
     for (int u = 0; u < kStreamBatch; ++u) {
 #pragma unroll
@@ -58,7 +59,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
   const Share share = {thread, machine::block_threads()};
   const uint32_t messages = machine::shared_base();
   const uint32_t plan = messages + static_cast<uint32_t>(warps * kWarpMessageBytes);
-  const WeightingValues<float> weighting = load_weighting(call.weighting);
+  const WeightingValues<float> weighting = load_weighting<float>(call.weighting);
 
   RowQueue queue(call, machine::block_index(), machine::grid_blocks(), lane);
   for (Job job = queue.next(); job.row >= 0; job = queue.next()) {

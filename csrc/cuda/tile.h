@@ -1,5 +1,5 @@
-// How rows are cut: over the blocks of a cluster, into buffers in shared memory, into 16-byte
-// words. Plain index arithmetic for host and device; tests/cpp/tile_walk.cpp checks it
+// How rows are cut: over the blocks of a cluster, into buffers in shared memory, and into 16-byte
+// words. This is plain index arithmetic for host and device, which tests/cpp/tile_walk.cpp checks
 // exhaustively.
 #pragma once
 
@@ -11,23 +11,28 @@ namespace papo {
 namespace cuda {
 
 constexpr int kWordBytes = 16;
-constexpr int kWholeWarps = 8;    // that compute, in a block that has its multiprocessor to itself
-constexpr int kPairedWarps = 4;   // the same, where two blocks share one
-constexpr int kStreamWarps = 8;   // the same, where a block reads whole rows
-constexpr int kServiceWarps = 2;  // the one that copies and the one that finishes rows
-constexpr int kMaxWarps = 16;     // that compute, in a block of a cluster
-constexpr int kMaxStatsWarps = 8;  // the same, in a block that takes all slices
+// How many compute warps a derived tile gives a block at most:
+constexpr int kWholeWarps = 8;   // one that has a multiprocessor to itself
+constexpr int kPairedWarps = 4;  // one that shares a multiprocessor
+constexpr int kStreamWarps = 8;  // one that reads rows from global memory
+// How many a block can have:
+constexpr int kMaxWarps = 16;      // one of a cluster
+constexpr int kMaxStatsWarps = 8;  // one that takes all slices of a row
+constexpr int kServiceWarps = 2;   // beside the compute warps: one copies, one finishes rows
 constexpr int kResidentThreads = 32 * (kMaxWarps + kServiceWarps);
 constexpr int kStatsThreads = 32 * (kMaxStatsWarps + kServiceWarps);
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRing = 8;
-constexpr int kUsefulWords = 8;  // of a thread, before another warp is worth its once-a-row work
-constexpr int kScanWords = 4;    // of a thread that are summed together, of a slice on chip
-// Rows for each block that takes all slices. With fewer some blocks have nothing to do at the end,
-// while a cluster shares the work of the last row.
+// Words of a thread, below which another warp is not worth what it does once a row.
+constexpr int kUsefulWords = 8;
+constexpr int kScanWords = 4;    // words of a thread that are summed together, on chip
+constexpr int kStreamBatch = 4;  // the same, from global memory
+// The fewest rows for each block that takes all slices. With fewer rows some blocks would be idle
+// at the end, where a cluster shares the last row.
 constexpr int kStatsRounds = 8;
-constexpr int kStreamBatch = 4;  // words per thread between two looks at the running maximum
-constexpr int kReservedShared = 1024;  // taken by the system from each block's shared memory
+constexpr int kReservedShared = 1024;  // bytes of a block's shared memory that the system takes
+// Columns are counted in 32 bits, and so is what rounds them up.
+constexpr int64_t kMostColumns = int64_t{1} << 30;
 constexpr int64_t kMostStageBytes = 1 << 20;  // fewer than a barrier can count
 
 PAPO_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,10 +42,14 @@ PAPO_HD int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- a run of elements in memory ----------------------------------------------------------------
 
-// `elements` from some address on, as whole aligned words with ragged ends:
+// A run of elements in memory, as whole aligned words with ragged ends:
 // head elements | words x 16 bytes | tail elements.
 struct Walk {
   int head, words, tail;
+
+  // How many elements the two ends have, and where the k-th of these is in a run of `count`.
+  PAPO_HD int ends() const { return head + tail; }
+  PAPO_HD int end_place(int k, int count) const { return k < head ? k : count - tail + (k - head); }
 };
 
 PAPO_HD Walk make_walk(uintptr_t address, int64_t elements, int element_bytes) {
@@ -53,8 +62,8 @@ PAPO_HD Walk make_walk(uintptr_t address, int64_t elements, int element_bytes) {
 }
 
 // The aligned bytes [begin, end) that one bulk copy brings for a run of elements. They may include
-// a few bytes of its neighbours in the same word, but never leave [lowest, highest), the bytes of
-// the matrix: what the copy then lacks at the ends are `head` and `tail` elements.
+// neighbors of the run in the same word, but no byte outside [lowest, highest), the matrix. Where
+// that makes the copy too short, `head` and `tail` elements are missing at its ends.
 struct CopyRange {
   uintptr_t begin, end;
   int head, tail;
@@ -72,38 +81,38 @@ PAPO_HD CopyRange make_copy_range(uintptr_t first, int elements, int element_byt
           last > end ? static_cast<int>(last - end) / element_bytes : 0};
 }
 
-// ---- a row over a cluster -----------------------------------------------------------------------
+// ---- tiles --------------------------------------------------------------------------------------
 
 struct DeviceLimits {
   int multiprocessors;
   int shared_per_block;
   int shared_per_multiprocessor;
-  int max_cluster;  // 0: no clusters or bulk copies
+  int max_cluster;  // 0: it has neither clusters nor bulk copies
 };
 
-// How the rows of a call are cut. It depends on the vocabulary, the logits' type and the device, and
-// on nothing else: the sums of a row are then formed in the same order in every call, whatever the
-// number of rows, and logp is the same to the last bit in all of them.
+// How the rows of a call are cut. It depends on the vocabulary, the type of the logits and the
+// device, and not on the number of rows. So every call forms the sums of a row in the same order,
+// and logp has the same bits in all of them.
 struct Tile {
-  int cluster;  // slices of a row, and blocks that share it; 0: rows are read from global memory
-  int warps;    // that compute, per slice
-  int slice;    // columns of a row per block
-  int stage;    // columns per buffer
+  int cluster;  // blocks that share a row, a slice each; 0: rows are read from global memory
+  int warps;    // compute warps of a slice
+  int slice;    // columns of a slice
+  int stage;    // columns of a buffer
   int stages;   // buffers that a slice fills
-  int ring;     // buffers of a block
+  int ring;     // buffers that a block has
   int blocks;   // on a multiprocessor
   int stage_bytes;
   int shared_bytes;
-  bool ahead;  // a row's sums are formed before the gradient of the row before it
+  bool ahead;  // a row is summed before the gradient of the previous row is written
 };
 
-// How a block takes all slices of a row in turn, where no gradient is wanted: teams of tile.warps
-// warps, each with a slice. The sums are those of the same Tile, to the last bit.
+// How a block takes all slices of a row in turn, where no gradient is wanted. Each of its teams of
+// tile.warps warps sums a slice at a time. The sums have the same bits as with the Tile alone.
 struct StatsTile {
-  int teams;   // 0: the rows of statistics are shared by clusters too
-  int ring;    // buffers of a slice
+  int teams;   // 0: clusters share the rows of statistics too
+  int ring;    // buffers that a block has, a slice each
   int blocks;  // on a multiprocessor
-  int rounds;  // rows for each block, at least
+  int rounds;  // the fewest rows for each block
   int shared_bytes;
 };
 
@@ -111,8 +120,7 @@ struct Span {
   int begin, count;
 };
 
-// Part `part` of `total` columns in parts of `size`; part * size is below 2^31, as there are at most
-// 2^30 columns.
+// Part `part` of `total` columns, in parts of `size`. kMostColumns keeps part * size below 2^31.
 PAPO_HD Span span_of(int part, int size, int total) {
   const int begin = part * size < total ? part * size : total;
   return {begin, size < total - begin ? size : total - begin};
@@ -125,14 +133,14 @@ PAPO_HD Span span_between(int64_t begin, int64_t end, int part, int parts, int p
   return {static_cast<int>(first), static_cast<int>(smaller(size, end - first))};
 }
 
-// A warp's part of a run of words in shared memory: word 32 warp + lane, and then every
-// 2^log_threads-th. rounds_of() is how many of them some lane of it has.
+// Of a run of words in shared memory a lane has word 32 warp + lane, and then every
+// 2^log_threads-th. This is how many words a lane of the warp has at most: its rounds.
 PAPO_HD int rounds_of(int words, int warp, int log_threads) {
   const int left = words - 32 * warp;
   return left <= 0 ? 0 : ((left - 1) >> log_threads) + 1;
 }
-// The rounds in which every lane has one of the `whole` first words. After them there is one round
-// more or none, where no more than one word follows those.
+// The rounds in which every lane has one of the first `whole` words. If at most one word follows
+// those, at most one round follows these.
 PAPO_HD int whole_rounds_of(int whole, int warp, int log_threads) {
   return rounds_of(whole - 31, warp, log_threads);
 }
@@ -143,7 +151,7 @@ PAPO_HD int log2_of(int x) {
   return n;
 }
 
-// Offsets in the shared memory of a block that shares its rows with a cluster.
+// Offsets in the shared memory of a block of a cluster.
 struct SharedLayout {
   int exchange;  // [2][cluster] CtaMessage
   int partial;   // [2][warps] WarpMessage
@@ -167,7 +175,7 @@ PAPO_HD SharedLayout make_layout(int cluster, int warps, int ring, int stage_byt
   return s;
 }
 
-// The same of a block that takes all slices of its rows.
+// The same for a block that takes all slices of its rows.
 struct StatsLayout {
   int partial;   // [slices][warps] WarpMessage
   int barriers;  // full[ring], empty[ring], partial, taken
@@ -182,12 +190,13 @@ PAPO_HD StatsLayout make_stats_layout(int slices, int warps, int ring, int stage
   return s;
 }
 
-// The buffer of `columns` columns: one more word, as a row may start anywhere within one.
+// The bytes of a buffer for `columns`. It has one more word than they fill, as a row may start
+// anywhere within a word.
 PAPO_HD int64_t buffer_bytes(int64_t columns, int element_bytes) {
   return round_up(columns * element_bytes, kWordBytes) + kWordBytes;
 }
 
-// The warps that `words` keep busy, a power of two of at most `most`.
+// How many warps `words` keep busy: a power of two, and `most` at most.
 PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
   int warps = 1;
   while (warps < most && static_cast<int64_t>(warps) * words_per_warp < words) warps *= 2;
@@ -197,28 +206,27 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
 // ---- the choice ---------------------------------------------------------------------------------
 
 constexpr int kRegisters = 65536;     // of a multiprocessor
-constexpr int kOnChipRegisters = 96;  // of a thread, at most, in the kernels that keep rows on chip
+constexpr int kOnChipRegisters = 96;  // that a thread has at most where rows stay on chip
 
-// As many of `most` workers as have equal shares of `rows`: with more, some would be idle while
-// others do their last row.
+// How many of `most` workers to use for `rows`: the fewest that take as many rounds as all of them.
 PAPO_HD int64_t even_grid(int64_t rows, int64_t most) {
   return rows == 0 ? 0 : ceil_div(rows, ceil_div(rows, most));
 }
 
-// Bytes that one of `blocks` blocks on a multiprocessor may have.
+// The shared memory that a block may have where `blocks` share a multiprocessor.
 PAPO_HD int64_t shared_budget(const DeviceLimits& device, int blocks) {
   const int64_t share = device.shared_per_multiprocessor / blocks - kReservedShared;
   return larger(0, smaller(share, device.shared_per_block));
 }
 
-// What a block must ask for so that no more than `blocks` of them share a multiprocessor.
+// The shared memory that a block must ask for, so that at most `blocks` share a multiprocessor.
 PAPO_HD int exclusive_bytes(const DeviceLimits& device, int blocks, int bytes) {
   const int64_t most = device.shared_per_multiprocessor / (blocks + 1) - kReservedShared;
   const int64_t least = round_up(larger(most, 0) + 1, kWordBytes);
   return static_cast<int>(larger(bytes, smaller(least, device.shared_per_block)));
 }
 
-// A row of `columns` cut over `cluster` blocks; its shared memory is that of `ring` buffers.
+// The tile of rows of `columns`, cut over `cluster` blocks with `ring` buffers each.
 inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps, int stages,
                       int ring, int blocks) {
   const int per_word = kWordBytes / element_bytes;
@@ -226,7 +234,7 @@ inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps
   const int64_t slice = round_up(ceil_div(columns, cluster), per_word);
   const int64_t stage = round_up(ceil_div(slice, stages), per_word);
   const int64_t bytes = buffer_bytes(stage, element_bytes);
-  // Beyond what any device has; as an int it might look small.
+  // No device has as much, but as an int it might look small.
   if (bytes > kMostStageBytes) return t;
   t.cluster = cluster;
   t.warps = warps;
@@ -241,18 +249,18 @@ inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps
   return t;
 }
 
-// The tile that cuts a row over `cluster` blocks, `blocks` of them on a multiprocessor; its cluster
-// is 0 where the row does not fit. `rows_wanted`: slices that the ring must hold at least.
+// The tile that cuts a row over `cluster` blocks, where `blocks` share a multiprocessor and the
+// ring holds at least `rows_wanted` slices. Its cluster is 0 if the row does not fit.
 inline Tile fit_tile(int64_t columns, int element_bytes, int cluster, int most_warps,
                      const DeviceLimits& device, int blocks, int rows_wanted) {
-  constexpr int64_t kStageBytes = 32768;  // of a slice that is too long to be one buffer
+  constexpr int64_t kStageBytes = 32768;  // of the buffers for a slice that does not fit in one
   const int per_word = kWordBytes / element_bytes;
   const int64_t words = ceil_div(ceil_div(columns, cluster), per_word);
   const bool whole = rows_wanted > 1;
   const int64_t stages = whole ? 1 : larger(1, ceil_div(words * kWordBytes, kStageBytes));
   if (stages >= kMaxRing) return Tile{};
   const int warps = useful_warps(words, 32 * kUsefulWords, most_warps);
-  // One buffer more than a row, so that the next row is on its way while this one is finished.
+  // One buffer more than a row fills: the next row is on its way while this one is finished.
   const int least = whole ? rows_wanted : static_cast<int>(stages) + 1;
   for (int ring = whole ? 4 : kMaxRing; ring >= least; --ring) {
     const Tile t = make_tile(columns, element_bytes, cluster, warps, static_cast<int>(stages), ring,
@@ -262,7 +270,7 @@ inline Tile fit_tile(int64_t columns, int element_bytes, int cluster, int most_w
   return Tile{};
 }
 
-// The tile of rows that a block reads from global memory.
+// The tile of rows that are read from global memory.
 inline Tile stream_tile(int64_t columns, int element_bytes) {
   Tile t = {};
   t.warps = useful_warps(ceil_div(columns * element_bytes, kWordBytes),
@@ -271,7 +279,7 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
   return t;
 }
 
-// The same tile with as many blocks on a multiprocessor as fit: short rows leave room for more.
+// The same tile with as many blocks on a multiprocessor as fit. Short rows leave room for more.
 inline Tile crowded(Tile t, const DeviceLimits& device) {
   const int threads = 32 * (t.warps + kServiceWarps);
   const auto fits = [&](int blocks) {
@@ -282,15 +290,15 @@ inline Tile crowded(Tile t, const DeviceLimits& device) {
   return t;
 }
 
-// Prefers two blocks or more on a multiprocessor, so that one computes where the other waits, and
-// the smallest cluster whose blocks hold three rows: one being finished, one being summed, one on
-// its way.
+// The best tile by rule. Two blocks or more share a multiprocessor, so that one computes while
+// another waits. The cluster is the smallest whose blocks hold three rows: one being finished, one
+// being summed, and one on its way.
 inline Tile derived_tile(int64_t columns, int element_bytes, const DeviceLimits& device) {
   for (int cluster = 1; cluster <= smaller(8, device.max_cluster); cluster *= 2) {
     const Tile t = fit_tile(columns, element_bytes, cluster, kPairedWarps, device, 2, 3);
     if (t.cluster != 0) return crowded(t, device);
   }
-  // A long row takes the multiprocessor for one block.
+  // For a long row a block takes a whole multiprocessor.
   for (int cluster = 8; cluster <= device.max_cluster; cluster *= 2) {
     for (int rows_wanted = 3; rows_wanted > 0; --rows_wanted) {
       const Tile t = fit_tile(columns, element_bytes, cluster, kWholeWarps, device, 1, rows_wanted);
@@ -305,8 +313,8 @@ inline StatsTile make_stats_tile(const Tile& tile, int teams, int ring, int bloc
   return {teams, ring, blocks, rounds, bytes};
 }
 
-// As many teams as fill a block, and a buffer more than there are teams. No teams: a row of one
-// slice, and slices of several buffers, are the cluster kernel's.
+// As many teams as fill a block, and at least one buffer more. A row of one slice and slices of
+// several buffers get no teams: they are left to the kernel of clusters.
 inline StatsTile derived_stats_tile(const Tile& tile, const DeviceLimits& device) {
   if (tile.cluster < 2 || tile.stages != 1) return StatsTile{};
   for (int blocks = 2; blocks > 0; --blocks) {

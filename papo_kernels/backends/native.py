@@ -163,7 +163,7 @@ def _row_params(native: ModuleType, row: RowParams) -> Any:
 
 @lru_cache(maxsize=64)
 def _policy_loss_params(native: ModuleType, params: PolicyLossParams) -> Any:
-    return native.PolicyLossParams(
+    return native.Objective(
         params.clip_low,
         params.clip_high,
         params.dual_clip or 0.0,

@@ -60,10 +60,10 @@ const char* emulated_token_stats_bwd(const Matrix* logits, uintptr_t targets, ui
 }
 
 const char* emulated_policy_loss(const Matrix* logits, const TokenInputs* tokens,
-                                 const PolicyLossParams* params, const Weighting* weighting,
+                                 const Objective* objective, const Weighting* weighting,
                                  const RowParams* row, const PolicyLossOut* out,
                                  const Matrix* dlogits, const Launch* launch) {
-  return cuda::launch_policy_loss(*logits, *tokens, *params, *weighting, *row, *out, *dlogits,
+  return cuda::launch_policy_loss(*logits, *tokens, *objective, *weighting, *row, *out, *dlogits,
                                   *launch)
       .message;
 }

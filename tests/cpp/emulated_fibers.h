@@ -24,9 +24,9 @@ struct Barrier {
   int arrivals = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;
-  uint32_t initialiser = 0;  // agent
-  bool fenced = false;       // the initialiser's barrier_init_fence came
-  Stamp initialised;
+  uint32_t initializer = 0;  // agent
+  bool fenced = false;       // the initializer's barrier_init_fence came
+  Stamp initialized;
   uint32_t copies = 0, messages = 0;  // the agents that stand for what completes on it
   // What its phases pass on, at the scope of the block and at that of the cluster: of the phases
   // that are over, and with what has arrived since.

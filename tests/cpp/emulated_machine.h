@@ -1,11 +1,11 @@
 // csrc/cuda/machine.cuh for a host: every CUDA thread is a fiber, run in an order drawn at random.
 //
-// The CUDA sources compile against this unchanged (-DPAPO_EMULATED). What is asynchronous on a GPU
-// stays so: bulk copies and messages between blocks arrive at some random later moment, and what
-// they are going to overwrite is spoilt at once. A missing barrier therefore shows as NaN, a wrong
-// phase as a deadlock, and a stray or misaligned access as an error. With Machine::check_order an
-// access to shared memory that nothing orders is an error too, in whatever order it came
-// (emulated_order.h). Everything is reported through error().
+// The CUDA sources compile against this unchanged, with -DPAPO_EMULATED. What is asynchronous on a
+// GPU stays so: bulk copies and messages between blocks arrive at some random later moment, and
+// what they will overwrite is spoiled at once. So a missing barrier shows as NaN, a wrong phase as
+// a deadlock, and a stray or misaligned access as an error. With Machine::check_order an access to
+// shared memory that nothing orders is an error too, whatever order it came in; see
+// emulated_order.h. Errors are the status of the launch.
 #pragma once
 
 #include "emulated_arithmetic.h"

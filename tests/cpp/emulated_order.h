@@ -1,15 +1,14 @@
 // What orders two accesses to the same shared memory: a happens-before check with vector clocks.
 //
-// Every thread has a clock: of what each agent of its cluster did, how much has surely happened
-// before what the thread does next. Agents are the threads, and for each barrier the bulk copies
-// and the messages that complete on it. Arrivals and waits at barriers pass clocks on, as do
-// synchronisations of a warp, a block or a cluster. Shuffles do not. The wait for a barrier brings
-// other blocks' messages only at the scope of the cluster, and a bulk copy comes after what its
-// thread knew at its last fence. An access to bytes whose last access the thread does not know of
-// is an error, whatever order this run took.
+// Every thread has a clock. For each agent of its cluster the clock says how much of what the agent
+// did has surely happened before what the thread does next. The agents are the threads and, for
+// each barrier, the bulk copies and the messages that complete on it. Arrivals and waits at
+// barriers pass clocks on, as do synchronizations of a warp, a block or a cluster. Shuffles do not.
+// A wait brings other blocks' messages only at the scope of the cluster. A bulk copy comes after
+// what its thread knew at its last fence. If a thread does not know of the last access to some
+// bytes, its own access to them is an error, whatever order this run took.
 //
-// Taken for granted: a message comes after what its sender did before, as far as reads go and other
-// messages.
+// One thing is taken for granted: a message comes after its sender's earlier reads and messages.
 #pragma once
 
 #include <stdint.h>
@@ -29,7 +28,7 @@ struct Stamp {
   uint32_t agent = kNobody, time = 0;
 };
 
-// Per agent the last moment that is known; agents beyond the end are not known at all.
+// The last known moment of each agent. Of agents beyond the end nothing is known.
 class Clock {
  public:
   bool knows(const Stamp& s) const {
@@ -50,8 +49,8 @@ class Clock {
   std::vector<uint32_t> times_;
 };
 
-// The accesses to four bytes of shared memory that a later one must come after. (No two threads
-// store to different halves of them.)
+// The accesses to four bytes of shared memory that a later one must come after. No two threads
+// store to different halves of them.
 struct Cell {
   Stamp write;
   std::vector<Stamp> reads;  // since the write, one per thread

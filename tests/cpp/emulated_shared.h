@@ -1,5 +1,5 @@
-// Memory, barriers in shared memory and what is written by others than threads, of the emulated
-// machine: which accesses there may be, and (emulated_order.h) which of them are ordered.
+// The emulated machine's memory, its barriers, and its bulk copies and messages. It says which
+// accesses are allowed, and with emulated_order.h which of them are ordered.
 #pragma once
 
 #include "emulated_fibers.h"
@@ -8,7 +8,7 @@ namespace papo {
 namespace cuda {
 namespace emulator {
 
-// ---- which accesses there may be ----------------------------------------------------------------
+// ---- which accesses are allowed -----------------------------------------------------------------
 
 inline void check_global(const void* p, size_t bytes, bool write) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
@@ -34,7 +34,7 @@ T load(const void* p) {
 
 // ---- which of them are ordered ------------------------------------------------------------------
 
-// Agents: the threads of a cluster, block by block; then two for each barrier.
+// The agents are the threads of a cluster, block by block, and then two for each barrier.
 inline uint32_t thread_agents() {
   return static_cast<uint32_t>(machine().cluster * machine().threads);
 }
@@ -58,7 +58,8 @@ inline const char* missing(const Stamp& s) {
   return is_thread(s.agent) ? ": nothing orders the two" : ": it was not waited for";
 }
 
-// `what` touches the bytes now; threads' earlier accesses must be `known`, transfers `landed`.
+// `what` touches the bytes now. Earlier accesses by threads must be in `known`, and those by
+// transfers in `landed`.
 inline void check_order(Block& b, uint32_t address, size_t bytes, bool writing, const char* what,
                         const Clock& known, const Clock& landed) {
   const uint32_t end = (address + static_cast<uint32_t>(bytes) + kCellBytes - 1) / kCellBytes;
@@ -102,34 +103,34 @@ inline void init_barrier(uint32_t address, int arrivals) {
   shared_at(*f.block, address, 8);
   Barrier& b = f.block->barriers[address] = Barrier{};
   b.arrivals = b.pending = arrivals;
-  b.initialiser = f.now.agent;
-  b.initialised = f.now;
+  b.initializer = f.now.agent;
+  b.initialized = f.now;
   b.copies = f.block->cluster->agents++;
   b.messages = f.block->cluster->agents++;
 }
 
 inline void fence_barriers() {
   for (auto& [address, b] : block().barriers) {
-    if (b.initialiser == fiber().now.agent) b.fenced = true;
+    if (b.initializer == fiber().now.agent) b.fenced = true;
   }
 }
 
-// For this thread; `asynchronous`: for a bulk copy or a message that it starts.
+// The barrier, for this thread or, if `asynchronous`, for a bulk copy or message that it starts.
 inline Barrier& barrier_at(Block& b, uint32_t address, bool asynchronous = false) {
   const auto it = b.barriers.find(address);
-  if (it == b.barriers.end()) fail("barrier used before it was initialised");
+  if (it == b.barriers.end()) fail("barrier used before it was initialized");
   const Fiber& f = fiber();
-  if (!it->second.fenced && (asynchronous || it->second.initialiser != f.now.agent)) {
+  if (!it->second.fenced && (asynchronous || it->second.initializer != f.now.agent)) {
     fail("barrier used by others before its barrier_init_fence");
   }
-  if (machine().check_order && !f.known.knows(it->second.initialised)) {
-    fail("barrier used by others: nothing orders its initialisation before");
+  if (machine().check_order && !f.known.knows(it->second.initialized)) {
+    fail("barrier used by others: nothing orders its initialization before");
   }
   return it->second;
 }
 
-// A parity tells one phase from the next alone. So a phase may not end before every thread that
-// waits for the one before it surely has: it might wait for ever.
+// A parity tells a phase from the next one and no other. So a phase may not end until every thread
+// that waits for the last one has surely seen its end: otherwise it might wait forever.
 inline void check_observers(Barrier& b) {
   for (const Stamp& s : b.observers) {
     if (b.arriving.knows(s) || b.arriving_cluster.knows(s)) continue;
@@ -183,8 +184,8 @@ inline void meet_cluster() {
 
 // ---- bulk copies and messages -------------------------------------------------------------------
 
-// Bytes on their way into shared memory: spoilt at once, there at some later moment, when `write`
-// puts them there and they count towards the barrier.
+// Starts bytes on their way into shared memory. The bytes there are spoiled at once. At some later
+// moment `write` replaces them, and they count toward the barrier.
 inline void start_transfer(Block& b, uint32_t target, uint32_t bytes, uint32_t barrier,
                            bool message, std::function<void(unsigned char*)> write) {
   Machine& m = machine();

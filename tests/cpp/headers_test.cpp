@@ -167,11 +167,16 @@ void test_bad_parts() {
 
 // ---- row_grad.h ---------------------------------------------------------------------------------
 
+double scaled_logit(double z, const papo::RowParams& row) {
+  const double capped = row.softcap > 0 ? row.softcap * std::tanh(z / row.softcap) : z;
+  return (z == -kInf ? z : capped) / row.temperature;
+}
+
 // The gradient of g.logp logp + g.entropy H + g.unit_polarity c in z, u = softcap(z) / temperature.
 Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
                  const papo::RowParams& row) {
   Row u(z.size());
-  for (size_t i = 0; i < z.size(); ++i) u[i] = papo::scaled_logit(z[i], row);
+  for (size_t i = 0; i < z.size(); ++i) u[i] = scaled_logit(z[i], row);
   const auto state = one_pass<double>(u, 0, static_cast<int>(u.size()));
   const auto grad = papo::make_row_grad(state, papo::finish(state, u[target]), g);
   Row dz(z.size(), 0.0);
@@ -188,7 +193,7 @@ Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
 double objective(const Row& z, int target, const papo::Upstream<double>& g,
                  const papo::RowParams& row) {
   Row u(z.size());
-  for (size_t i = 0; i < z.size(); ++i) u[i] = papo::scaled_logit(z[i], row);
+  for (size_t i = 0; i < z.size(); ++i) u[i] = scaled_logit(z[i], row);
   const Exact s = exact_stats(u, target);
   const long double total = g.entropy * s.entropy + g.unit_polarity * s.unit_polarity;
   return static_cast<double>(u[target] == -kInf ? total : total + g.logp * s.logp);
@@ -241,7 +246,7 @@ void test_certain_token() {
 // ---- policy_loss.h ------------------------------------------------------------------------------
 
 struct Options {
-  papo::PolicyLossParams params{0.2, 0.2, 0.0, 0.0, 0.0};
+  papo::Objective objective{0.2, 0.2, 0.0, 0.0, 0.0};
   papo::WeightingValues<double> weighting{papo::WeightShape::kNone, 0, 0, 0, 1, 1};
 };
 
@@ -249,7 +254,7 @@ papo::TokenOut<double> token(double ratio, double advantage, const Options& o, d
                              double ref_gap = 0.0) {
   const double logp = -1.5;
   papo::TokenIn<double> in{advantage, 2.0, true, true, logp - std::log(ratio), logp + ref_gap};
-  return papo::policy_token(logp, 0.7, c, in, o.params, o.weighting);
+  return papo::policy_token(logp, 0.7, c, in, o.objective, o.weighting);
 }
 
 // loss and dlogp carry the token weight 2.
@@ -268,18 +273,18 @@ void test_clipping() {
   expect_token(token(0.5, -2, o), 1.6, 0, true, "below, punished");
   expect_token(token(1.5, -2, o), 3.0, 3.0, false, "above, punished");
   expect_token(token(1.0, 0, o), 0, 0, false, "no advantage");
-  o.params.dual_clip = 3;
+  o.objective.dual_clip = 3;
   expect_token(token(5.0, -2, o), 6.0, 0, true, "dual clip");
   expect_token(token(2.0, -2, o), 4.0, 4.0, false, "within the dual clip");
   expect_token(token(5.0, 2, o), -2.4, 0, true, "dual clip, rewarded: none");
   o = Options();
-  o.params.clip_high = kInf;
+  o.objective.clip_high = kInf;
   expect_token(token(9.0, 1, o), -9.0, -9.0, false, "no upper bound");
 }
 
 void test_extra_terms() {
   Options o;
-  o.params.kl_coef = 0.5;
+  o.objective.kl_coef = 0.5;
   for (double gap : {-20.0, -0.3, -1e-5, 0.0, 1e-5, 0.3, 20.0}) {
     const auto out = token(1.0, 0, o, 0.1, gap);
     check_close(out.loss, 2 * 0.5 * (std::expm1(gap) - gap), 1e-9, 1e-14, "k3");
@@ -287,7 +292,7 @@ void test_extra_terms() {
   }
   check(token(1.0, 0, o, 0.1, kInf).loss == kInf, "an infinite gap is an infinite loss");
   o = Options();
-  o.params.entropy_coef = 0.25;
+  o.objective.entropy_coef = 0.25;
   const auto out = token(1.0, 0, o);
   check_close(out.loss, -2 * 0.25 * 0.7, 1e-12, 0, "entropy bonus");
   check_close(out.dentropy, -2 * 0.25, 1e-12, 0, "dloss/dentropy");
@@ -319,12 +324,12 @@ void test_weighting() {
 void test_bad_token() {
   const Options o;
   papo::TokenIn<double> in{1.0, 1.0, false, false, 0.0, 0.0};
-  const auto out = papo::policy_token(kNan, kNan, kNan, in, o.params, o.weighting);
+  const auto out = papo::policy_token(kNan, kNan, kNan, in, o.objective, o.weighting);
   check(std::isnan(out.loss) && std::isnan(out.ratio) && std::isnan(out.weight) && !out.clipped,
         "a bad row is NaN throughout");
-  const auto on_policy = papo::policy_token(-3.0, 0.5, 0.1, in, o.params, o.weighting);
+  const auto on_policy = papo::policy_token(-3.0, 0.5, 0.1, in, o.objective, o.weighting);
   check(on_policy.ratio == 1.0 && on_policy.dlogp == -1.0, "on-policy: 1, with gradient");
-  const auto masked = papo::policy_token(-kInf, 0.5, 0.1, in, o.params, o.weighting);
+  const auto masked = papo::policy_token(-kInf, 0.5, 0.1, in, o.objective, o.weighting);
   check(masked.ratio == 1.0 && masked.loss == -1.0, "on-policy, masked token");
 }
 

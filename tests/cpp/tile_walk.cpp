@@ -259,7 +259,7 @@ void check_h200() {
 // Every tile that can be asked for: it keeps every limit, or names the one that it does not.
 void check_choices() {
   for (const DeviceLimits& device : kDevices) {
-    for (const int64_t v : {1, 1000, 151937, 1 << 30}) {
+    for (const int64_t v : {int64_t{1}, int64_t{1000}, int64_t{151937}, kMostColumns}) {
       for (int cluster = -1; cluster <= 33; ++cluster) {
         for (const int warps : {0, 1, 3, 4, 16, 32}) {
           for (const int stages : {0, 1, 3}) {

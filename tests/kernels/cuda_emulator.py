@@ -1,9 +1,11 @@
 """The CUDA sources compiled for this machine's CPU, where every CUDA thread is a fiber.
 
-`emulated()` lets backend "cuda" serve CPU tensors: the kernels, launchers and wrappers are the real
-ones; only csrc/cuda/machine.cuh, the layer of PTX instructions, is replaced (see
-tests/cpp/emulated_machine.h for what that reports). The device is made up, and small, so that
-short rows already spread over clusters and buffers.
+The kernels, launchers and wrappers are the real ones. Only csrc/cuda/machine.cuh, the layer of PTX
+instructions, is replaced; tests/cpp/emulated_machine.h says what that reports. The library is built
+once, for all processes and runs.
+
+`EmulatedBackend` is the CUDA backend for CPU tensors, under a name of its own. Within `emulated()` the
+backend called "cuda" serves them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,7 +33,7 @@ from papo_kernels.backends.native import CUDA
 from papo_kernels.backends.tiles import choose_tile
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("calls", "fused_loss", "statistics", "streamed", "token_stats")
+SOURCES = ("calls", "from_state", "resident", "resident_stats", "scale", "streamed")
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -69,8 +72,8 @@ TokenInputs = _struct(
         for name in ("targets", "advantages", "token_weight", "old_logp", "ref_logp", "state")
     ),
 )
-PolicyLossParams = _struct(
-    "PolicyLossParams",
+Objective = _struct(
+    "Objective",
     *((name, F64) for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")),
 )
 Weighting = _struct(
@@ -150,11 +153,20 @@ StatsTile = _struct(
 Chosen = _struct("Chosen", ("tile", Tile), ("stats", StatsTile), ("error", ctypes.c_char_p))
 
 H100 = DeviceLimits(132, 232448, 233472, 16)
+# Made-up devices, as arguments of `emulated`. The small ones spread short rows over clusters.
+DEVICES: dict[str, dict[str, int]] = {
+    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
+    "ahead": {},
+    # Two buffers fit at most: sums and gradient of a row follow each other.
+    "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
+    # As on sm_80: rows are streamed.
+    "no_clusters": {"max_cluster": 0},
+    "h100": {name: getattr(H100, name) for name, _ in H100._fields_[1:]},
+}
 
 
 def _built() -> Path:
-    """The emulated backend as a shared library, compiled once for all processes and runs until what
-    it is made of changes."""
+    """The kernels as a shared library, compiled when what it is made of has changed."""
     inputs = sorted(
         path
         for pattern in ("csrc/include/papo/*", "csrc/cuda/*", "tests/cpp/emulated_*")
@@ -180,7 +192,7 @@ def _built() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The emulated backend."""
+    """The emulated kernels behind the C interface of tests/cpp/emulated_cuda.cpp."""
     lib = ctypes.CDLL(str(_built()))
     for name in ("token_stats_fwd", "token_stats_bwd", "policy_loss", "scale"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
@@ -205,7 +217,7 @@ class Native:
     TokenStatsOut = TokenStatsOut
     TokenStatsGrads = TokenStatsGrads
     TokenInputs = TokenInputs
-    PolicyLossParams = PolicyLossParams
+    Objective = Objective
     Weighting = Weighting
     PolicyLossOut = PolicyLossOut
     TileChoice = TileChoice
@@ -235,8 +247,8 @@ class Native:
         args = (logits, targets, state, grads, row, dlogits, launch)
         self._call("token_stats_bwd", [logits, dlogits], *args)
 
-    def policy_loss(self, logits, tokens, params, weighting, row, out, dlogits, launch):
-        args = (logits, tokens, params, weighting, row, out, dlogits, launch)
+    def policy_loss(self, logits, tokens, objective, weighting, row, out, dlogits, launch):
+        args = (logits, tokens, objective, weighting, row, out, dlogits, launch)
         self._call("policy_loss", [logits, dlogits], *args)
 
     def scale(self, matrix, factor, launch):
@@ -265,11 +277,11 @@ def emulated(
     resident: int = 2,
     seed: int = 0,
 ) -> Iterator[Native]:
-    """The CUDA backend serves CPU tensors, on a device of these limits.
+    """Backend "cuda" serves CPU tensors, on a device of these limits.
 
     Args:
         max_cluster: 0: as on sm_80, without clusters.
-        resident: clusters (blocks, for kernels without) that run at a time.
+        resident: clusters that run at a time, or blocks of kernels that use none.
         seed: of the order in which threads run and transfers arrive.
     """
     native = Native()
@@ -291,6 +303,52 @@ def emulated(
     ):
         yield native
     backend._choose.cache_clear()
+
+
+class EmulatedBackend:
+    """The CUDA backend for CPU tensors.
+
+    Every call starts from the same state of the emulated machine, so its result depends on its
+    arguments alone.
+
+    Args:
+        device: a key of `DEVICES`.
+    """
+
+    capabilities = replace(CUDA.capabilities, devices=("cpu",))
+
+    def __init__(self, device: str) -> None:
+        self.name = f"emulated_{device}"
+        self._device = DEVICES[device]
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def token_stats_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        with emulated(**self._device):
+            return CUDA.token_stats_fwd(*args, **options)
+
+    def token_stats_bwd(self, *args: Any, **options: Any) -> Tensor:
+        with emulated(**self._device):
+            return CUDA.token_stats_bwd(*args, **options)
+
+    def policy_loss_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        with emulated(**self._device):
+            return CUDA.policy_loss_fwd(*args, **options)
+
+    def scale_(self, *args: Any, **options: Any) -> None:
+        with emulated(**self._device):
+            CUDA.scale_(*args, **options)
+
+
+@contextlib.contextmanager
+def registered(served: EmulatedBackend) -> Iterator[None]:
+    """A call may ask for this backend by its name."""
+    with (
+        mock.patch.dict(backend._BY_NAME, {served.name: lambda: served}),
+        mock.patch.object(backend, "BACKENDS", (*backend.BACKENDS, served.name)),
+    ):
+        yield
 
 
 def at_offset(x: Tensor, stride: int, elements: int) -> Tensor:

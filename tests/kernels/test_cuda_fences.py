@@ -81,7 +81,7 @@ FAULTS = {
     "wait for a message": "a transfer outlived its block",
     "cluster scope": "load from shared memory at 512 that a message of another block writes: it "
     "was not waited for at the scope of the cluster",
-    "cluster_sync": "barrier used before it was initialised",
+    "cluster_sync": "barrier used before it was initialized",
     "block_sync": "store to shared memory at 0 that a bulk copy writes: it was not waited for",
 }
 

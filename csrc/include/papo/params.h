@@ -1,41 +1,53 @@
 // Plain structs that carry a call's arguments to the CPU and CUDA launchers.
-// "acc" is float, or double where the logits are double.
+// "acc" is the type that sums are formed in: float, or double where the logits are double.
 #pragma once
 
 #include <stdint.h>
 
+#include "papo/platform.h"
+
 namespace papo {
 
-// Targets that are no column of the logits at hand.
+// Targets that are not a column of these logits.
 constexpr int64_t kIgnoreIndex = -100;  // the row is not read and contributes exactly nothing
-constexpr int64_t kElsewhere = -1;      // of a shard: the sampled token lies in another one
+constexpr int64_t kElsewhere = -1;      // in a shard: another shard has the sampled token
 
-// A row's state in memory, always double: row_max, Z, T, Z2, T2 and target_u, the scaled logit of the
-// sampled token (-inf where it is masked or elsewhere).
+// A row's state in memory, always double: row_max, Z, T, Z2, T2 and target_u, the sampled token's
+// scaled logit (-inf if that token is masked or elsewhere).
 constexpr int kStateSize = 6;
 
 enum class DType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
-// Rows of logits or of their gradient: element (i, j) at data[i * row_stride + j].
+PAPO_HD int element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Rows of logits or of their gradient. The row stride counts elements.
 struct Matrix {
   void* data;
   int64_t rows;
   int64_t cols;
   int64_t row_stride;
   DType dtype;
+
+  // Where element (i, j) is, given the size of an element.
+  PAPO_HD char* at(int64_t i, int64_t j, int bytes) const {
+    return static_cast<char*>(data) + (i * row_stride + j) * bytes;
+  }
 };
 
-// u = softcap(z) / temperature; softcap 0 means none; columns from vocab_size on are padding.
-// `sharded`: the columns are a shard of the vocabulary, and a target may be kElsewhere, which is
-// out of range otherwise.
+// u = softcap(z) / temperature. A softcap of 0 means none. Columns from vocab_size on are padding.
 struct RowParams {
   double temperature;
   double softcap;
   int64_t vocab_size;
+  // The columns are a shard of the vocabulary: a target may be kElsewhere, which is out of range
+  // otherwise.
   bool sharded = false;
 };
 
-// acc* unless said; row arrays are contiguous [rows]. A null pointer: not wanted.
+// In the structs below a row array is contiguous, [rows], and its elements are acc unless the
+// comment says otherwise. Null means that an output is not wanted.
 struct TokenStatsOut {
   void* logp;
   void* entropy;
@@ -44,7 +56,7 @@ struct TokenStatsOut {
   double* state;  // [rows, kStateSize]
 };
 
-// Upstream gradients of the statistics; null: zero.
+// Upstream gradients of the statistics. Null means zero.
 struct TokenStatsGrads {
   const void* logp;
   const void* entropy;
@@ -56,21 +68,21 @@ struct TokenInputs {
   const void* advantages;
   const void* token_weight;
   const void* old_logp;  // null: on-policy
-  const void* ref_logp;  // null: no reference, kl_coef must be 0
+  const void* ref_logp;  // null: no reference policy, and kl_coef must be 0
   const double* state;   // [rows, kStateSize] of the whole rows; null: scan the logits
 };
 
-// dual_clip 0: off.
-struct PolicyLossParams {
+// The surrogate's coefficients. A dual_clip of 0 means none.
+struct Objective {
   double clip_low, clip_high, dual_clip, kl_coef, entropy_coef;
 };
 
 enum class WeightShape : int { kNone = 0, kSign = 1, kTanh = 2 };
 
-// w = scale (1 + strength * phase * h(polarity / sigma)); phase, sigma and scale are scalars in the
-// memory of the logits' device, so that a step's new phase needs no host sync.
+// w = scale (1 + strength * phase * h(polarity / sigma)). The last three are scalars in the memory
+// of the logits' device, so that a new phase needs no synchronization with the host.
 struct Weighting {
-  WeightShape shape;  // kNone: w = 1 and the pointers are not read
+  WeightShape shape;  // kNone: w = 1, and the pointers are not read
   double strength;
   double dead_zone;
   const void* phase;
@@ -89,22 +101,22 @@ struct PolicyLossOut {
   bool* clipped;
 };
 
-// How rows are cut on a GPU, as papo_kernels/backends/tuning.py has it from the table or the environment;
-// zeros: derived from the device. csrc/cuda/choice.h says what fits.
+// How rows are cut on a GPU, as papo_kernels/backends/tuning.py reads it from the table or the
+// environment. Zeros are derived from the device. csrc/cuda/choice.h says what fits.
 struct TileChoice {
-  int kernel;  // kOnChip, kStreamed; 0: on chip where rows fit
+  int kernel;  // kOnChip or kStreamed; 0: on chip where rows fit
   int cluster, warps, stages, ring, blocks;
-  int stats;  // kStatsGiven or kStatsAlways: as below; kStatsByClusters: by the kernel of the loss
+  int stats;  // one of the constants below; 0: derived
   int stats_teams, stats_ring, stats_blocks;
 };
 
 constexpr int kOnChip = 1;
 constexpr int kStreamed = 2;
-constexpr int kStatsGiven = 1;  // where rows are many
-constexpr int kStatsByClusters = 2;
-constexpr int kStatsAlways = 3;
+constexpr int kStatsGiven = 1;       // as the choice says, if there are enough rows
+constexpr int kStatsByClusters = 2;  // by the kernel of the loss
+constexpr int kStatsAlways = 3;      // as the choice says, for any number of rows
 
-// Where a call runs: `threads` matters on the CPU, the rest on a GPU.
+// Where a call runs. The CPU uses `threads`, a GPU the rest.
 struct Launch {
   int threads;
   int device;

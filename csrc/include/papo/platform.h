@@ -7,8 +7,8 @@
 #if defined(__CUDACC__)
 #define PAPO_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: these headers are also compiled with per-ISA flags, and an out-of-line copy made
-// there could be picked by the linker for code that has to run on an older machine.
+// Always inlined, as these headers are also compiled for newer instruction sets: from an
+// out-of-line copy made there the linker could serve code that has to run on an older machine.
 #define PAPO_HD inline __attribute__((always_inline))
 #endif
 

@@ -1,10 +1,11 @@
 // One token of the policy loss: its value, and its derivative with respect to logp and entropy.
 //
 //   r  = exp(logp - old_logp), or 1 on-policy        polarity = r A c
-//   w  = scale (1 + strength phase h(polarity/sigma))    A' = w A, w without gradient
+//   w  = scale (1 + strength phase h(polarity/sigma))    A' = w A
 //   L  = -min(r A', clip(r, 1 - low, 1 + high) A');  dual clip C: where A' < 0, L = min(L, -C A')
 //   L += kl_coef (e^(ref - logp) - (ref - logp) - 1)     L -= entropy_coef H
-// The gradient of the row is row_grad.h's with {dlogp, dentropy, 0} upstream.
+// No gradient flows through w. The row's gradient is that of row_grad.h, with {dlogp, dentropy, 0}
+// upstream.
 #pragma once
 
 #include "papo/params.h"
@@ -21,7 +22,7 @@ struct TokenIn {
   A old_logp, ref_logp;
 };
 
-// The weighting with its scalars loaded.
+// A Weighting whose scalars have been loaded.
 template <typename A>
 struct WeightingValues {
   WeightShape shape;
@@ -36,6 +37,7 @@ struct TokenOut {
   A dlogp, dentropy;  // d loss / d logp, d loss / d entropy
 };
 
+// w. At a strength or phase of 0 it is exactly `scale`, whatever h is.
 template <typename A>
 PAPO_HD A polarity_weight(const WeightingValues<A>& w, A unit_polarity, A polarity) {
   if (w.shape == WeightShape::kNone) return A(1);
@@ -44,19 +46,18 @@ PAPO_HD A polarity_weight(const WeightingValues<A>& w, A unit_polarity, A polari
     h = tanh_of(polarity / w.sigma);
   } else {
     h = polarity > A(0) ? A(1) : (polarity < A(0) ? A(-1) : A(0));
-    // Deterministic tokens sit at the rounding noise of c; their sign means nothing.
+    // Of a deterministic token c is rounding noise, whose sign means nothing.
     if (abs_of(unit_polarity) <= w.dead_zone) h = A(0);
   }
-  // A zero strength or phase yields exactly `scale`, whatever h holds.
   const A swing = w.strength * w.phase;
   return swing == A(0) ? w.scale : w.scale * (A(1) + swing * h);
 }
 
 template <typename A>
 PAPO_HD TokenOut<A> policy_token(A logp, A entropy, A unit_polarity, const TokenIn<A>& in,
-                                 const PolicyLossParams& params, const WeightingValues<A>& w) {
+                                 const Objective& objective, const WeightingValues<A>& w) {
   TokenOut<A> out;
-  if (entropy != entropy) {  // the row holds NaN or +inf, or nothing but -inf
+  if (entropy != entropy) {  // the row has no distribution
     const A nan = quiet_nan<A>();
     out = {nan, nan, nan, nan, false, nan, nan};
     return out;
@@ -67,16 +68,16 @@ PAPO_HD TokenOut<A> policy_token(A logp, A entropy, A unit_polarity, const Token
   out.weight = polarity_weight(w, unit_polarity, out.polarity);
   const A adv = out.weight * in.advantage;
 
-  const A low = A(1) - static_cast<A>(params.clip_low);
-  const A high = A(1) + static_cast<A>(params.clip_high);
+  const A low = A(1) - static_cast<A>(objective.clip_low);
+  const A high = A(1) + static_cast<A>(objective.clip_high);
   const A clamped = ratio < low ? low : (ratio > high ? high : ratio);
   const A plain = ratio * adv;
   const A bounded = clamped * adv;
-  // min() takes the unclipped branch on a tie, where both have the same gradient.
+  // On a tie min() takes the unclipped branch. Both have the same gradient there.
   out.clipped = bounded < plain;
   A loss = out.clipped ? -bounded : -plain;
-  if (params.dual_clip > 0.0 && adv < A(0)) {
-    const A cap = -static_cast<A>(params.dual_clip) * adv;
+  if (objective.dual_clip > 0.0 && adv < A(0)) {
+    const A cap = -static_cast<A>(objective.dual_clip) * adv;
     if (cap < loss) {
       loss = cap;
       out.clipped = true;
@@ -84,27 +85,28 @@ PAPO_HD TokenOut<A> policy_token(A logp, A entropy, A unit_polarity, const Token
   }
   A dlogp = out.clipped ? A(0) : -plain;  // d(-r A')/dlogp = -r A', since dr/dlogp = r
 
-  if (params.kl_coef != 0.0 && in.has_ref) {
-    const A kl_coef = static_cast<A>(params.kl_coef);
+  if (objective.kl_coef != 0.0 && in.has_ref) {
+    const A kl_coef = static_cast<A>(objective.kl_coef);
     const A gap = in.ref_logp - logp;
-    // expm1 keeps the k3 estimate's digits where the policies are close.
+    // expm1 keeps the digits of the k3 estimate where the policies are close.
     const A growth = expm1_of(gap);
     loss += kl_coef * (growth == infinity<A>() ? growth : growth - gap);
     dlogp -= kl_coef * growth;
   }
-  loss -= static_cast<A>(params.entropy_coef) * entropy;
+  loss -= static_cast<A>(objective.entropy_coef) * entropy;
   out.loss = in.token_weight * loss;
   out.dlogp = in.token_weight * dlogp;
-  out.dentropy = -in.token_weight * static_cast<A>(params.entropy_coef);
+  out.dentropy = -in.token_weight * static_cast<A>(objective.entropy_coef);
   return out;
 }
 
-// The statistics are rounded first, so that a ratio to an earlier logp is exactly 1.
+// The statistics are rounded to A first, as an earlier call rounded old_logp: its ratio to the same
+// logp is then exactly 1.
 template <typename A>
 PAPO_HD TokenOut<A> policy_token(const RowStats<double>& stats, const TokenIn<A>& in,
-                                 const PolicyLossParams& params, const WeightingValues<A>& w) {
+                                 const Objective& objective, const WeightingValues<A>& w) {
   return policy_token(static_cast<A>(stats.logp), static_cast<A>(stats.entropy),
-                      static_cast<A>(stats.unit_polarity), in, params, w);
+                      static_cast<A>(stats.unit_polarity), in, objective, w);
 }
 
 }  // namespace papo

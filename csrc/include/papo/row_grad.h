@@ -1,13 +1,14 @@
 // The gradient of logp, entropy and unit polarity with respect to a row's logits.
 //
-// With p = e^d / Z, mu = T/Z, s_j = d_j - mu (= log p_j + H, without the cancellation), Q = sum p^2,
-// S = sum p^2 s and a the sampled token:
+// With p = e^d / Z, mu = T/Z, s_j = d_j - mu, Q = sum p^2, S = sum p^2 s and the sampled token a
+// (s_j is log p_j + H without the cancellation):
 //   dlogp/du_j = [j=a] - p_j
 //   dH/du_j    = -p_j s_j
-//   dc/du_j    = p_j (2 p_j s_j + p_j - 2 S - Q - Q s_j + p_a s_a + p_a + p_a s_j) - [j=a] p_a (s_a + 1)
-// Weighted by the upstream gradients all of it is
+//   dc/du_j    = p_j (2 p_j s_j + p_j - 2 S - Q - Q s_j + p_a s_a + p_a + p_a s_j)
+//                - [j=a] p_a (s_a + 1)
+// Weighted by the upstream gradients they add up to
 //   du_j = e^d_j (a0 + a1 d_j + e^d_j (b0 + b1 d_j)) + [j=a] g_t
-// with four coefficients per row, the powers of 1/Z folded in.
+// with four coefficients per row, into which the powers of 1/Z are folded.
 #pragma once
 
 #include "papo/params.h"
@@ -24,9 +25,9 @@ struct Upstream {
 template <typename A>
 struct RowGrad {
   A a0, a1, b0, b1;
-  A target;  // the whole gradient of the sampled token, formed without rounding 1 - p_a
+  A target;  // the sampled token's whole gradient, formed without rounding 1 - p_a
 
-  // e = exp(d), d = u - row_max, d finite.
+  // d = u - row_max is finite, and e = exp(d).
   PAPO_HD A element(A d, A e) const { return e * (a0 + a1 * d + e * (b0 + b1 * d)); }
 
   static PAPO_HD RowGrad zero() { return {A(0), A(0), A(0), A(0), A(0)}; }
@@ -35,7 +36,7 @@ struct RowGrad {
 template <typename A>
 PAPO_HD RowGrad<A> make_row_grad(const RowState<A>& state, const RowStats<A>& r,
                                  const Upstream<A>& g) {
-  // A masked sampled token has p = 0: its logp is -inf and the row's gradient is 0.
+  // A masked sampled token has p = 0 and logp = -inf. Its row's gradient is 0.
   if (r.logp == -infinity<A>()) return RowGrad<A>::zero();
   const A inv_Z = A(1) / state.Z;
   const A gc = g.unit_polarity;
@@ -48,8 +49,9 @@ PAPO_HD RowGrad<A> make_row_grad(const RowState<A>& state, const RowStats<A>& r,
   out.a1 = a1 * inv_Z;
   out.b0 = b0 * inv_Z * inv_Z;
   out.b1 = b1 * inv_Z * inv_Z;
-  // dc/du_a with q = 1 - p_a and the other tokens' Q_r = Q - p_a^2, S_r = S - p_a^2 s_a:
-  //   p_a (-(q^2 + Q_r)(1 + s_a) + 2 p_a q s_a - 2 S_r), small at both p_a -> 0 and p_a -> 1.
+  // With q = 1 - p_a, and Q_r = Q - p_a^2 and S_r = S - p_a^2 s_a of the other tokens, dc/du_a is
+  //   p_a (-(q^2 + Q_r)(1 + s_a) + 2 p_a q s_a - 2 S_r),
+  // whose terms are small both for p_a -> 0 and for p_a -> 1.
   const A q = r.one_minus_p_a;
   const A p2 = r.p_a * r.p_a;
   const A Q_r = r.Q - p2;
@@ -59,14 +61,11 @@ PAPO_HD RowGrad<A> make_row_grad(const RowState<A>& state, const RowStats<A>& r,
   return out;
 }
 
-// u = softcap(z) / temperature; a masked (-inf) logit stays masked under a soft cap.
-template <typename A>
-PAPO_HD A scaled_logit(A z, const RowParams& row) {
-  if (row.softcap > 0.0 && z != -infinity<A>()) {
-    const A cap = static_cast<A>(row.softcap);
-    z = cap * tanh_of(z / cap);
-  }
-  return z / static_cast<A>(row.temperature);
+// The slope of a soft cap, 1 - t^2, where t = tanh(z / softcap). The product keeps its digits where
+// the cap saturates. V is a number or a vector of them.
+template <typename V>
+PAPO_HD V softcap_slope(V t) {
+  return (1 - t) * (1 + t);
 }
 
 // dz = du * du/dz. `capped` is softcap(z) = u * temperature.
@@ -74,9 +73,7 @@ template <typename A>
 PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
   // A masked token has du = 0 and an infinite `capped`.
   if (row.softcap > 0.0 && du != A(0)) {
-    const A t = capped / static_cast<A>(row.softcap);
-    // (1 - t)(1 + t) keeps its digits where the cap saturates.
-    du *= (A(1) - t) * (A(1) + t);
+    du *= softcap_slope(capped / static_cast<A>(row.softcap));
   }
   return du / static_cast<A>(row.temperature);
 }

@@ -15,15 +15,15 @@ struct RowState {
 
   static PAPO_HD RowState empty() { return {-infinity<A>(), A(0), A(0), A(0), A(0)}; }
 
-  // The same sums about another maximum, new_max >= max. A part without mass has nothing to move,
-  // and its -inf maximum would turn 0 * inf into NaN. `exp` is e^x, however it is computed.
+  // The same sums about new_max >= max. `exp` computes e^x. A part without mass has nothing to
+  // move, and its maximum of -inf would turn 0 * inf into NaN.
   template <typename Exp>
   PAPO_HD RowState rescaled(A new_max, const Exp& exp) const {
     if (max == -infinity<A>() && Z == A(0)) return {new_max, A(0), A(0), A(0), A(0)};
     if (max == new_max) return *this;
     const A shift = max - new_max;
     const A alpha = exp(shift);
-    // e^x underflows long before shift * 0 could matter; -inf * 0 would be NaN.
+    // Nothing is left of the sums, and a shift of -inf would turn them into NaN.
     if (alpha == A(0)) return {new_max, A(0), A(0), A(0), A(0)};
     const A alpha2 = alpha * alpha;
     return {new_max, alpha * Z, alpha * (T + shift * Z), alpha2 * Z2, alpha2 * (T2 + shift * Z2)};
@@ -32,8 +32,8 @@ struct RowState {
   // One more scaled logit.
   PAPO_HD void update(A u) { merge({u, A(1), A(0), A(1), A(0)}, u == -infinity<A>()); }
 
-  // Adds a part computed over other columns of the same row. An empty or all -inf part is the
-  // identity; NaN in either part reaches the result.
+  // Adds the sums of other columns of the same row. A part that is empty or holds nothing but -inf
+  // changes nothing. NaN in either part reaches the result.
   PAPO_HD void merge(const RowState& other, bool other_is_masked = false) {
     if (other_is_masked) return;
     if (is_bad() || other.is_bad()) {
@@ -51,23 +51,30 @@ struct RowState {
     return {quiet_nan<A>(), quiet_nan<A>(), quiet_nan<A>(), quiet_nan<A>(), quiet_nan<A>()};
   }
 
-  // A NaN or +inf among the logits. (An empty row is not bad yet: other parts may follow.)
+  // A NaN or +inf is among the logits. An empty part is not bad: other parts may follow.
   PAPO_HD bool is_bad() const { return Z != Z || max != max || max == infinity<A>(); }
 
-  // No finite logit at all, or a bad one: the row has no distribution.
+  // The logits are bad, or none of them is finite.
   PAPO_HD bool has_no_distribution() const { return is_bad() || Z == A(0); }
 };
 
-// What one row yields for its sampled token.
+// A row, or some of its columns, and the scaled logit of the sampled token, which is -inf where the
+// token is masked or in other columns.
+struct RowScan {
+  RowState<double> state;
+  double target_u;
+};
+
+// The statistics of one row and its sampled token a.
 template <typename A>
 struct RowStats {
   A logp, entropy, unit_polarity, lse;
-  // Kept for the gradient: p_a of the sampled token, its own s_a = log p_a + H, mu = T/Z,
-  // Q = sum p^2, S = sum p^2 (log p + H), and 1 - p_a from the sums.
+  // For the gradient: p_a, s_a = log p_a + H, mu = T/Z, Q = sum p^2, S = sum p^2 (log p + H), and
+  // 1 - p_a, formed from the sums.
   A p_a, s_a, mu, Q, S, one_minus_p_a;
 };
 
-// target_u: scaled logit of the sampled token, -inf if it is masked. `exp` is e^x.
+// target_u is the sampled token's scaled logit, -inf if that token is masked. `exp` computes e^x.
 template <typename A, typename Exp>
 PAPO_HD RowStats<A> finish(const RowState<A>& state, A target_u, const Exp& exp) {
   RowStats<A> r;

@@ -1,5 +1,5 @@
-// Elements in memory: how each type sits in a 16-byte word, words at any element boundary, and the
-// two places a row is read from.
+// Elements in memory: how each type lies in a 16-byte word, words that start at any element, and
+// the two places that a row is read from.
 #pragma once
 
 #include "machine.cuh"
@@ -9,8 +9,13 @@
 namespace papo {
 namespace cuda {
 
+// The thread's place among those that share some work.
+struct Share {
+  int thread, threads;
+};
+
 // ---- the stored types -----------------------------------------------------------------------
-// kPairs: pairs of elements in a word. pair(w, i) has elements 2i and 2i + 1.
+// A word has kPairs pairs of elements, and pair(w, i) has elements 2i and 2i + 1.
 
 struct BF16 {
   static constexpr int kBytes = 2;
@@ -20,10 +25,10 @@ struct BF16 {
   static PAPO_DEVICE uint32_t max_nan(uint32_t a, uint32_t b) {
     return machine::max_nan_bf16x2(a, b);
   }
-  static PAPO_DEVICE Pair wide(uint32_t x) {
+  static PAPO_DEVICE Pair to_floats(uint32_t x) {
     return {machine::as_float(x << 16), machine::as_float(x & 0xffff0000u)};
   }
-  static PAPO_DEVICE uint32_t narrow(Pair x) { return machine::to_bf16x2(x); }
+  static PAPO_DEVICE uint32_t from_floats(Pair x) { return machine::to_bf16x2(x); }
 };
 
 struct F16 {
@@ -34,8 +39,8 @@ struct F16 {
   static PAPO_DEVICE uint32_t max_nan(uint32_t a, uint32_t b) {
     return machine::max_nan_f16x2(a, b);
   }
-  static PAPO_DEVICE Pair wide(uint32_t x) { return machine::from_f16x2(x); }
-  static PAPO_DEVICE uint32_t narrow(Pair x) { return machine::to_f16x2(x); }
+  static PAPO_DEVICE Pair to_floats(uint32_t x) { return machine::from_f16x2(x); }
+  static PAPO_DEVICE uint32_t from_floats(Pair x) { return machine::to_f16x2(x); }
 };
 
 struct F32 {
@@ -51,17 +56,17 @@ struct F32 {
 template <typename T>
 PAPO_DEVICE Pair pair(const Word& w, int i) {
   if constexpr (T::kBytes == 2) {
-    return T::wide(w.r[i]);
+    return T::to_floats(w.r[i]);
   } else {
     return {machine::as_float(w.r[2 * i]), machine::as_float(w.r[2 * i + 1])};
   }
 }
 
-// The same of elements raised to at least `low`, which is in the bits of their type.
+// The same, with elements below `low` raised to it. `low` is in the bits of their type.
 template <typename T>
 PAPO_DEVICE Pair raised_pair(const Word& w, int i, uint32_t low) {
   if constexpr (T::kBytes == 2) {
-    return T::wide(T::max_nan(w.r[i], low));
+    return T::to_floats(T::max_nan(w.r[i], low));
   } else {
     return {machine::as_float(T::max_nan(w.r[2 * i], low)),
             machine::as_float(T::max_nan(w.r[2 * i + 1], low))};
@@ -71,7 +76,7 @@ PAPO_DEVICE Pair raised_pair(const Word& w, int i, uint32_t low) {
 template <typename T>
 PAPO_DEVICE void set_pair(Word& w, int i, Pair x) {
   if constexpr (T::kBytes == 2) {
-    w.r[i] = T::narrow(x);
+    w.r[i] = T::from_floats(x);
   } else {
     w.r[2 * i] = machine::as_bits(x.lo);
     w.r[2 * i + 1] = machine::as_bits(x.hi);
@@ -81,7 +86,7 @@ PAPO_DEVICE void set_pair(Word& w, int i, Pair x) {
 template <typename T>
 PAPO_DEVICE float from_bits(uint32_t bits) {
   if constexpr (T::kBytes == 2) {
-    return T::wide(bits).lo;
+    return T::to_floats(bits).lo;
   } else {
     return machine::as_float(bits);
   }
@@ -90,7 +95,7 @@ PAPO_DEVICE float from_bits(uint32_t bits) {
 template <typename T>
 PAPO_DEVICE void store_element(char* p, float x) {
   if constexpr (T::kBytes == 2) {
-    machine::store_global_16(p, T::narrow({x, x}) & 0xffffu);
+    machine::store_global_16(p, T::from_floats({x, x}) & 0xffffu);
   } else {
     machine::store_global_32(p, machine::as_bits(x));
   }
@@ -104,7 +109,7 @@ PAPO_DEVICE Word masked_word() {
   return {{T::kMasked, T::kMasked, T::kMasked, T::kMasked}};
 }
 
-// The first `keep` elements of a word, the others `fill` (in the bits of a register).
+// A word of which all but the first `keep` elements are `fill`, given in the bits of a register.
 template <typename T>
 PAPO_DEVICE Word keep_first(Word w, int keep, uint32_t fill) {
 #pragma unroll
@@ -118,7 +123,7 @@ PAPO_DEVICE Word keep_first(Word w, int keep, uint32_t fill) {
   }
   return w;
 }
-// All but the first `drop` elements of a word; those are masked.
+// A word of which the first `drop` elements are masked.
 template <typename T>
 PAPO_DEVICE Word drop_first(Word w, int drop) {
 #pragma unroll
@@ -133,10 +138,10 @@ PAPO_DEVICE Word drop_first(Word w, int drop) {
   return w;
 }
 
-// ---- words at any element boundary ------------------------------------------------------------
+// ---- words that start at any element ----------------------------------------------------------
 
-// The 16 bytes that start `off` bytes into `low`, with `high` following it. `off` is the same for
-// all words of a row.
+// 16 bytes of the words `low` and `high`, which follow each other, from byte `off` on. `off` is the
+// same for all words of a row.
 template <typename T>
 PAPO_DEVICE Word funnel(const Word& low, const Word& high, uint32_t off) {
   const uint32_t x[8] = {low.r[0],  low.r[1],  low.r[2],  low.r[3],
@@ -154,7 +159,7 @@ PAPO_DEVICE Word funnel(const Word& low, const Word& high, uint32_t off) {
   return w;
 }
 
-// Elements in a buffer of shared memory, which holds one word more than they fill.
+// Elements in a buffer in shared memory, which has one word more than they fill.
 template <typename T>
 struct SharedRow {
   static constexpr int kUnroll = 4;
@@ -165,14 +170,14 @@ struct SharedRow {
     return {address + static_cast<uint32_t>(element) * T::kBytes};
   }
 
-  // Whether words start on 16-byte boundaries; aligned_word() is for then.
+  // Whether words start on 16-byte boundaries, as aligned_word() expects.
   PAPO_DEVICE bool aligned() const { return (address & 15u) == 0; }
 
   // Word i has elements [kPerWord i, kPerWord (i + 1)).
   PAPO_DEVICE Word aligned_word(int i) const {
     return machine::load_shared(address + static_cast<uint32_t>(i) * kWordBytes);
   }
-  // From two aligned words, the second of which may end a word behind the last element.
+  // Put together from two aligned words, of which the second may lie behind the last element.
   PAPO_DEVICE Word word(int i) const {
     const SharedRow floor = {address & ~15u};
     return funnel<T>(floor.aligned_word(i), floor.aligned_word(i + 1), address & 15u);
@@ -184,7 +189,7 @@ struct SharedRow {
   }
 };
 
-// Elements [0, count) in global memory; word() and element() read nothing outside them.
+// Elements [0, count) in global memory. word() and element() read nothing else.
 template <typename T>
 struct GlobalRow {
   static constexpr int kUnroll = 4;
@@ -198,7 +203,8 @@ struct GlobalRow {
 
   PAPO_DEVICE bool aligned() const { return (reinterpret_cast<uintptr_t>(data) & 15u) == 0; }
   PAPO_DEVICE bool holds_word(int i) const { return (i + 1) * kPerWord<T> <= count; }
-  // The two aligned words it lies across reach up to 15 bytes before it and 15 behind it.
+  // Whether both aligned words that word i lies across are within the row. They reach up to 15
+  // bytes before it and 15 bytes behind it.
   PAPO_DEVICE bool holds_both(int i) const {
     return i > 0 && (i + 2) * kPerWord<T> <= count;
   }
@@ -210,7 +216,7 @@ struct GlobalRow {
     return funnel<T>(machine::load_global_cached(floor),
                      machine::load_global_cached(floor + kWordBytes), off);
   }
-  // What lies behind the last element is masked.
+  // Behind the last element it is masked.
   PAPO_DEVICE Word word(int i) const { return holds_both(i) ? from_both(i) : gathered(i); }
 
   PAPO_DEVICE float element(int i) const { return from_bits<T>(bits(i)); }
@@ -240,10 +246,10 @@ struct GlobalRow {
   }
 };
 
-// element (i, j) of a matrix of T.
+// Where element (i, j) of a matrix of T is.
 template <typename T>
 PAPO_DEVICE char* element_at(const Matrix& m, int64_t i, int64_t j) {
-  return static_cast<char*>(m.data) + (i * m.row_stride + j) * T::kBytes;
+  return m.at(i, j, T::kBytes);
 }
 
 }  // namespace cuda

@@ -1,22 +1,21 @@
-// Rows that stay on chip: one read of the logits and, where a gradient is wanted, one write.
+// Rows that stay on chip: the logits are read once, and a gradient is written once.
 //
 // A cluster of blocks shares a row. Each block's slice is copied into buffers in shared memory,
 // where it stays until its gradient has been written. In a block three roles run side by side:
-//   copy      one warp: fills free buffers with the slices of the rows to come
-//   compute   tile.warps warps: a row's sums; later, from the same buffers, its gradient
-//   finish    one warp: merges the sums over the block and the cluster, writes the row's outputs
-//             and forms the coefficients of its gradient. Every block does so, from the same
-//             numbers
-// They talk through barriers in shared memory:
+//   copy      one warp: fills free buffers with slices of the next rows
+//   compute   tile.warps warps: form a row's sums and later, from the same buffers, its gradient
+//   finish    one warp: merges the sums of the block and of the cluster, writes the row's outputs,
+//             and forms the coefficients of its gradient, in every block from the same numbers
+// They hand over through barriers in shared memory:
 //   full[buffer]    copy -> compute      the bytes have landed
 //   empty[buffer]   compute -> copy      every warp is done with them
-//   partial[2]      compute -> finish    every warp's sums of a row
-//   exchange[2]     finish -> finish     every block's sums of a row, written by the peers
-//   plan[2]         finish -> compute    the coefficients of a row
-// The pairs alternate by row. See docs/kernels.md for why two are enough.
+//   partial[2]      compute -> finish    every warp has left its sums of a row
+//   exchange[2]     finish -> finish     every block of the cluster has sent its sums of a row
+//   plan[2]         finish -> compute    the coefficients of a row are there
+// Rows alternate between the two of a pair. docs/kernels.md says why two are enough.
 #include "buffers.cuh"
 #include "launch.cuh"
-#include "row_gradient.cuh"
+#include "write_gradient.cuh"
 #include "slice_scan.cuh"
 
 namespace papo {
@@ -49,7 +48,8 @@ class ResidentRows {
     } else {
       finish_rows();
     }
-    // No meeting at the end: whose finish warp is through has every message that peers send it.
+    // Blocks need not wait for each other at the end: once its finish warp is done, a block has
+    // every message that its peers send it.
   }
 
  private:
@@ -63,7 +63,7 @@ class ResidentRows {
   PAPO_DEVICE uint32_t partial(int k) const { return barrier(2 * tile_.ring + (k & 1)); }
   PAPO_DEVICE uint32_t exchange(int k) const { return barrier(2 * tile_.ring + 2 + (k & 1)); }
   PAPO_DEVICE uint32_t plan(int k) const { return barrier(2 * tile_.ring + 4 + (k & 1)); }
-  // Row k is the (k / 2)-th to use its barrier of a pair.
+  // Row k is the (k / 2)-th row to use its barrier of a pair.
   static PAPO_DEVICE uint32_t parity(int k) { return static_cast<uint32_t>(k >> 1) & 1u; }
 
   PAPO_DEVICE uint32_t message_bytes() const {
@@ -79,7 +79,7 @@ class ResidentRows {
       machine::barrier_init(partial(k), tile_.warps);
       machine::barrier_init(exchange(k), 1);
       machine::barrier_init(plan(k), 1);
-      // Armed a use ahead: a peer's message never reaches a barrier that does not expect it yet.
+      // Armed one use ahead, so that no message of a peer comes before it is expected.
       machine::barrier_arrive_expect(exchange(k), message_bytes());
     }
     machine::barrier_init_fence();
@@ -148,8 +148,8 @@ class ResidentRows {
   PAPO_DEVICE void compute() const {
     RowQueue queue = rows();
     Cursor scanned, finished;
-    // With room for two rows the sums of a row come before the gradient of the row before it: what
-    // the finish warp takes for one is hidden behind the other.
+    // With room for two rows, a row is summed before the gradient of the previous row is written.
+    // Meanwhile the finish warp finishes the previous row.
     const bool ahead = tile_.ahead || !call_.wants_gradient();
     Job pending = {-1, kColumnInactive};
     bool masked = false;
@@ -177,8 +177,8 @@ class ResidentRows {
     const auto stage = [&](int s) {
       return Stage<In>{staged(buffer(s), job.row), stage_of(s).count};
     };
-    scan_slice(sums, tile_.stages, wait, stage, {warp_, lane_, log_threads_}, call_.scaling.low_bits,
-               masked);
+    const TeamWarp mine = {warp_, lane_, log_threads_};
+    scan_slice(sums, tile_.stages, wait, stage, mine, call_.scaling.low_bits, masked);
     sums.leave(warp_message(k, warp_), lane_, sampled(job, stage));
     machine::warp_sync();
     if (lane_ == 0) machine::barrier_arrive(partial(k));
@@ -186,8 +186,7 @@ class ResidentRows {
     for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
   }
 
-  // The softcapped logit of the sampled token where it is in this block's slice, else -inf; for
-  // one warp.
+  // Warp 0 gets the softcapped logit of the sampled token if it is in this block's slice, or -inf.
   template <typename At>
   PAPO_DEVICE float sampled(const Job& job, const At& stage) const {
     const int place = job.column - slice_.begin;
@@ -221,14 +220,14 @@ class ResidentRows {
 
   PAPO_DEVICE void finish_rows() const {
     RowQueue queue = rows();
-    const WeightingValues<float> weighting = load_weighting(call_.weighting);
+    const WeightingValues<float> weighting = load_weighting<float>(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
         if (rank_ == 0 && lane_ == 0) write_nothing(call_, job.row);
         continue;
       }
-      // Every block needs the coefficients of a gradient. Where there is none the blocks take turns.
+      // Every block needs the coefficients of a gradient. Without a gradient the blocks take turns.
       const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
       const bool writes = rank_ == owner && lane_ == 0;
       const TokenNumbers numbers = load_numbers(call_, job.row);
@@ -248,7 +247,7 @@ class ResidentRows {
     }
   }
 
-  // Lane r sends this block's part to block r; returns when those of all blocks are here.
+  // Lane r sends this block's part to block r. Returns once the parts of all blocks are here.
   PAPO_DEVICE void exchange_parts(const RowScan& scan, int k) const {
     const uint32_t to = cta_message(k, rank_);
     if (lane_ < tile_.cluster) {
@@ -257,7 +256,7 @@ class ResidentRows {
       machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
     }
     machine::barrier_wait_cluster(exchange(k), parity(k), "exchange");
-    // For row k + 2. No peer sends its part of that before it has ours of row k + 1.
+    // Armed for row k + 2. No peer sends its part of that row before it has ours of row k + 1.
     if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
   }
 

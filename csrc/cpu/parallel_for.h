@@ -1,7 +1,8 @@
-// Work sharing between a call's threads: the process's OpenMP team where it has one, as any process
-// with torch does, whose threads spin for a while after every operation and would fight ours for the
-// cores. It is looked up by name, so that nothing here links OpenMP. Elsewhere, and in the child of a
-// fork (where the team's threads are missing), threads that live as long as the call.
+// Shares the work of a call between threads. They are the process's OpenMP team where there is one,
+// as in any process with torch: that team spins for a while after every operation, and would fight
+// other threads for the cores. The team is looked up by name, so that nothing here links OpenMP.
+// Without a team, and in the child of a fork, which inherits none of its threads, threads are
+// started for the call.
 #pragma once
 
 #include <dlfcn.h>
@@ -21,8 +22,8 @@
 namespace papo {
 namespace cpu {
 
-// Subnormal operands and results count as zero within this scope: exp of a far tail would otherwise
-// take the processor's slow path. Restores the caller's mode.
+// Within this scope subnormal operands and results count as zero: the exponentials of a far tail
+// would otherwise take the processor's slow path. The caller's mode is restored.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)
@@ -43,20 +44,20 @@ class FlushSubnormals {
 #endif
 };
 
-// GNU's entry point for a parallel region, which other OpenMP libraries offer too: runs fn(data) on
-// `threads` threads, the caller's among them.
+// The type of GOMP_parallel, which OpenMP libraries other than GNU's offer too. It runs fn(data) on
+// `threads` threads, of which the caller's is one.
 using RunTeam = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
 
 inline std::atomic<bool> is_forked{false};
 inline const int kForkHook = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 
-// Null where there is no team to be had.
+// Null where there is no team to use.
 inline RunTeam openmp_team() {
   static const auto team = reinterpret_cast<RunTeam>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return is_forked ? nullptr : team;
 }
 
-// fn(), which must not throw, on `threads` threads: at least once, at most so many times.
+// Calls fn() on up to `threads` threads, once on each. fn must not throw.
 template <typename Fn>
 void run_on_threads(int64_t threads, Fn& fn) {
   if (threads <= 1) return fn();
@@ -68,13 +69,13 @@ void run_on_threads(int64_t threads, Fn& fn) {
   try {
     for (int64_t t = 1; t < threads; ++t) helpers.emplace_back([&] { fn(); });
   } catch (const std::system_error&) {
-    // The system refuses more threads: those that started, and this one, do the work.
+    // The system refuses more threads. Those that have started do the work with this one.
   }
   fn();
   for (std::thread& helper : helpers) helper.join();
 }
 
-// Elements worth a thread of their own.
+// Elements that are worth a thread of their own.
 constexpr int64_t kElementsPerThread = 65536;
 
 inline int useful_threads(int threads, int64_t elements) {
@@ -82,8 +83,8 @@ inline int useful_threads(int threads, int64_t elements) {
   return static_cast<int>(std::min<int64_t>(std::max(threads, 1), most));
 }
 
-// Calls fn(i) for i in [0, tasks), each once, on up to `threads` threads; tasks are handed out in
-// runs of `grain`. fn must not throw.
+// Calls fn(i) once for each i in [0, tasks), on up to `threads` threads, which take `grain` tasks
+// at a time. fn must not throw.
 template <typename Fn>
 void parallel_for(int64_t tasks, int threads, int64_t grain, const Fn& fn) {
   std::atomic<int64_t> next{0};

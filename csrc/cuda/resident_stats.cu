@@ -1,18 +1,19 @@
-// Rows without a gradient, many of them: a block takes all slices of a row in turn.
+// Many rows without a gradient: a block takes all slices of a row in turn.
 //
-// The slices, the warps' words within them and the order of merges are those of the kernel in
-// fused_loss.cu, and so are the bits of every result. But nothing crosses blocks, a row is finished
-// once and not by a cluster of blocks, and there are more warps to hide what one waits for.
+// The slices, each warp's words of them and the order of merges are those of resident.cu, and so
+// are the bits of every result. Here nothing crosses blocks, one block finishes a row, and there
+// are more warps, so that some compute while others wait.
 //   copy      one warp: fills free buffers with slices, row after row
-//   compute   teams of tile.warps warps: team t sums the slices t, t + teams, ... of a row
+//   compute   teams of tile.warps warps: team t sums slices t, t + teams, ... of a row
 //   finish    one warp: merges a row's sums and writes its outputs
-// They talk through barriers in shared memory:
+// They hand over through barriers in shared memory:
 //   full[buffer]    copy -> compute      the bytes have landed
 //   empty[buffer]   compute -> copy      every warp is done with them, or has passed them by
-//   partial         compute -> finish    every warp's sums of all its slices of a row
-//   taken           finish -> compute    the messages with them have been read
+//   partial         compute -> finish    every warp has left its sums of its slices of a row
+//   taken           finish -> compute    those sums have been read
 #include "buffers.cuh"
 #include "launch.cuh"
+#include "row_finish.cuh"
 #include "slice_scan.cuh"
 
 namespace papo {
@@ -47,7 +48,7 @@ class StatsRows {
   }
 
  private:
-  // ---- barriers and places -----------------------------------------------------------------------
+  // ---- barriers and places ----------------------------------------------------------------------
 
   PAPO_DEVICE uint32_t barrier(int i) const {
     return shared_ + static_cast<uint32_t>(layout_.barriers + i * kBarrierBytes);
@@ -110,7 +111,7 @@ class StatsRows {
     int k = 0;
     for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
       for (int slice = 0; slice < tile_.cluster; ++slice) {
-        // Those of other teams too: a parity tells two phases apart, so none may be missed.
+        // Also for slices of other teams: a parity tells two phases apart, so none may be missed.
         machine::barrier_wait(full(at.buffer), at.parity, "full");
         if ((slice & (stats_.teams - 1)) == team) {
           scan(job, slice, mine, at.buffer, masked, k);
@@ -142,7 +143,7 @@ class StatsRows {
     }
     machine::warp_sync();
     if (lane_ == 0) machine::barrier_arrive(empty(buffer));
-    // The finish warp may not have read the message of the row before yet.
+    // The finish warp may not have read the messages of the previous row yet.
     if (slice < stats_.teams && k > 0) machine::barrier_wait(taken(), parity(k - 1), "taken");
     sums.leave(message(slice, mine.warp), lane_, sampled);
   }
@@ -151,7 +152,7 @@ class StatsRows {
 
   PAPO_DEVICE void finish_rows() const {
     RowQueue queue = rows();
-    const WeightingValues<float> weighting = load_weighting(call_.weighting);
+    const WeightingValues<float> weighting = load_weighting<float>(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
@@ -168,7 +169,7 @@ class StatsRows {
     }
   }
 
-  // Slices are merged over their warps, in groups that fill the lanes, then with each other.
+  // Merges each slice over its warps, in groups of slices that fill the lanes, and then the slices.
   PAPO_DEVICE RowScan merge_row() const {
     const int group = 32 >> log_warps_;
     RowScan parts = {};
@@ -178,7 +179,7 @@ class StatsRows {
       const RowScan part =
           merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)), call_.scaling),
                       tile_.warps);
-      // To the lane of its slice's number.
+      // To the lane that has the slice's number.
       const RowScan moved = from_lane(part, ((lane_ - first) << log_warps_) & 31);
       if (lane_ >= first && lane_ < first + group) parts = moved;
     }
@@ -206,7 +207,8 @@ PAPO_KERNEL(kStatsThreads, 2) stats_kernel(const PAPO_PARAM RowsCall call) {
 
 // ---- launch -------------------------------------------------------------------------------------
 
-Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Launch& launch, bool* ran) {
+Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
+                    bool* ran) {
   const StatsTile& stats = call.stats_tile;
   return with_types(call.logits, Matrix{}, [&](auto in, auto) -> Status {
     const auto kernel = stats_kernel<decltype(in)>;

@@ -1,14 +1,15 @@
-// From logits to scaled logits, u = softcap(z) / temperature, a vector at a time: `operator()`, and
-// `chain`, the derivative's way back. Included by the code that is compiled once per instruction set.
+// From a vector of logits to scaled logits, u = softcap(z) / temperature, by operator(), and from
+// du back to dz by chain(). For code that is compiled once per instruction set.
 #pragma once
 
 #include "exp.h"
 #include "papo/params.h"
+#include "papo/row_grad.h"
 
 namespace papo {
 namespace {
 
-// temperature 1, no soft cap: u = z.
+// At temperature 1 without a soft cap, u = z.
 template <typename V>
 struct Identity {
   explicit Identity(const RowParams&) {}
@@ -18,9 +19,10 @@ struct Identity {
 
 template <typename V>
 struct Tempered {
+  using Scalar = decltype(V{}[0] + V{}[0]);
   V inv_temperature;
   explicit Tempered(const RowParams& row)
-      : inv_temperature(splat(static_cast<decltype(V{}[0] + V{}[0])>(1.0 / row.temperature), V{})) {}
+      : inv_temperature(splat(static_cast<Scalar>(1.0 / row.temperature), V{})) {}
   PAPO_HD V operator()(V z) const { return z * inv_temperature; }
   PAPO_HD V chain(V du, V) const { return du * inv_temperature; }
 };
@@ -38,9 +40,7 @@ struct Capped {
     return z == masked ? masked : scale * tanh_of(z * inv_cap);
   }
   PAPO_HD V chain(V du, V z) const {
-    const V t = tanh_of(z * inv_cap);
-    // (1 - t)(1 + t) keeps its digits where the cap saturates.
-    return du * ((1 - t) * (1 + t)) * inv_temperature;
+    return du * softcap_slope(tanh_of(z * inv_cap)) * inv_temperature;
   }
 };
 

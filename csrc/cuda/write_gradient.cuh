@@ -1,33 +1,26 @@
-// A row's gradient from its coefficients, element by element, and zeros where there is none.
+// Writes a row's gradient from its coefficients, element by element, and zeros where it has none.
 #pragma once
 
-#include "row_call.cuh"
+#include "row_finish.cuh"
 
 namespace papo {
 namespace cuda {
 
-// Which of `threads` threads this one is.
-struct Share {
-  int thread, threads;
-};
-
 // ---- elements -----------------------------------------------------------------------------------
 
-// kGeneral: x is at least Scaling::low.
+// For kGeneral x must be at least Scaling::low.
 template <GradMode kMode>
 PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) {
   if constexpr (kMode == GradMode::kCareful) {
     const float capped = s.capped(x);
     const float e = machine::exp2_fast((capped - g.m) * s.unit);
-    const float from = machine::max_nan((capped - g.centre) * s.unit, kFloor);
+    const float from = machine::max_nan((capped - g.center) * s.unit, kFloor);
     const float du = e * fmaf(e, fmaf(g.b1, from, g.b0), fmaf(g.a1, from, g.a0));
     if (s.softcap == 0.0f || x == -infinity<float>()) return du;
-    const float t = capped * s.inv_softcap;
-    // (1 - t)(1 + t) keeps its digits where the cap saturates.
-    return du * ((1.0f - t) * (1.0f + t));
+    return du * softcap_slope(capped * s.inv_softcap);
   } else if constexpr (kMode == GradMode::kGeneral) {
     const float e = machine::exp2_fast(fmaf(x, s.unit, -g.m));
-    const float from = fmaf(x, s.unit, -g.centre);
+    const float from = fmaf(x, s.unit, -g.center);
     return e * fmaf(e, fmaf(g.b1, from, g.b0), fmaf(g.a1, from, g.a0));
   } else {
     return g.a0 * machine::exp2_fast(fmaf(x, s.unit, -g.m));
@@ -47,7 +40,7 @@ PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) 
 
 // ---- words --------------------------------------------------------------------------------------
 
-// One word of the gradient needs this many words of logits.
+// How many words of logits one word of the gradient needs.
 template <typename In, typename Out>
 constexpr int kWordsIn = kPerWord<Out> / kPerWord<In>;
 
@@ -69,7 +62,7 @@ PAPO_DEVICE Word word_grad(const WordIn<In, Out>& in, const ElementGrad& g, cons
   return out;
 }
 
-// Words first, first + step, ... of the gradient at the aligned `out`, kWords of them: their loads
+// Writes kWords words of the gradient at the aligned `out`: first, first + step, .... Their loads
 // are in flight together.
 template <GradMode kMode, bool kAligned, int kWords, typename In, typename Out, typename Row>
 PAPO_DEVICE void write_some(const Row& row, int first, int step, char* out, const ElementGrad& g,
@@ -122,15 +115,14 @@ PAPO_DEVICE void write_words(const Row& row, int words, char* out, const Element
   }
 }
 
-// The gradient of the first `count` elements of `row`, at `out`, where every access but those of a
-// ragged end is 16 bytes wide. `target`: the sampled token's place, anywhere.
+// Writes the gradient of the first `count` elements of `row` to `out`. All stores but those at a
+// ragged end have 16 bytes. `target` is the sampled token's place, which may lie outside the run.
 template <typename In, typename Out, typename Row>
 PAPO_DEVICE void write_gradient(const Row& row, int count, char* out, int target,
                                 const ElementGrad& g, const Scaling& s, Share share) {
   const Walk walk = make_walk(reinterpret_cast<uintptr_t>(out), count, Out::kBytes);
-  if (share.thread < walk.head + walk.tail) {
-    const int i = share.thread < walk.head ? share.thread
-                                           : count - walk.tail + (share.thread - walk.head);
+  if (share.thread < walk.ends()) {
+    const int i = walk.end_place(share.thread, count);
     const float d = i == target ? g.target : element_grad(row.element(i), g, s);
     store_element<Out>(out + static_cast<int64_t>(i) * Out::kBytes, d);
   }
@@ -147,7 +139,7 @@ PAPO_DEVICE void write_gradient(const Row& row, int count, char* out, int target
     default:
       write_words<GradMode::kCareful, false, 1, In, Out>(body, walk.words, out, g, s, share);
   }
-  // Over the word that this same thread has written.
+  // Over a word that this same thread has written.
   if (target >= 0 && target < walk.words * kPerWord<Out> &&
       target / kPerWord<Out> % share.threads == share.thread) {
     store_element<Out>(out + static_cast<int64_t>(target) * Out::kBytes, g.target);
@@ -159,9 +151,8 @@ PAPO_DEVICE void write_gradient(const Row& row, int count, char* out, int target
 template <typename Out>
 PAPO_DEVICE void write_zeros(char* out, int count, Share share) {
   const Walk walk = make_walk(reinterpret_cast<uintptr_t>(out), count, Out::kBytes);
-  if (share.thread < walk.head + walk.tail) {
-    const int i = share.thread < walk.head ? share.thread
-                                           : count - walk.tail + (share.thread - walk.head);
+  if (share.thread < walk.ends()) {
+    const int i = walk.end_place(share.thread, count);
     store_element<Out>(out + static_cast<int64_t>(i) * Out::kBytes, 0.0f);
   }
   out += static_cast<int64_t>(walk.head) * Out::kBytes;
@@ -170,7 +161,7 @@ PAPO_DEVICE void write_zeros(char* out, int count, Share share) {
   }
 }
 
-// Part `part` of `parts` of the columns [begin, cols) of row i of dlogits.
+// Writes zeros to the columns [begin, cols) of row i of dlogits: to part `part` of `parts`.
 template <typename Out>
 PAPO_DEVICE void write_zero_columns(const RowsCall& call, int64_t i, int64_t begin, int part,
                                     int parts, Share share) {

@@ -1,0 +1,20 @@
+// A gradient times a number.
+#include "rows.h"
+
+namespace papo {
+namespace cpu {
+
+Status launch_scale(const Matrix& matrix, const void* factor, const Launch& launch) {
+  double value = 0;
+  with_acc(matrix.dtype, [&](auto acc) { value = load_acc<decltype(acc)>(factor, 0); });
+  if (value == 1.0) return Status::success();
+  const RowKernels& kernels = row_kernels();
+  parallel_for(matrix.rows, useful_threads(launch.threads, matrix.rows * matrix.cols), 1,
+               [&](int64_t i) {
+                 kernels.scale(element_at(matrix, i, 0), matrix.cols, matrix.dtype, value);
+               });
+  return Status::success();
+}
+
+}  // namespace cpu
+}  // namespace papo

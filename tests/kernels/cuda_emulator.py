@@ -4,8 +4,8 @@ The kernels, launchers and wrappers are the real ones. Only csrc/cuda/machine.cu
 instructions, is replaced; tests/cpp/emulated_machine.h says what that reports. The library is built
 once, for all processes and runs.
 
-`EmulatedBackend` is the CUDA backend for CPU tensors, under a name of its own. Within `emulated()` the
-backend called "cuda" serves them.
+`EmulatedBackend` is the CUDA backend for CPU tensors, under a name of its own. Within `emulated()`
+the backend called "cuda" serves them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from .types import (
 
 
 class _Rows(NamedTuple):
-    """Rows of logits without what must not be read, and what became of those left out."""
+    """The rows of logits without the values that must not be read, and which rows are left out."""
 
     logits: Tensor  # [N, vocab_size] float64, ignored rows 0
     targets: Tensor  # [N], 0 where ignored or out of range, ELSEWHERE
@@ -61,8 +61,7 @@ def _scaled(logits: Tensor, row: RowParams) -> Tensor:
 
 
 class _Statistics(NamedTuple):
-    """[N], but for p and log_p [N, vocab_size]; where p = 0 log_p is 0, as -inf would give 0 *
-    -inf."""
+    """[N], but for p and log_p [N, vocab_size]. Where p is 0, so is log_p: 0 * -inf is NaN."""
 
     logp: Tensor
     entropy: Tensor
@@ -78,7 +77,7 @@ def _statistics(rows: _Rows, row: RowParams) -> _Statistics:
     """The statistics of good rows by their definitions."""
     u = _scaled(rows.logits, row)
     row_max = u.amax(dim=1)
-    # About the maximum: beside a large common offset log V would be lost.
+    # Relative to the maximum: beside a large common offset log V would be lost.
     d = u - row_max[:, None]
     log_Z = torch.logsumexp(d, dim=1)
     masked = d.isneginf()
@@ -134,7 +133,7 @@ def _reported(value: Tensor, rows: _Rows) -> Tensor:
 
 
 def _statistics_gradient(
-    stats: _Statistics, grads: tuple[Tensor, Tensor, Tensor], rows: _Rows, row: RowParams
+    stats: _Statistics, grads: Sequence[Tensor], rows: _Rows, row: RowParams
 ) -> Tensor:
     """d(g_logp logp + g_entropy H + g_unit_polarity c) / dlogits, term by term, float64."""
     g_logp, g_entropy, g_polarity = (g.to(rows.logits)[:, None] for g in grads)
@@ -252,7 +251,7 @@ def token_stats_bwd(
     rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
     upstream = [torch.zeros_like(state[:, 0]) if g is None else g for g in grads]
     stats = _statistics_from(state, rows, row)
-    grad = _statistics_gradient(stats, (upstream[0], upstream[1], upstream[2]), rows, row)
+    grad = _statistics_gradient(stats, upstream, rows, row)
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
     return dlogits.copy_(_row_gradient(grad, rows, dlogits))
 
@@ -295,7 +294,7 @@ def merge_states(states: Tensor) -> Tensor:
     """The states of whole rows from those of their shards.
 
     Args:
-        states: ``[shards, N, 6]`` float64; the order of the shards does not matter but to rounding.
+        states: ``[shards, N, 6]`` float64; the order of the shards affects rounding only.
 
     Returns:
         ``[N, 6]`` float64.

@@ -1,4 +1,7 @@
-"""What computes: the protocol, the choice, and one module or package a backend."""
+"""The backends: the protocol that they share, which of them serves a call, and their modules.
+
+`cpu` and `cuda` are both in ``native.py``, on the compiled extension.
+"""
 
 from .choice import BACKENDS, choose, named
 from .protocol import Backend, Capabilities

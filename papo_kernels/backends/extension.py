@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -14,7 +14,7 @@ DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float
 CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _load() -> tuple[ModuleType | None, str]:
     wanted = os.environ.get("PAPO_CPU_ISA", "")
     if wanted and wanted not in CPU_ISAS:
@@ -52,6 +52,7 @@ def has_cuda() -> bool:
     return module is not None and bool(module.has_cuda)
 
 
+@cache
 def module() -> ModuleType:
     """The extension.
 

@@ -32,12 +32,12 @@ _SHAPE_CODE = {"sign": 1, "tanh": 2}
 
 
 class NativeBackend:
-    """The `Backend` of kernels in the extension.
+    """A `Backend` whose kernels are in the extension.
 
     Args:
-        launch: where the extension's kernels for these logits run, as its ``Launch``; given how
-            many of their columns count, 0 where rows are not summed.
-        why_unavailable: why the extension cannot run them on a device; None if it can.
+        launch: where the kernels for these logits run, as the extension's ``Launch``. Its last
+            argument is how many of the columns count, 0 where rows are not summed.
+        why_unavailable: as in `Backend`.
     """
 
     def __init__(
@@ -48,10 +48,7 @@ class NativeBackend:
         why_unavailable: Callable[[torch.device], str | None],
     ) -> None:
         self.name, self.capabilities = name, capabilities
-        self._launch, self._why_unavailable = launch, why_unavailable
-
-    def why_unavailable(self, device: torch.device) -> str | None:
-        return self._why_unavailable(device)
+        self._launch, self.why_unavailable = launch, why_unavailable
 
     def token_stats_fwd(
         self, logits: Tensor, targets: Tensor, row: RowParams, state: Tensor | None = None
@@ -60,7 +57,8 @@ class NativeBackend:
         native = extension.module()
         n = logits.shape[0]
         logp = logits.new_empty(n, dtype=acc_dtype(logits.dtype))
-        entropy, unit_polarity, lse = (torch.empty_like(logp) for _ in range(3))
+        empty = torch.empty_like
+        entropy, unit_polarity, lse = empty(logp), empty(logp), empty(logp)
         new_state = logits.new_empty(n, STATE_SIZE, dtype=torch.float64)
         outputs = (logp, entropy, unit_polarity, lse, new_state)
         native.token_stats_fwd(

@@ -1,11 +1,11 @@
 """How the GPU kernels cut rows: one table, ``tuning.json``, keyed by device, dtype and columns.
 
-For each backend an ordered list; the first row that matches a call serves it. A row is
+Each backend has an ordered list; the first row that matches a call serves it. A row is
 
     device   a device's name, an architecture ("sm_90", "gfx942"), or "*"
     dtype    of the logits ("bfloat16"), or "*"
     columns  [first, last], both included
-    config   the backend's own numbers; null stands for what its launcher derives from the device
+    config   the backend's own numbers; null stands for what the backend derives from the device
     source   {"modelled": document} or {"measured": file, "date": ..., "device": name}
 
 A choice never depends on the number of rows: a row's results have the same bits in every batch.
@@ -75,7 +75,7 @@ def load(path: Path = PATH) -> dict[str, list[Row]]:
 
 
 def save(table: dict[str, list[Row]], path: Path = PATH) -> None:
-    """Writes a table, a line a row, in place of what was there at once."""
+    """Writes a table, one line per row. The file is replaced at once."""
     backends = []
     for backend, rows in table.items():
         lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in rows)
@@ -120,7 +120,7 @@ def _are_numbers(value: Any, count: int, least: int, most: int) -> bool:
 
 
 def insert(rows: list[Row], new: Row) -> list[Row]:
-    """`rows` with `new` in front, in place of what was there for the same key."""
+    """`rows` with `new` in front, in place of a row with the same key."""
     return [new, *(r for r in rows if r[:3] != new[:3])]
 
 
@@ -157,14 +157,14 @@ def config(backend: str, device: torch.device, dtype: torch.dtype, columns: int)
 
 
 class ForcedTile(NamedTuple):
-    """What the environment asks of the CUDA kernels; None: nothing.
+    """What the environment asks of the CUDA kernels; None where it asks nothing.
 
     Attributes:
         kernel: ``PAPO_KERNEL``: "resident", rows on chip, or "streamed", rows from global memory.
-        tile: ``PAPO_TILE``: blocks that share a row, compute warps a block, buffers that a block's
-            part of a row fills, buffers a block has, blocks on a multiprocessor.
-        stats: ``PAPO_STATS_TILE``, for statistics, a block of which takes a whole row: teams of
-            `warps` warps, buffers, blocks on a multiprocessor; 0,0,0: as `tile` says, by clusters.
+        tile: ``PAPO_TILE``: blocks that share a row, compute warps per block, buffers that a
+            block's part of a row fills, buffers per block, blocks per multiprocessor.
+        stats: ``PAPO_STATS_TILE``, for statistics, where a block takes whole rows: teams of `warps`
+            warps, buffers, blocks per multiprocessor. 0,0,0: clusters take them, as `tile` says.
     """
 
     kernel: str | None

@@ -191,7 +191,7 @@ def test_every_candidate_gives_the_same_bits_in_split_rows(reads, force):
     stats, losses = [], []
     for n in (4, 2):
         rows, at, w = logits[:n], targets[:n], ones[:n]
-        assert launch.prepare(rows, row).count_parts(n) == (1 if n == 4 else 2)
+        assert launch.plan(CPU, BF16, row).count_parts(n) == (1 if n == 4 else 2)
         stats.append(TRITON.token_stats_fwd(rows, at, row))
         tokens, dlogits = TokenInputs(w, w, stats[-1][0], None), torch.empty_like(rows)
         out = TRITON.policy_loss_fwd(rows, at, tokens, PARAMS, None, row, dlogits)

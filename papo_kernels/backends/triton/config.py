@@ -1,7 +1,7 @@
-"""How a program reads a row, as ``tuning.json`` or ``PAPO_TRITON_CONFIG`` have it.
+"""How a program reads a row, as ``tuning.json`` or ``PAPO_TRITON_CONFIG`` says.
 
-The variable holds ``key=value`` pairs separated by commas, for example ``lanes=128,vectors=2``; the
-keys are the fields of `Config`, and those left out keep the table's values.
+The variable holds ``key=value`` pairs separated by commas, for example ``lanes=128,vectors=2``. The
+keys are the fields of `Config`; a key left out keeps the table's value.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ REGISTERS = 65_536  # of a multiprocessor, which a program's threads share
 class Config(NamedTuple):
     """How rows of one dtype and length are read on one device.
 
-    A row's bits depend on the first three; the last two are a matter of speed alone.
+    The bits of a row's results depend on the first three fields; the last two affect speed alone.
     """
 
     lanes: int  # threads of a program
-    vectors: int  # 16-byte words of a thread in a tile
+    vectors: int  # 16-byte words per thread in a tile
     segment: int  # tiles of a segment
-    programs: int  # of one row each, for a multiprocessor, below which rows are split
-    maxnreg: int  # registers of a thread, of kernels that would not keep to them by themselves
+    programs: int  # of one row each, per multiprocessor; with fewer, rows are split
+    maxnreg: int  # registers per thread, for kernels that would take more
 
 
-# The smallest and the largest value of a field, and what it must be besides.
+# The smallest and the largest value of a field, and its kind.
 _LIMITS = {
     "lanes": (64, 1024, "a power of two"),
     "vectors": (1, 8, "a power of two"),
@@ -73,7 +73,11 @@ def parse(text: str, source: str = VARIABLE) -> dict[str, int]:
 
 
 def check(config: Config, source: str) -> Config:
-    """`config`, where its threads can have their registers."""
+    """`config`, if a multiprocessor has the registers that its threads need.
+
+    Raises:
+        ValueError: naming `source`, the numbers and the limit.
+    """
     if config.lanes * config.maxnreg > REGISTERS:
         raise ValueError(
             f"{source}: expected lanes * maxnreg <= {REGISTERS}, the registers of a "
@@ -90,8 +94,10 @@ def _forced() -> dict[str, int]:
 
 @cache
 def config(device: torch.device, dtype: torch.dtype, columns: int) -> Config:
-    """The configuration for rows of the first `columns` of logits, and of nothing else, or the bits
-    of a row's results would depend on more."""
+    """The configuration for rows of `columns` logits.
+
+    It depends on nothing else, so that a row's results have the same bits in every batch.
+    """
     row = tuning.config("triton", device, dtype, columns)
     if set(row) != set(Config._fields):
         keys = ", ".join(Config._fields)
@@ -102,7 +108,7 @@ def config(device: torch.device, dtype: torch.dtype, columns: int) -> Config:
 
 
 def clear() -> None:
-    """Forgets what was read, so that the next call reads the variable anew."""
+    """Forgets what was read, so that the next call reads the variable again."""
     _forced.cache_clear()
     config.cache_clear()
 
@@ -114,11 +120,11 @@ def candidates(dtype: torch.dtype, columns: int) -> list[str]:
     found = []
     for lanes, vectors in product((64, 128, 256, 512, 1024), (1, 2, 4, 8)):
         tile = lanes * vectors
-        # Neither threads without a word nor hundreds of tiles; single words in short rows alone.
+        # No threads without a word, no hundreds of tiles, and single words in short rows only.
         if tile > max(n_words, 128) or 64 * tile < n_words or (vectors == 1 and n_words > 1024):
             continue
-        # Eight words spill in fewer registers. With 64, ptxas has none to spare, but more programs
-        # share a multiprocessor.
+        # Eight words spill with fewer than 128 registers. 64 leave ptxas none to spare, but let
+        # more programs share a multiprocessor.
         for maxnreg in (64, 80) if vectors < 8 else (128,):
             if lanes * maxnreg <= REGISTERS:
                 found.append(f"lanes={lanes},vectors={vectors},maxnreg={maxnreg}")

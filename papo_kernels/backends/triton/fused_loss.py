@@ -1,8 +1,9 @@
 """The policy loss with its gradient: a row's statistics, its token's objective, its dlogits.
 
 One program reads a row, forms the objective and walks the row again from its end, most of which the
-L2 cache still holds. Where rows are few a launch reads them in segments and a second one, a program
-a segment, finishes every row anew from its segments' states and writes its part of the gradient.
+L2 cache still holds. Where rows are few, a first launch reads them in segments. In a second one,
+one program per segment finishes its row from all the segments' states and writes its part of the
+gradient.
 """
 
 from __future__ import annotations

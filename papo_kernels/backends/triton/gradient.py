@@ -1,10 +1,11 @@
 # ruff: noqa: RUF005 - Triton has no starred tuples.
-"""How a row's gradient is written: in 16-byte words wherever the row starts, or as zeros.
+"""How a row's gradient is written: in 16-byte words, wherever the row starts, or as zeros.
 
-The gradient is formed element by element, so unlike the state it may be cut by *position*, counted
-from the 16-byte boundary at or before the row: whole aligned words, and the few elements before and
-after them, its *ends*. Tiles and segments are as long as those of ``tile.py``, walked from the last
-to the first: the end of the row is what a preceding pass left in the L2 cache.
+The gradient is formed element by element. So, unlike the state, it may be cut by *position*,
+counted from the 16-byte boundary at or before the row: into whole aligned words and the few
+elements before and after them, the *ends*. Tiles and segments are as long as those of ``tile.py``.
+They are walked from the last to the first: the end of the row is what a preceding pass left in the
+L2 cache.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Span(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Which part of a row a program writes: one segment of it, or with ``n_parts`` 1 all."""
+    """Which part of a row a program writes: one segment, or all of it where ``n_parts`` is 1."""
 
     index: tl.tensor
     n_parts: tl.tensor
@@ -93,9 +94,9 @@ def store_words(ptr, blocks, n, LANES: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def write_tile(source, out, word, n, grad, s, how, VECTORS: tl.constexpr):
-    """The gradient of VECTORS words a thread from word ``word`` by position on; ``n`` are left.
+    """The gradient of VECTORS words per thread, from word ``word`` by position; ``n`` are left.
 
-    A single vector may be the span's last, in part.
+    A single vector may reach beyond the span's end.
     """
     MASKED: tl.constexpr = VECTORS == 1
     DTYPE: tl.constexpr = source.ptr.dtype.element_ty
@@ -135,7 +136,7 @@ def write_target(out, span, part, target, grad, WORD: tl.constexpr, how):
     in_words = (word >= 0) & (word < span.n_words)
     owner = tl.where(in_words, word // (how.LANES * how.VECTORS * how.SEGMENT_TILES), 0)
     mine = tl.minimum(owner, part.n_parts - 1) == part.index
-    # Every thread's words are out before one thread overwrites an element of them.
+    # All threads have written their words before one of them overwrites an element.
     tl.debug_barrier()
     value = rounded(grad.target, out.ptr.dtype.element_ty)
     tl.store(out.ptr + position, value, mask=mine & (target >= 0))

@@ -1,10 +1,10 @@
 """Host side of every kernel: what the calls for one kind of row share, and how kernels are started.
 
-A kernel's variants are the dtypes and the fields of ``tile.Variant``; nothing else leads to a
-compilation. So pointers and integers are kept from Triton's specialisation: top-level ones by
-``do_not_specialize``, pointers in tuples by being 16-byte aligned. Numbers in tuples are floats.
-Since a variant is one compiled kernel, later calls start that directly: Triton's own way looks at
-every argument anew, and takes longer for it than many a kernel runs.
+A kernel is compiled once for each combination of dtypes and fields of ``tile.Variant``, and for
+nothing else. So Triton must not specialize on pointers and integers: top-level ones are named in
+``do_not_specialize``, pointers in tuples are 16-byte aligned, and numbers in tuples are floats.
+Later calls start the compiled kernel directly. Triton's own launch looks at every argument again,
+which takes longer than many a kernel runs.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Flags(NamedTuple):
 
 
 class Plan:
-    """What calls share that differ in their tensors only.
+    """What calls that differ only in their tensors share.
 
     Attributes:
         config: how rows are read.
-        numbers: as all kernels take them.
-        n_segments: of a row.
-        few: with fewer rows than this rows are split.
+        numbers: those that all kernels take.
+        n_segments: per row.
+        few: with fewer rows than this, each row is split.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, row: RowParams) -> None:
@@ -67,7 +67,7 @@ class Plan:
         self._started: dict[tuple[str, Flags, Any], tuple[CompiledKernel, Variant]] = {}
 
     def count_parts(self, n_rows: int) -> int:
-        """Programs of a row: one where there are rows enough for the device, else one a segment."""
+        """Programs per row: one where the rows are enough for the device, else one per segment."""
         return 1 if n_rows >= self.few else self.n_segments
 
     def variant(self, flags: Flags) -> Variant:
@@ -80,7 +80,7 @@ class Plan:
         """Starts `programs` times `parts` programs.
 
         Args:
-            dtype: of a second matrix, None where there is none; those of all other arguments
+            dtype: of a second matrix, None if there is none. The dtypes of all other arguments
                 follow from the plan and the flags.
         """
         if programs == 0:
@@ -107,7 +107,7 @@ def plan(device: torch.device, dtype: torch.dtype, row: RowParams) -> Plan:
 
 
 def clear_config() -> None:
-    """Makes the next call read ``PAPO_TRITON_CONFIG`` anew."""
+    """Makes the next call read ``PAPO_TRITON_CONFIG`` again."""
     config.clear()
     plan.cache_clear()
 
@@ -120,7 +120,7 @@ def variant(values: Variant) -> Variant:
 @cache
 def count_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 1  # the interpreter: few, so that tests split rows and do not
+        return 1  # the interpreter: so few that tests reach whole and split rows
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -137,9 +137,9 @@ def count_segments(config: Config, vocab_size: int, itemsize: int) -> int:
 def read_rows(
     call: Plan, logits: Tensor, aligned: bool, targets: Tensor, weights: Tensor | None
 ) -> tuple[int, Tensor]:
-    """Where the kernel that follows finds the rows' sums, as its SOURCE and its source.
+    """The ``SOURCE`` of the kernel that follows, and the tensor in which it finds the rows' sums.
 
-    The states of split rows are computed here, in a buffer of ``20 lanes`` bytes a segment.
+    Split rows are read here, into a buffer of ``20 lanes`` bytes per segment.
     """
     n = logits.shape[0]
     n_parts = call.count_parts(n)
@@ -183,7 +183,7 @@ def same_words(logits: Tensor, dlogits: Tensor) -> bool:
 
 
 def row_tensor(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values [N]` contiguous, in `dtype`, on a 16-byte boundary: Triton specialises on that."""
+    """`values [N]` contiguous, in `dtype`, on a 16-byte boundary: Triton specializes on that."""
     if values.dtype is not dtype:
         values = values.to(dtype)
     if not values.is_contiguous():
@@ -202,7 +202,7 @@ def _warp_size(device: torch.device) -> int:
 def options(
     kernel: Any, how: Variant, maxnreg: int, warp_size: int, nvidia: bool
 ) -> dict[str, Any]:
-    """Launch options. Without contraction of a * b + c, in which two kernels might differ."""
+    """Launch options. Contraction of a * b + c is off: two kernels might differ in it."""
     lanes = how.LANES.value
     chosen = {"num_warps": lanes // warp_size, "num_stages": 1, "enable_fp_fusion": False}
     more = not how.ALIGNED.value or kernel.__name__ == "policy_loss_kernel"
@@ -214,7 +214,11 @@ def options(
 
 
 def first_launch(kernel: Any, call: Plan, grid: tuple[int, int, int], *args: Any) -> Any:
-    """By Triton's own way; the compiled kernel. The last argument is the variant."""
+    """Starts a kernel by Triton's own launch. The last argument is the variant.
+
+    Returns:
+        The compiled kernel.
+    """
     nvidia = torch.version.hip is None
     chosen = options(kernel, args[-1], call.config.maxnreg, _warp_size(call.device), nvidia)
     return kernel[grid](*args, **chosen)

@@ -6,10 +6,10 @@ read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max``
     Z = sum e^d      T = sum e^d d      Z2 = sum e^2d      T2 = sum e^2d d
 
 from which log-probability, entropy and entropy polarity (arXiv 2605.11775) follow, and so do their
-gradients. All of it is float32: the largest logit's terms are taken out of Z and Z2, and what the
-others add keeps its digits. Only the state that is stored is float64, at half to a 64th of the
-speed. Inside a row the maximum is kept in softcapped logits, where it is exact, and the sums in
-base 2: one multiplication then serves the exponent and T.
+gradients. The arithmetic is float32: the largest logit's terms are kept out of Z and Z2, so that
+what the others add keeps its digits. Only the stored state is float64, whose arithmetic runs at
+half to a 64th of the speed. Inside a row the maximum is kept in softcapped logits, where it is
+exact, and the sums in base 2: one multiplication then serves the exponent and T.
 
 Wherever two kernels must agree to the last bit, every fused multiply-add is spelled out and the
 kernels are compiled with contraction off.
@@ -28,7 +28,7 @@ POS_INF = tl.constexpr(float("inf"))
 # 2^-200 and e^-200 are 0 in float32. Distances are floored here so that a masked logit adds
 # 0 * -200 = -0 to T and T2, where 0 * -inf would add NaN.
 FLOOR = tl.constexpr(-200.0)
-# -max of float32: distances from an empty state's -inf are taken from here, not to get inf - inf.
+# -max of float32: distances from an empty state's -inf are taken from here, to avoid inf - inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -218,7 +218,7 @@ def ordered(bits):
 @triton.jit
 def merged(lanes, s):
     """The lanes of a row as the row's sums."""
-    # A warp finds the maximum of integers, and their sum, by one instruction.
+    # A warp finds the maximum of integers, and their sum, in one instruction.
     z_max = tl.max(ordered(lanes.z_max.to(tl.int32, bitcast=True)), 0)
     z_max = ordered(z_max).to(tl.float32, bitcast=True)
     zeros = tl.zeros_like(lanes.Z)
@@ -238,7 +238,7 @@ def merged(lanes, s):
 
 @triton.jit
 def sampled(z, z_max, s):
-    """The token of softcapped logit ``z``. Halves, as a difference may leave float32."""
+    """The token of softcapped logit ``z``. Halves: a difference may leave float32."""
     return Sampled(z, (0.5 * z - 0.5 * z_max) * s.inv_temperature * 2.0)
 
 
@@ -246,7 +246,7 @@ def sampled(z, z_max, s):
 def finished(sums, token):
     """Statistics of a whole row."""
     # Bad rows: Z is 0 where every logit is -inf and NaN where one is NaN or +inf; the token's d is
-    # NaN where the target is no column.
+    # NaN where the target is not a column.
     good = (sums.rest > -1.0) & (token.d == token.d)
     Z = tl.where(good, 1.0 + sums.rest, float("nan"))
     inv_Z = 1.0 / Z
@@ -256,7 +256,7 @@ def finished(sums, token):
     d = tl.where(masked, 0.0, token.d)
     e = tl.where(masked, 0.0, tl.exp2(d * LOG2E))
     ee = e * e
-    # Of the tokens but the sampled one, whose own terms are 1, 0, 1, 0 where it is the largest.
+    # Of all tokens but the sampled one, whose own terms are 1, 0, 1, 0 where it is the largest.
     q = ((1.0 - e) + sums.rest) * inv_Z
     inv_Z2 = inv_Z * inv_Z
     Q_r = ((1.0 - ee) + sums.rest2) * inv_Z2
@@ -311,7 +311,7 @@ def loaded_state(at, s):
 
 @triton.jit
 def store_state(at, sums, token, s, active):
-    """A row's state as one vector: a lane converts one number of it."""
+    """A row's state as one vector: each lane converts one number."""
     k = tl.arange(0, 8)
     value = tl.where(k == 0, sums.z_ref, token.z)
     value = tl.where(k == 1, sums.rest, value)
@@ -342,7 +342,7 @@ def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
     a1 = gc * spread - g.entropy
     dc = -r.p_a * ((r.q * r.q + r.Q_r) * (1.0 + r.s_a) + 2.0 * c)
     target = g.logp * r.q - g.entropy * r.p_a * r.s_a + gc * dc
-    # A sampled token of probability 0 has no gradient, nor have the others of its row.
+    # Where the sampled token has probability 0, no token of the row has a gradient.
     factor = tl.where(r.logp == NEG_INF, 0.0, s.inv_temperature)
     scale = tl.exp2(sums.shift) * r.inv_Z
     first = scale * factor
@@ -362,7 +362,7 @@ def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def gradient(z, grad, s, HAS_SOFTCAP: tl.constexpr, HAS_SQUARES: tl.constexpr):
-    """dlogits of a block of float32 logits, the sampled token's aside."""
+    """dlogits of a block of float32 logits, except for the sampled token."""
     x = z
     if HAS_SOFTCAP:
         x = capped(z, s.softcap)

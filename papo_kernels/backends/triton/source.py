@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from papo_kernels import types
+
 from .row_state import Scaling, capped, empty_states, loaded_state, sampled
 from .tile import (
     N_SUMS,
@@ -17,15 +19,15 @@ from .tile import (
     store_states,
 )
 
-IGNORED = tl.constexpr(-100)
-ELSEWHERE = tl.constexpr(-1)
+IGNORED = tl.constexpr(types.IGNORE_INDEX)
+ELSEWHERE = tl.constexpr(types.ELSEWHERE)
 
 # Where the state of a row comes from.
 LOGITS = tl.constexpr(0)  # this program reads the row
-PARTS = tl.constexpr(1)  # segments_kernel has read it, a program a segment
+PARTS = tl.constexpr(1)  # segments_kernel has read it, one program per segment
 STATE = tl.constexpr(2)  # the caller has it
 
-# Arguments of the kernels that Triton would else compile anew for.
+# Arguments of the kernels for whose values Triton would otherwise compile again.
 INTEGERS = ("stride", "dlogits_stride", "vocab_size", "n_columns")
 
 
@@ -50,14 +52,17 @@ def scaling(numbers):
 
 @triton.jit
 def program_row():
-    """This program's row, int64. Its part of it is the second index."""
+    """This program's row, int64. The second grid index is the program's part of the row."""
     return tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
 def target_logit(row, target, vocab_size, s, how):
-    """The sampled token's softcapped logit: -inf where that lies in another shard, NaN, and no
-    read, where the target is no column."""
+    """The sampled token's softcapped logit.
+
+    It is -inf where the token lies in another shard. It is NaN, and nothing is read, where the
+    target is not a column.
+    """
     valid = (target >= 0) & (target < vocab_size)
     z = tl.load(row.ptr + (row.head + tl.where(valid, target, 0)), mask=valid, other=0.0)
     z = z.to(tl.float32)
@@ -68,7 +73,7 @@ def target_logit(row, target, vocab_size, s, how):
 
 @triton.jit
 def parts_stride(n_segments, how):
-    """Floats of a row's parts: its segments, the target's logit."""
+    """Floats that a row's parts take: its segments' states, then the target's logit."""
     return (n_segments * N_SUMS + 1) * how.LANES
 
 
@@ -85,8 +90,8 @@ def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr
         return sums, sampled(tl.load(at + (stride - how.LANES)), sums.z_ref, s)
     else:
         # Where a gradient follows, the logit is loaded before the reductions: past their barriers
-        # other warps may write the gradient, in place, over it. Elsewhere after them: it would cost
-        # a register in the loop.
+        # other warps may overwrite it with the gradient. Elsewhere it is loaded after them, which
+        # saves a register in the loop.
         if how.HAS_GRADIENT:
             z = target_logit(row, target, vocab_size, s, how)
         sums = row_sums(row, vocab_size, s, how, EVICTION)
@@ -99,7 +104,7 @@ def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr
 def segments_kernel(
     logits, parts, targets, weights, has_weights, numbers, stride: tl.int64, vocab_size, how
 ):
-    """The states of the segments of every row, a program each, in ``parts``."""
+    """The states of every row's segments, one program per segment, in ``parts``."""
     i, segment = program_row(), tl.program_id(1)
     target = tl.load(targets + i)
     weight = tl.load(weights + i, mask=has_weights > 0.0, other=1.0)

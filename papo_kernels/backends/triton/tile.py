@@ -2,14 +2,14 @@
 # conditional expression; DTYPE is no constant to ruff's eye.
 """How a row of logits is read: words, tiles, segments, and the state they add up to.
 
-A row is read in 16-byte *words* counted from column 0, in tiles of a few words a thread. Where rows
-do not start on a 16-byte boundary (an odd V puts most of them off it) a word is put together from
-the two aligned ones it lies across. The last word or so is read element by element, so that nothing
-outside the matrix is read, and so are rows of a few columns.
+A row is read in 16-byte *words* counted from column 0, in tiles of a few words per thread. Where
+rows do not start on a 16-byte boundary (with an odd V most do not), a word is put together from the
+two aligned words that it straddles. The last word or so is read element by element, so that nothing
+outside the matrix is read. Rows of a few columns are read that way too.
 
-Tiles are grouped in segments, and a row's state is folded segment by segment, whether one program
-reads all of them or, where rows are few, a program each. So the bits of a result depend on the row
-alone: not on its neighbours, its number in the batch, its alignment, or the device.
+Tiles are grouped in segments, and a row's state is folded segment by segment. One program reads
+them all or, where rows are few, one program reads each. So the bits of a result depend on the row
+alone: not on its neighbors, its place in the batch, its alignment, or the device.
 """
 
 from typing import NamedTuple
@@ -37,8 +37,8 @@ class Variant(NamedTuple):
     """What a kernel is compiled for, besides dtypes. The fields are ``tl.constexpr``."""
 
     LANES: int  # threads of a program
-    VECTORS: int  # words of a thread in a tile
-    SEGMENT_TILES: int  # tiles of a segment
+    VECTORS: int  # words per thread in a tile
+    SEGMENT_TILES: int  # tiles per segment
     HAS_SOFTCAP: bool
     ALIGNED: bool = False  # rows of logits start on 16-byte boundaries
     SAME_WORDS: bool = False  # a word of logits is one of dlogits
@@ -149,9 +149,9 @@ def rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_tile(row, word, n_words, s, how, VECTORS: tl.constexpr, EVICTION: tl.constexpr):
-    """Softcapped blocks of VECTORS words a thread, from word ``word`` of the row's ``n_words`` on.
+    """Softcapped blocks of VECTORS words per thread, from word ``word`` of the row's ``n_words``.
 
-    A single vector may be the row's last, in part: -inf from there on.
+    A single vector may reach beyond the row's end: it is -inf from there on.
     """
     MASKED: tl.constexpr = VECTORS == 1
     DTYPE: tl.constexpr = row.ptr.dtype.element_ty
@@ -180,7 +180,7 @@ def load_tile(row, word, n_words, s, how, VECTORS: tl.constexpr, EVICTION: tl.co
 
 @triton.jit
 def count_words(n_columns, WORD: tl.constexpr, how):
-    """Whole words but the last one, whose aligned neighbour may end outside the matrix."""
+    """Whole words except the last one, whose aligned neighbor may end outside the matrix."""
     return tl.where(n_columns <= how.LANES, 0, n_columns // WORD - 1)
 
 
@@ -192,7 +192,7 @@ def count_segments(n_columns, DTYPE: tl.constexpr, how):
 
 @triton.jit
 def rest_of_row(row, n_columns, s, how):
-    """The states of the elements after the words, one a lane."""
+    """The states of the elements after the words, one per lane."""
     WORD: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     column = count_words(n_columns, WORD, how) * WORD + tl.arange(0, how.LANES)
     z = tl.load(row.ptr + (row.head + column), mask=column < n_columns, other=NEG_INF)
@@ -223,9 +223,9 @@ def segment_states(row, n_columns, segment, lanes, s, how, EVICTION: tl.constexp
 
 @triton.jit
 def row_sums(row, n_columns, s, how, EVICTION: tl.constexpr):
-    """The sums of the first ``n_columns`` of a row, by one program; nothing is read where 0.
+    """The sums of the first ``n_columns`` of a row, by one program; of 0 columns nothing is read.
 
-    The first segment takes up what the rest of the row has left.
+    The first segment continues the states of the elements after the words.
     """
     n_segments = count_segments(n_columns, row.ptr.dtype.element_ty, how)
     lanes = rest_of_row(row, n_columns, s, how)

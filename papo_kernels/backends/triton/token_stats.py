@@ -30,7 +30,7 @@ class StatsOut(NamedTuple):
 
 
 class StatsGrads(NamedTuple):
-    """Targets, upstream gradients ``[N]``, and 0.0 in place of those that are not given."""
+    """``[N]``, but for the ``has_*``: 0.0 where a gradient is not given and another stands in."""
 
     targets: Tensor
     logp: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import environment, write_json
 from papo.policy.prediction import PREDICTIONS, pearson, rank_correlation
-from papo.record.metrics import read_rows
+from papo.record.jsonl import read_rows
 
 SAMPLES = 2000
 # What the predictions follow from is kept with them.

@@ -1,4 +1,4 @@
-"""PAPO: a trainer for reinforcement fine-tuning that steers entropy through token polarity (arXiv
-2605.11775)."""
+"""PAPO: a trainer for reinforcement fine-tuning that steers entropy by the polarity of tokens
+(arXiv 2605.11775)."""
 
 __version__ = "0.1.0"

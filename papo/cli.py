@@ -1,4 +1,4 @@
-"""The command line: arguments, and one-line errors from rank 0."""
+"""The command line: its arguments, and one-line errors from rank 0."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import NoReturn
 from papo.config import ConfigError, TrainConfig, load_config
 from papo.errors import PapoError
 
-# The launcher kills every rank when one has failed: rank 0 is to have its say before the others go.
+# The launcher kills all ranks once one has failed, so the others leave time for rank 0's error.
 _GRACE_SECONDS = 2.0
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised, so that ranks do not each print them."""
+    """A parser that raises its errors, so that not every rank prints them."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of train.py.
 
     Raises:
-        ConfigError: a missing or an unknown argument.
+        ConfigError: an argument is missing or unknown.
     """
     parser = _Parser(
         prog="train.py",
@@ -58,10 +58,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def config_from(argv: Sequence[str]) -> TrainConfig:
-    """The config that the arguments describe.
+    """The config that the arguments ask for.
 
     Raises:
-        ConfigError: bad arguments or options.
+        ConfigError: an argument or an option is bad.
     """
     args = parse_args(argv)
     config = load_config(args.config, args.overrides)
@@ -69,8 +69,12 @@ def config_from(argv: Sequence[str]) -> TrainConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; the exit status: 0, or 1 on every rank after an error that rank 0 prints as one line,
-    130 after Ctrl-C."""
+    """Train.
+
+    Returns:
+        The exit status: 0, 1 on every rank after an error that rank 0 prints as one line, or 130
+        after Ctrl-C.
+    """
     leads = _rank() == 0
     _log_to_stderr(logging.INFO if leads else logging.CRITICAL)
     try:
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config)
     except PapoError as error:
         if leads:
-            line = " ".join(str(error).splitlines())  # it may quote a library's
+            line = " ".join(str(error).splitlines())  # a quoted error of a library may have several
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             time.sleep(_GRACE_SECONDS)
@@ -94,8 +98,7 @@ def _rank() -> int:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what sys.stderr is at the time: the progress display replaces it while it is
-    live."""
+    """Writes to the current sys.stderr: the progress display replaces it while it is live."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)

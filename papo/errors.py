@@ -1,4 +1,8 @@
-"""The one error a user is meant to read: one line with what, which value and what to do."""
+"""The one error that a user is meant to read: what is wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class PapoError(Exception):
@@ -6,6 +10,12 @@ class PapoError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its text that is not blank, its type's name where there is none."""
+    """The first line of the error's text that is not blank, or its type's name if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
+
+
+def listed(names: Sequence[str], shown: int) -> str:
+    """The first `shown` names on one line, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

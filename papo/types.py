@@ -1,4 +1,5 @@
-"""The values that cross a stage's border. No torch here: reward workers import this file."""
+"""The values that pass from one stage to another. No torch here: reward workers import this
+file."""
 
 from __future__ import annotations
 
@@ -19,14 +20,15 @@ class Problem:
     """A prompt with its reference answer.
 
     Attributes:
-        uid: stable across runs with the same data options, unique over training and held-out
+        uid: the same in all runs with the same data options, unique among training and held-out
             problems.
-        messages: the chat, `{"role": ..., "content": ...}` each and whatever else the chat
-            template reads, before it; the last is the user's.
+        messages: the chat that the template is applied to. Each message is
+            `{"role": ..., "content": ...}` with whatever else the template reads; the last one is
+            the user's.
         answer: the reference answer as text.
         metadata: what the verifier needs besides the answer: JSON values, and whatever else a
             Parquet column holds.
-        prompt_ids: the templated prompt's token ids, generation prompt included.
+        prompt_ids: token ids of the prompt after the template, with the generation prompt.
     """
 
     uid: int
@@ -37,11 +39,12 @@ class Problem:
 
 
 class KeptIds(NamedTuple):
-    """What top-k and top-p left to draw each token of a completion from, as compressed rows.
+    """The ids that top-k and top-p left for each token of a completion, as compressed rows.
 
     Attributes:
-        counts: int64 [T] on the CPU, ids kept for each of the T sampled tokens.
-        ids: int32 [sum of counts] on the CPU, token by token, the sampled id among its own.
+        counts: int64 [T] on the CPU, number of ids kept for each of the T sampled tokens.
+        ids: int32 [sum of counts] on the CPU, token by token; those of a token include the sampled
+            one.
     """
 
     counts: Tensor
@@ -50,18 +53,18 @@ class KeptIds(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer, token ids exactly as the sampler drew them: they are never decoded and
-    encoded again.
+    """One sampled answer. Its token ids are those that the sampler drew, never decoded text encoded
+    again.
 
     Attributes:
         problem: what was asked.
-        response_ids: sampled ids, the end-of-sequence id included where it was sampled.
-        sampler_logp: the sampler's own log-probability of each id (nats), in the distribution it
-            was drawn from: at the sampling temperature, renormalised over what top-k and top-p
+        response_ids: sampled ids, with the end-of-sequence id if it was sampled.
+        sampler_logp: the sampler's own log-probability of each id (nats), in the distribution that
+            it was drawn from: at the sampling temperature, renormalized over what top-k and top-p
             kept.
         truncated: no end-of-sequence id within the token limit.
         text: the decoded response without its end-of-sequence token, and without other special
-            tokens where `rollout.skip_special_tokens` says so; for verifiers and people only.
+            tokens if `rollout.skip_special_tokens` is on; for verifiers and people only.
         kept: the ids that top-k and top-p kept; None where neither was on.
     """
 
@@ -87,5 +90,5 @@ class Reward:
     status: RewardStatus
 
     def succeeds(self, threshold: float) -> bool:
-        """Whether it counts as a right answer, a sum's rounding aside; a masked one does not."""
+        """Whether it counts as a right answer, give or take rounding; a masked reward does not."""
         return self.value >= threshold - _ROUNDING

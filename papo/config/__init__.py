@@ -1,5 +1,42 @@
-"""A run's options: `load_config` reads them, `TrainConfig` holds them."""
+"""A run's options: `load_config` reads them, `TrainConfig` holds them, a class for each section."""
 
-from papo.config.schema import PRESETS, ConfigError, TrainConfig, load_config
+from papo.config.data import DataConfig
+from papo.config.options import (
+    AdvantageConfig,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    DynamicSamplingConfig,
+    EvaluationConfig,
+    LossConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RewardConfig,
+    RolloutConfig,
+    WeightingConfig,
+)
+from papo.config.presets import PRESETS
+from papo.config.schema import TrainConfig, load_config
+from papo.config.text import ConfigError
 
-__all__ = ["PRESETS", "ConfigError", "TrainConfig", "load_config"]
+__all__ = [
+    "PRESETS",
+    "AdvantageConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "DynamicSamplingConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PhaseConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "WeightingConfig",
+    "load_config",
+]

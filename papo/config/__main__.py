@@ -1,6 +1,6 @@
-"""Prints docs/config.md."""
+"""`python -m papo.config`: print docs/config.md."""
 
-from papo.config.schema import PRESETS, TrainConfig
-from papo.config.text import reference_page
+from papo.config import PRESETS, TrainConfig
+from papo.config.page import reference_page
 
 print(reference_page(TrainConfig, PRESETS), end="")

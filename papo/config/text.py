@@ -1,32 +1,27 @@
-"""Options as text: YAML in, one-line errors and the reference page out. It knows pydantic and no
-option by name."""
+"""Options as text: YAML in, one-line errors out. It knows pydantic, but no option by name."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
 from papo.errors import PapoError
 
 
 class ConfigError(PapoError):
-    """A bad option: one line with the key, its value and what was expected."""
+    """A bad option, in one line: the key, its value and what was expected."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (`1e-5` is a number) and no key twice."""
+    """Reads floats as YAML 1.2 does (`1e-5` is a number) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -51,7 +46,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ConfigError: it does not parse, or gives a key twice; with `where` and the line.
+        ConfigError: it does not parse, or gives a key twice; the message has `where` and the line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -63,7 +58,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def sections_of(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """(name, model) of the nested sections."""
+    """(name, model) of each nested section."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield name, field.annotation
@@ -81,8 +76,8 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(key: str, model: type[BaseModel]) -> str | None:
-    """The known key that `key` most likely stands for: the same name elsewhere, else the closest
-    spelling."""
+    """The known key that `key` most likely stands for: one of the same name in another section,
+    else the one spelled most alike."""
     known = known_keys(model)
     leaf = key.rpartition(".")[2]
     elsewhere = [k for k in known if k.rpartition(".")[2] == leaf]
@@ -97,13 +92,13 @@ def nearest_key(key: str, model: type[BaseModel]) -> str | None:
 
 
 def explain(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> list[str]:
-    """Validation errors as lines of key, value and what was expected; one line a key."""
+    """Validation errors as lines, one per key: the key, its value and what was expected."""
     found: dict[str, ErrorDetails] = {}
     wanted: dict[str, list[str]] = {}
     for error in errors:
         key = _dotted(error["loc"], model)
         found.setdefault(key, error)
-        # A union reports every branch: their expectations belong together.
+        # Each branch of a union reports its own expectation: one line gives them all.
         wanted.setdefault(key, []).append(_expected(error, key, model))
     return [
         _line(key, error, " or ".join(dict.fromkeys(wanted[key])), model)
@@ -141,7 +136,7 @@ def _siblings(key: str, model: type[BaseModel]) -> list[str]:
 
 
 def _dotted(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """The key of an error's location, without what pydantic appends for the branches of a union."""
+    """The dotted key of an error's location, without the parts that pydantic adds for a union."""
     key = ""
     current: type[BaseModel] | None = model
     for part in loc:
@@ -164,12 +159,12 @@ def _description(key: str, model: type[BaseModel]) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with all white space as single blanks."""
+    """`text` with every run of white space as one space."""
     return " ".join(text.split())
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`, mapping by mapping; neither is changed."""
+    """`over` laid on `under`, mapping by mapping; neither argument is changed."""
     result = copy.deepcopy(dict(under))
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -181,7 +176,7 @@ def read_options(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The mapping in a YAML file with `a.b=value` overrides laid on it, each value read as YAML.
 
     Raises:
-        ConfigError: the file cannot be read or is no mapping, or an override has no such form.
+        ConfigError: the file cannot be read or holds no mapping, or an override has another form.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -212,104 +207,3 @@ def _override(options: dict[str, Any], override: str) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def reference_page(model: type[BaseModel], presets: Mapping[str, Mapping[str, Any]]) -> str:
-    """The Markdown page of every option, made from the declarations."""
-    lines = [
-        "# Options",
-        "",
-        "Made by `python -m papo.config > docs/config.md` from the declarations in `papo/config/`; "
-        "do not edit.",
-        "",
-        "One YAML file holds a run's options; `--set section.key=value` overrides one of them "
-        "(the value is read as YAML).",
-        "Unknown keys and values out of bounds are refused. The resolved options are saved as "
-        "`config.yaml` in the run's folder.",
-        "",
-    ]
-    nested = dict(sections_of(model))
-    lines += _table("Run", model, [n for n in model.model_fields if n not in nested])
-    for name, section in nested.items():
-        lines += _table(f"`{name}`", section, list(section.model_fields))
-    lines += [
-        "## Methods",
-        "",
-        "`method` sets these defaults; whatever you write yourself wins.",
-        "",
-    ]
-    lines += [
-        "| key | " + " | ".join(f"`{name}`" for name in presets) + " |",
-        "|---|" + "---|" * len(presets),
-    ]
-    keys = dict.fromkeys(
-        (group, key)
-        for preset in presets.values()
-        for group, values in preset.items()
-        for key in values
-    )
-    for group, key in keys:
-        default = nested[group].model_fields[key].default
-        cells = [_literal(preset.get(group, {}).get(key, default)) for preset in presets.values()]
-        lines.append(f"| `{group}.{key}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _table(title: str, model: type[BaseModel], names: list[str]) -> list[str]:
-    lines = [
-        f"## {title}",
-        "",
-        one_line(model.__doc__ or ""),
-        "",
-        "| key | type | default | |",
-        "|---|---|---|---|",
-    ]
-    for name in names:
-        field = model.model_fields[name]
-        default = "required" if field.default is PydanticUndefined else _literal(field.default)
-        lines.append(
-            f"| `{name}` | {_type_text(field)} | {default} | {one_line(field.description or '')} |"
-        )
-    return [*lines, ""]
-
-
-def _literal(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, tuple):
-        value = list(value)
-    return '`""`' if value == "" else f"`{value}`"
-
-
-def _type_text(field: FieldInfo) -> str:
-    return (_name(field.annotation) + _bounds(field.metadata)).replace("|", "\\|")
-
-
-def _name(annotation: Any) -> str:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return " or ".join(f"`{a}`" for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_name(a) for a in args if a is not type(None))
-    if origin is typing.Annotated:
-        return _name(args[0]) + _bounds(list(args[1:]))
-    if origin is tuple:
-        return f"{len(args)} x {_name(args[0])}"
-    if origin is dict:
-        return "mapping"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[
-        annotation.__name__
-    ]
-
-
-def _bounds(metadata: list[Any]) -> str:
-    symbols = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
-    found = []
-    for item in metadata:
-        for inner in [item, *getattr(item, "metadata", [])]:
-            if type(inner) in symbols:
-                sign, attribute = symbols[type(inner)]
-                found.append(f"{sign} {getattr(inner, attribute)}")
-    return (" " + ", ".join(found)) if found else ""

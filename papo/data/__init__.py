@@ -1,1 +1,1 @@
-"""Problems: rows of files and data sets, made into prompts and answers."""
+"""Problems: rows of files and datasets, or generated ones, made into prompts and answers."""

@@ -1,35 +1,40 @@
-"""Problems: read or generated, split, templated and handed out in an order that depends on the seed
-and a cursor alone."""
+"""Problems: read or generated, split, made into prompts, and handed out in an order that depends
+only on the seed and a cursor."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from papo.data.generated import generate
 from papo.data.prompts import PromptEncoder
 from papo.data.records import Record, read
 from papo.data.rows import name_of
 from papo.errors import PapoError
 from papo.types import Problem
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from papo.config import DataConfig
+
 log = logging.getLogger(__name__)
 
-_HELD_OUT = 64  # where data.held_out_size does not say
+_HELD_OUT = 64  # problems, unless data.held_out_size says otherwise
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A problem with its tokens, smaller than a Problem is: there may be a million of them.
+    """A problem with its tokens, kept small because there may be a million of them.
 
     Attributes:
         prompt: digest of `messages`; items that share it are on one side of the split.
-        row: digest of the messages before the options of the prompt.
+        row: digest of the messages as the row has them, without system prompt and suffix.
     """
 
     prompt: bytes
@@ -44,30 +49,30 @@ class _Item:
 
 
 class ProblemSource:
-    """Training and held-out problems, which share no prompt. Its only state is the caller's cursor.
+    """Training and held-out problems, which share no prompt. The caller's cursor is its only state.
 
-    Two prompts are the same where their messages are, role by role and character by character.
-    Rows that are equal in every field are one problem; rows that share the prompt alone are kept,
-    on the same side of the split.
+    Two prompts are the same if their messages are, role by role and character by character. Rows
+    that are equal in every field are one problem; rows that share only the prompt are all kept, on
+    the same side of the split.
 
     Args:
         config: the config's `data` section.
-        tokenizer: the policy's; its chat template is applied, plain text is used where it has none.
-        seed: orders the training problems; the split depends on `config.split_seed` and the rows'
-            own messages.
+        tokenizer: the policy's. Its chat template is applied; without one, prompts are plain text.
+        seed: orders the training problems. The split depends on `config.split_seed` and on the
+            rows' own messages instead.
 
     Attributes:
         dropped_long: problems left out because their prompt exceeds `max_prompt_tokens`.
         dropped_equal: rows left out because they equal an earlier one in every field.
         dropped_held_out: training rows left out because their prompt is held out.
-        other_answers: rows, kept, whose prompt had another answer before.
+        other_answers: rows whose prompt had another answer in an earlier row; they are kept.
 
     Raises:
         PapoError: no such dataset or file, a bad row, bad parameters, or too few distinct
             problems.
     """
 
-    def __init__(self, config: Any, tokenizer: Any, seed: int) -> None:
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self._config = config
         self._seed = seed
         self._epoch: tuple[int, list[tuple[int, _Item]]] | None = None
@@ -93,7 +98,7 @@ class ProblemSource:
 
     @property
     def fingerprint(self) -> str:
-        """What sources share that have the same training problems under the same numbers."""
+        """Equal for two sources if they have the same training problems under the same uids."""
         return _digest([(uid, item.prompt, item.answer) for uid, item in self._train]).hex()
 
     @property
@@ -107,7 +112,8 @@ class ProblemSource:
         return max(max(item.ids, default=0) for _, item in (*self._held_out, *self._train))
 
     def without_tokens(self) -> list[Problem]:
-        """All problems, held-out ones first, their `prompt_ids` empty: these take the memory."""
+        """All problems, held-out ones first, with empty `prompt_ids`, which would take the
+        memory."""
         pairs = (*self._held_out, *self._train)
         return [Problem(uid, i.messages, i.answer, i.metadata, ()) for uid, i in pairs]
 
@@ -116,10 +122,10 @@ class ProblemSource:
         return [item.problem(uid) for uid, item in self._held_out]
 
     def drop(self, uids: Collection[int]) -> None:
-        """Leave problems out, of training and of the evaluation.
+        """Leave problems out of training and out of the evaluation.
 
         Raises:
-            PapoError: none is left to train on, or to evaluate where there were some.
+            PapoError: no problem is left to train on, or none of the held-out ones.
         """
         evaluated = bool(self._held_out)
         self._held_out = [pair for pair in self._held_out if pair[0] not in uids]
@@ -147,7 +153,8 @@ class ProblemSource:
         """Held-out problems first, so that `train_size` does not change them."""
         c = self._config
         size = self._split_size
-        stream = _reasoning_gym(c.dataset, c.params, c.split_seed)
+        assert c.dataset is not None  # DataConfig requires it
+        stream = generate(c.dataset, c.params, c.split_seed)
         found = list(self._new_prompts(stream, size + c.train_size))
         held_out, train = found[:size], found[size:]
         self._require(train, len(found), f"data.dataset={c.dataset!r} with these data.params")
@@ -158,7 +165,7 @@ class ProblemSource:
     def _new_prompts(self, records: Iterable[Record], limit: int) -> Iterator[_Item]:
         """The first `limit` problems with distinct prompts that are not too long.
 
-        Generated problems have no end: the search is given up when a long run brings nothing new.
+        Generated problems have no end: the search stops after many in a row bring nothing new.
         """
         seen: set[bytes] = set()
         kept = stale = 0
@@ -207,26 +214,26 @@ class ProblemSource:
 
     @property
     def _split_size(self) -> int:
-        given: int | None = self._config.held_out_size
+        given = self._config.held_out_size
         return _HELD_OUT if given is None else given
 
     def _require(
         self, train: Sequence[Any], found: int, what: str, held_out_by: str | None = None
     ) -> None:
-        """Refuse to go on without training problems; `held_out_by`: the file or split that keeps
-        them, None for `data.held_out_size`."""
+        """Refuse to go on without training problems. `held_out_by` is the file or split that they
+        went to, None for `data.held_out_size`."""
         if train:
             return
         keeps = held_out_by or f"data.held_out_size={self._split_size}"
         raise PapoError(
             f"{what}: {found} distinct problems of at most "
             f"data.max_prompt_tokens={self._config.max_prompt_tokens} tokens, "
-            f"{keeps} leaves none to train on: hold out less or widen the data"
+            f"of which {keeps} leaves none to train on; hold out less or use more data"
         )
 
     def _distinct(self, records: Iterable[Record], what: str) -> list[_Item]:
-        """The problems of a file or of a dataset, without the equal and the too long ones; lines on
-        the screen say what was dropped and what contradicts itself."""
+        """The problems of a file or of a dataset, without repeated and overlong ones; log lines say
+        what was dropped and which prompts have several answers."""
         rows: set[bytes] = set()
         answers: dict[bytes, str] = {}
         items = []
@@ -266,7 +273,7 @@ class ProblemSource:
             )
 
     def _with_options(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """With the system prompt (unless there is one) and the suffix on the last message."""
+        """`messages` with the system prompt, unless they have one, and the suffix."""
         c = self._config
         full = list(messages)
         if c.system_prompt is not None and full[0]["role"] != "system":
@@ -277,7 +284,7 @@ class ProblemSource:
     def _item(
         self, record: Record, messages: tuple[Mapping[str, Any], ...], prompt: bytes
     ) -> _Item | None:
-        """None, and counted, where the prompt is too long."""
+        """The item; None where the prompt is too long, which is counted."""
         ids = self._encoder.encode(messages)
         if ids is None:
             self.dropped_long += 1
@@ -293,9 +300,9 @@ class ProblemSource:
 
 
 def _split(items: Sequence[_Item], size: int, seed: int) -> tuple[list[_Item], list[_Item]]:
-    """`size` items held out, or fewer, and the others; those of one prompt stay together.
+    """At most `size` items to hold out, and the others; items of one prompt stay together.
 
-    The order of the rows and the options of the prompt change nothing.
+    The result depends neither on the order of the rows nor on the system prompt and suffix.
     """
     groups: dict[bytes, list[_Item]] = {}
     for item in items:
@@ -314,54 +321,5 @@ def _digest(*parts: object) -> bytes:
 
 
 def _json(metadata: Mapping[str, Any]) -> str:
-    """A text that equal metadata share, whatever the order of its keys."""
+    """`metadata` as text, the same for any order of its keys."""
     return json.dumps(metadata, sort_keys=True, default=repr)
-
-
-def _reasoning_gym(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Record]:
-    """An endless stream of a reasoning-gym dataset's problems.
-
-    `metadata` holds what its own `score_answer` needs: the dataset's name, its parameters and the
-    entry.
-    """
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
-        advice = (
-            f"did you mean {', '.join(close)}?"
-            if close
-            else f"known: {', '.join(sorted(DATASETS))}"
-        )
-        raise PapoError(f"data.dataset={name!r}: reasoning-gym has no such dataset; {advice}")
-    reserved = next((key for key in ("size", "seed") if key in params), None)
-    if reserved:
-        instead = {"size": "data.train_size", "seed": "data.split_seed"}[reserved]
-        raise PapoError(f"data.params.{reserved}={params[reserved]!r}: set {instead} instead")
-    known = [
-        field for field in DATASETS[name][1].__dataclass_fields__ if field not in ("size", "seed")
-    ]
-    unknown = next((key for key in params if key not in known), None)
-    if unknown is not None:
-        raise PapoError(
-            f"data.params.{unknown}={params[unknown]!r}: {name} has no such parameter; known: "
-            f"{', '.join(known)}"
-        )
-    try:
-        dataset = reasoning_gym.create_dataset(name, seed=seed, size=2**31 - 1, **params)
-        dataset[0]
-    except Exception as error:  # datasets check their parameters with assertions of their own
-        raise PapoError(
-            f"data.dataset={name!r}: refused data.params={dict(params)}: {error}"
-        ) from error
-    index = 0
-    while True:
-        entry = dataset[index]
-        index += 1
-        answer = entry["answer"]
-        yield Record(
-            messages=({"role": "user", "content": entry["question"]},),
-            answer="" if answer is None else str(answer),
-            metadata={"dataset": name, "params": dict(params), "entry": entry},
-        )

@@ -1,36 +1,42 @@
-"""From a problem's messages to the token ids the policy goes on from."""
+"""From a problem's messages to the token ids that the policy continues."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from papo.errors import PapoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 
 class PromptEncoder:
-    """Applies the tokenizer's chat template, or plain text where it has none.
+    """Turns messages into token ids by the tokenizer's chat template, or as plain text without one.
 
     Args:
         tokenizer: the policy's.
-        max_tokens: longer prompts are refused, the very long ones without being tokenized.
-        template_args: further variables of the chat template, such as `enable_thinking`.
+        max_tokens: longer prompts are refused, very long ones without being tokenized.
+        template_args: additional variables of the chat template, such as `enable_thinking`.
     """
 
     def __init__(
-        self, tokenizer: Any, max_tokens: int, template_args: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        template_args: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._args = dict(template_args or {})
         self._template = getattr(tokenizer, "chat_template", None)
-        # But for the unknown token, none stands for more characters than the longest entry of
-        # the vocabulary has.
+        # Except for the unknown token, no token stands for more characters than the longest entry
+        # of the vocabulary has.
         self._max_characters = max_tokens * max(len(token) for token in tokenizer.get_vocab())
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         if not self._template:
             log.warning("the tokenizer has no chat template: prompts are plain text")
         for name, value in self._args.items():
@@ -42,12 +48,12 @@ class PromptEncoder:
                 )
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...] | None:
-        """Token ids with the generation prompt; None where they are more than `max_tokens`.
+        """Token ids with the generation prompt; None if there are more than `max_tokens`.
 
         Raises:
             PapoError: the chat template fails on the messages.
         """
-        # The template may leave messages out, but what is short before it is short enough.
+        # A template may leave messages out, so long messages alone do not refuse a prompt.
         characters = sum(len(m.get("content") or "") for m in messages)
         if characters > self._max_characters and len(self._text(messages)) > self._max_characters:
             return None
@@ -60,7 +66,7 @@ class PromptEncoder:
         return tuple(kept) if len(kept) <= self._max_tokens else None
 
     def _text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What is tokenized."""
+        """The text that is tokenized."""
         if not self._template:
             return "\n".join(m.get("content") or "" for m in messages)
         return str(self._apply(messages, tokenize=False))
@@ -68,7 +74,10 @@ class PromptEncoder:
     def _apply(self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=tokenize, **self._args
+                [dict(m) for m in messages],
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                **self._args,
             )
         except Exception as error:  # a template is a program: it may refuse a role, or be wrong
             raise PapoError(
@@ -78,21 +87,23 @@ class PromptEncoder:
     def _without_added_end(
         self, ids: list[int], messages: Sequence[Mapping[str, Any]]
     ) -> list[int]:
-        """`ids` without the end-of-sequence token that the tokenizer put there of its own."""
+        """`ids` without the end-of-sequence token that the tokenizer itself appended."""
         end = self._tokenizer.eos_token_id
         if end is None or not ids or ids[-1] != end:
             return ids
         name = self._tokenizer.eos_token
         if self._text(messages).endswith(name):
-            self._tell(
+            self._warn_once(
                 f"prompts end in the end-of-sequence token {name!r}, written by the chat template "
                 "or the data: is the model meant to answer after it?"
             )
             return ids
-        self._tell(f"the tokenizer appends its end-of-sequence token {name!r} to prompts: left out")
+        self._warn_once(
+            f"the tokenizer appends its end-of-sequence token {name!r} to prompts: left out"
+        )
         return ids[:-1]
 
-    def _tell(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
             log.warning(line)

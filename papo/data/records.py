@@ -1,4 +1,4 @@
-"""The fields of a row that make a problem: its prompt, its reference answer, and what is left."""
+"""From a row's fields to a problem: the prompt, the reference answer, and the rest as metadata."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from papo.data.rows import open_rows
-from papo.errors import PapoError
-from papo.reward.answers import positional
+from papo.errors import PapoError, listed
+from papo.numbers import positional
+
+if TYPE_CHECKING:
+    from papo.config import DataConfig
 
 _SHOWN_KEYS = 20
 _MISSING = object()
@@ -22,13 +25,13 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Record:
-    """A row as a problem, before any option of the prompt.
+    """A row as a problem, without system prompt and suffix.
 
     Attributes:
-        messages: the chat as the row has it, `{"role": ..., "content": ...}` each, with whatever
-            else a message has (`tool_calls`, `name`); the last is the user's.
+        messages: the chat as the row has it. Each message is `{"role": ..., "content": ...}` with
+            whatever else it has (`tool_calls`, `name`); the last one is the user's.
         answer: the reference answer as text.
-        metadata: the row's other fields; with `answer_pattern` also that of the whole answer.
+        metadata: the row's other fields; with `answer_pattern` also the field of the whole answer.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -36,14 +39,15 @@ class Record:
     metadata: Mapping[str, Any]
 
 
-def read(config: Any, *, held_out: bool = False) -> Iterator[Record]:
-    """The problems of a file or of a dataset, to train on or held out, in order.
+def read(config: DataConfig, *, held_out: bool = False) -> Iterator[Record]:
+    """The training problems of a file or of a dataset, or the held-out ones, in order.
 
     Args:
         config: the config's `data` section, its source not `reasoning_gym`.
 
     Raises:
-        PapoError: what cannot be read, with the file or dataset, the row and what was expected.
+        PapoError: a row cannot be read; the message has the file or dataset, the row and what was
+            expected.
     """
     rows, schema = open_rows(config, held_out=held_out)
     fields = _Fields(config, _precision(schema, config.answer_field))
@@ -52,13 +56,16 @@ def read(config: Any, *, held_out: bool = False) -> Iterator[Record]:
 
 
 def _precision(schema: Any, path: str) -> Callable[[float], Any]:
-    """The type of the numbers in the Arrow column at `path`: those of single or half precision have
-    fewer decimal digits than the Python floats that they become."""
+    """The type of the numbers in the Arrow column at `path`.
+
+    Numbers of single or half precision have fewer decimal digits than the Python floats that they
+    become.
+    """
     if schema is None:
         return float
     kind = schema
     for name in [path] if path in schema.names else path.split("."):
-        if hasattr(kind, "value_type"):  # a list, and a place in it
+        if hasattr(kind, "value_type"):  # a list, and an index into it
             kind = kind.value_type
             continue
         fields = {field.name: field.type for field in kind} if hasattr(kind, "__iter__") else {}
@@ -69,9 +76,9 @@ def _precision(schema: Any, path: str) -> Callable[[float], Any]:
 
 
 class _Fields:
-    """Which fields of a row are its prompt and its reference answer."""
+    """Finds the prompt and the reference answer among a row's fields."""
 
-    def __init__(self, config: Any, precision: Callable[[float], Any]) -> None:
+    def __init__(self, config: DataConfig, precision: Callable[[float], Any]) -> None:
         self._precision = precision
         self._prompt = config.prompt_field
         self._answer = config.answer_field
@@ -81,7 +88,7 @@ class _Fields:
         """The problem in a row.
 
         Raises:
-            PapoError: a field is missing or holds something else than it should.
+            PapoError: a field is missing or holds something that it should not.
         """
         if not isinstance(row, dict):
             raise PapoError(f"{where}: expected an object, got {type(row).__name__}")
@@ -124,9 +131,9 @@ class _Fields:
 
 
 def _at(value: Any, path: str) -> Any:
-    """What stands at a dotted path, `_MISSING` where nothing does.
+    """The value at a dotted path, `_MISSING` if there is none.
 
-    A key that holds the dots itself wins; a number is a place in a list.
+    A key that itself contains the dots wins; a number is an index into a list.
     """
     if isinstance(value, list):
         first, _, rest = path.partition(".")
@@ -152,11 +159,9 @@ def _require(row: Mapping[str, Any], path: str, where: str, option: str) -> None
         return
     keys = list(_paths(row))
     near = difflib.get_close_matches(path, keys, n=1)
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     advice = f"; did you mean {near[0]}?" if near else ""
     raise PapoError(
-        f"{where}: {path} is missing: {option} must be one of "
-        f"{', '.join(keys[:_SHOWN_KEYS])}{more}{advice}"
+        f"{where}: {path} is missing: {option} must be one of {listed(keys, _SHOWN_KEYS)}{advice}"
     )
 
 
@@ -168,8 +173,10 @@ def _paths(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _answer_text(value: Any, precision: Callable[[float], Any]) -> str | None:
-    """An answer as a person writes it: numbers without exponent, whole ones without a point; None
-    for what is no answer."""
+    """An answer as a person writes it: no number has an exponent, no whole one a decimal point.
+
+    None if `value` is no answer.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
@@ -182,7 +189,7 @@ def _answer_text(value: Any, precision: Callable[[float], Any]) -> str | None:
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    """The chat in a prompt; plain text is a message of the user's."""
+    """The chat in a prompt; plain text becomes a message of the user's."""
     shown = f"{name}={value!r:.80}"
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
@@ -201,8 +208,8 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...
     try:
         "".join(m["role"] + (m.get("content") or "") for m in value).encode()
     except UnicodeEncodeError as error:
-        raise PapoError(f"{where}: {shown}: half of a surrogate pair, which is no text") from error
-    # Columns give every message every key; null is a key that the message does not have.
+        raise PapoError(f"{where}: {shown}: half of a surrogate pair, which is not text") from error
+    # In a column every message has every key; null stands for a key that the message lacks.
     order = ("role", "content")
     return tuple(
         {k: m[k] for k in (*order, *sorted(m.keys() - order)) if m.get(k) is not None}
@@ -211,7 +218,7 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...
 
 
 def _is_message(value: Any) -> bool:
-    """Whether it has a role and text; an assistant that calls tools need not say anything."""
+    """Whether `value` has a role and text; an assistant that calls tools may have no text."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     content = value.get("content")

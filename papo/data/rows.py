@@ -1,4 +1,4 @@
-"""Rows of data as they are found: JSON, Parquet, and what Hugging Face `datasets` reads."""
+"""Rows as JSON files, Parquet files and Hugging Face `datasets` hold them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from papo.errors import PapoError, first_line
 
-# A row may carry tests of many MiB; a file without line ends is not to fill the memory.
+if TYPE_CHECKING:
+    from papo.config import DataConfig
+
+# A row may carry many MiB of tests, but a file without line ends must not fill the memory.
 _LINE_BYTES = 64 << 20
 _WANTED = "expected one JSON object a line, or one array of them"
 _FOREIGN = {
@@ -30,8 +33,9 @@ class Rows(NamedTuple):
     """What a file or a dataset holds.
 
     Attributes:
-        rows: each with its place (file and line, or dataset, split and number), read as they are
-            consumed, a JSON array whole; a place or a row that cannot be read raises PapoError.
+        rows: each with its place (file and line, or dataset, split and number). They are read as
+            they are consumed, except for a JSON array, which is read whole. A row that cannot be
+            read raises PapoError.
         schema: the Arrow schema; None for JSON.
     """
 
@@ -39,20 +43,29 @@ class Rows(NamedTuple):
     schema: Any = None
 
 
-def name_of(config: Any, *, held_out: bool = False) -> str:
-    """The option, with its value, that training or held-out rows come from.
+def name_of(config: DataConfig, *, held_out: bool = False) -> str:
+    """The option that training or held-out rows come from, with its value.
 
     Args:
         config: the config's `data` section, its source not `reasoning_gym`.
     """
+    place = _place(config, held_out)
     if config.source == "huggingface":
-        split = config.eval_split if held_out else config.train_split
-        return f"data.dataset={config.dataset!r} split {split!r}"
-    path = config.eval_path if held_out else config.train_path
-    return f"data.{'eval' if held_out else 'train'}_path={path!r}"
+        return f"data.dataset={config.dataset!r} split {place!r}"
+    return f"data.{'eval' if held_out else 'train'}_path={place!r}"
 
 
-def open_rows(config: Any, *, held_out: bool = False) -> Rows:
+def _place(config: DataConfig, held_out: bool) -> str:
+    """The file, or the split of a dataset, that training or held-out rows come from."""
+    if config.source == "huggingface":
+        place = config.eval_split if held_out else config.train_split
+    else:
+        place = config.eval_path if held_out else config.train_path
+    assert place is not None  # required to train on; held-out ones are asked for only if given
+    return place
+
+
+def open_rows(config: DataConfig, *, held_out: bool = False) -> Rows:
     """The training rows, or the held-out ones.
 
     Args:
@@ -62,10 +75,10 @@ def open_rows(config: Any, *, held_out: bool = False) -> Rows:
         PapoError: no such file, or the Parquet file or the dataset cannot be opened.
     """
     what = name_of(config, held_out=held_out)
+    place = _place(config, held_out)
     if config.source == "huggingface":
-        return _dataset(config, config.eval_split if held_out else config.train_split, what)
-    path = config.eval_path if held_out else config.train_path
-    file = Path(path).expanduser()
+        return _dataset(config, place, what)
+    file = Path(place).expanduser()
     if file.is_dir():
         raise PapoError(f"{what}: is a folder: expected a file; data.source=huggingface reads both")
     if not file.exists():
@@ -98,7 +111,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _skip_mark(file: BinaryIO, path: Path) -> None:
-    """Past UTF-8's byte-order mark, and no further into what is no UTF-8 at all."""
+    """Skip the byte-order mark of UTF-8, and refuse what is not UTF-8 at all."""
     head = file.read(4)
     foreign = next((name for mark, name in _FOREIGN.items() if head.startswith(mark)), None)
     if foreign is not None:
@@ -130,9 +143,9 @@ def _parquet(file: Path, what: str) -> Rows:
     def load(datasets: Any) -> Any:
         from pyarrow.parquet import read_metadata
 
-        if read_metadata(file).num_rows == 0:  # streaming stumbles over it
+        if read_metadata(file).num_rows == 0:  # streaming fails on it
             return datasets.Dataset.from_dict({})
-        # Streamed: a copy in the cache would be worth nothing for a file that is here.
+        # Streamed: a copy in the cache would be of no use for a local file.
         return datasets.load_dataset(
             "parquet", data_files=glob.escape(str(file)), split="train", streaming=True
         )
@@ -140,9 +153,10 @@ def _parquet(file: Path, what: str) -> Rows:
     return _loaded(what, load)
 
 
-def _dataset(config: Any, split: str, what: str) -> Rows:
-    """A split of a dataset: a folder, saved or of files, or the hub's."""
+def _dataset(config: DataConfig, split: str, what: str) -> Rows:
+    """A split of a dataset: a folder (saved, or of files) or the hub's."""
     name = config.dataset
+    assert name is not None  # DataConfig requires it
     folder = Path(name).expanduser()
     if folder.is_file():
         raise PapoError(
@@ -164,7 +178,7 @@ def _dataset(config: Any, split: str, what: str) -> Rows:
 
 
 def _saved(found: Any, split: str) -> Any:
-    """The split of what `save_to_disk` wrote: a dataset of several, or one without a name."""
+    """A split of what `save_to_disk` wrote: several named splits, or one without a name."""
     if not isinstance(found, dict):
         if split == "train":
             return found
@@ -175,7 +189,8 @@ def _saved(found: Any, split: str) -> Any:
 
 
 def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
-    """What `load`, given the library, returns; its rows stay in Arrow files mapped into memory."""
+    """The rows of what `load` returns, given the library; they stay in memory-mapped Arrow
+    files."""
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()
@@ -184,9 +199,9 @@ def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
         found = load(datasets).with_format(None)
         for name, feature in found.features.items():
             undecoded = _undecoded(feature, (datasets.Image, datasets.Audio, datasets.Video))
-            if undecoded != feature:  # nobody asked for them, and decoders may be missing
+            if undecoded != feature:  # decoders may be missing, and nothing here needs them
                 found = found.cast_column(name, undecoded)
-    except Exception as error:  # no network, no such dataset, split or config, and more
+    except Exception as error:  # no network, no such dataset, split or config, and so on
         raise PapoError(f"{what}: cannot be loaded: {_reason(error)}") from error
     finally:
         if not hidden:
@@ -196,7 +211,7 @@ def _loaded(what: str, load: Callable[[Any], Any]) -> Rows:
 
 
 def _undecoded(feature: Any, media: tuple[Any, ...]) -> Any:
-    """A column's type with `media` as the bytes or the path they are stored as, at any depth."""
+    """A column's type with `media`, at any depth, left as the stored bytes or path."""
     if isinstance(feature, dict):
         return {name: _undecoded(inner, media) for name, inner in feature.items()}
     if hasattr(feature, "feature"):  # a list of them
@@ -208,7 +223,7 @@ def _undecoded(feature: Any, media: tuple[Any, ...]) -> Any:
 def _numbered(
     found: Iterable[Any], labels: Mapping[str, Any], what: str
 ) -> Iterator[tuple[str, Any]]:
-    """`labels`: columns that hold a label's number, and what tells its name."""
+    """Rows with their places; `labels` maps columns of label numbers to what gives their names."""
     number = 0
     try:
         for number, row in enumerate(found, start=1):
@@ -217,11 +232,11 @@ def _numbered(
                 for column, label in labels.items()
             }
             yield f"{what} row {number}", {**row, **named}
-    except Exception as error:  # a damaged file shows only where it is damaged
+    except Exception as error:  # damage shows only where the file is damaged
         raise PapoError(f"{what}: cannot be read after row {number}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of `error`, and of what caused it."""
+    """The first lines of `error` and of its causes."""
     reason = first_line(error)
     return reason if error.__cause__ is None else f"{reason}: {_reason(error.__cause__)}"

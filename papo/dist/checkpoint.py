@@ -10,26 +10,37 @@ Independent of ZeRO stage and number of ranks, and free of pickles: nothing read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from papo.dist import collectives
-from papo.dist.engine import Engine
+from papo.dist.engine import MOMENTS, Engine
 from papo.errors import PapoError
 from papo.model.load import quiet
 
 FORMAT = 2
 SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
 _NAME = re.compile(r"step-(\d{8})")
+
+
+class Stateful(Protocol):
+    """A part of the trainer whose state a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, exact in JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
 
 
 def save(root: Path, step: int, engine: Engine, trainer: dict[str, Any], keep: int) -> None:
@@ -86,7 +97,7 @@ def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 def _write_shards(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], failure: str | None
 ) -> str | None:
-    """Rank 0 writes, all gather; after a failure the gathering goes on, the writing does not."""
+    """All ranks gather, rank 0 writes; after a failure the gathering goes on without the writing."""
     shard: dict[str, Tensor] = {}
     size, index = 0, 0
     writing = collectives.rank() == 0
@@ -143,7 +154,7 @@ _sync_dir = _sync_file
 
 
 def completed(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the finished checkpoints, oldest first; partial ones have another name."""
+    """(step, folder) of the finished checkpoints, oldest first. Partial ones have another name."""
     if not root.is_dir():
         return []
     found = [(int(m.group(1)), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
@@ -187,23 +198,25 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         raise PapoError(
             f"{folder}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}"
         )
-    where: dict[str, Any] = {}
-    for path in sorted(folder.glob("state-*.safetensors")):
-        handle = safe_open(str(path), framework="pt", device="cpu")
-        where.update(dict.fromkeys(handle.keys(), handle))
-    for name, parameter in engine.trained_parameters():
-        state = {}
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            key = f"{kind}/{name}"
-            if key not in where:
-                raise PapoError(f"{folder}: no tensor {key!r}: the checkpoint is of another model")
-            state[kind] = where[key].get_tensor(key)
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if tuple(state["weight"].shape) != shape:
-            raise PapoError(
-                f"{folder}: {name} has shape {tuple(state['weight'].shape)}, the model's is {shape}"
-            )
-        engine.write_state(parameter, state)
+    with contextlib.ExitStack() as stack:
+        where: dict[str, safe_open] = {}
+        for path in sorted(folder.glob("state-*.safetensors")):
+            file = stack.enter_context(safe_open(str(path), framework="pt", device="cpu"))
+            where.update(dict.fromkeys(file.keys(), file))
+        for name, parameter in engine.trained_parameters():
+            state = {}
+            for kind in ("weight", *MOMENTS):
+                key = f"{kind}/{name}"
+                if key not in where:
+                    raise PapoError(
+                        f"{folder}: no tensor {key!r}: the checkpoint is of another model"
+                    )
+                state[kind] = where[key].get_tensor(key)
+            found = tuple(state["weight"].shape)
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if found != shape:
+                raise PapoError(f"{folder}: {name} has shape {found}, the model's is {shape}")
+            engine.write_state(parameter, state)
     engine.optimizer_steps = meta["optimizer_steps"]
     return meta
 

@@ -1,19 +1,22 @@
 """What the ranks say to each other. With engine.py, the only file that imports torch.distributed.
 
-Every function is the identity where no process group exists (tests, tools), and must be called by
-every rank in the same order where one does.
+Without a process group, as in tests and tools, the one rank there is talks to itself. With one,
+every rank must call the same functions in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from papo.errors import PapoError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -32,19 +35,23 @@ def _comm_device() -> torch.device:
     return torch.device("cpu")
 
 
-def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the ranks, in float64 so that the result does not depend on how tokens were split.
+def sum_named(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Each number summed over the ranks, with one reduction and one transfer for all of them.
+
+    In float64, so that the result does not depend on how tokens were split.
 
     Args:
-        values: any shape, real dtype, any device.
+        sums: numbers, or 0-dim tensors of any real dtype on one device; the same names in the same
+            order on every rank, and at least one.
 
     Returns:
-        float64 tensor on the CPU, the same on every rank.
+        The sums by the same names, the same on every rank.
     """
-    total = values.detach().to(_comm_device(), torch.float64)
+    numbers = [torch.as_tensor(v, dtype=torch.float64) for v in sums.values()]
+    total = torch.stack(numbers).detach().to(_comm_device())
     if world_size() > 1:
         dist.all_reduce(total)
-    return total.cpu()
+    return dict(zip(sums, total.tolist(), strict=True))
 
 
 def all_max(value: float) -> float:
@@ -55,16 +62,16 @@ def all_max(value: float) -> float:
     return float(tensor.item())
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """`value` of every rank, in rank order, on every rank: small Python objects of our own."""
     if world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size()
+    gathered: list[T | None] = [None] * world_size()
     dist.all_gather_object(gathered, value)
-    return gathered
+    return gathered  # type: ignore[return-value]  # every place has been filled
 
 
-def gather_lists(items: Sequence[Any]) -> list[Any]:
+def gather_lists(items: Sequence[T]) -> list[T]:
     """The ranks' lists, one behind the other in rank order, on every rank."""
     return [item for part in gather_objects(list(items)) for item in part]
 
@@ -78,8 +85,9 @@ def raise_together(failure: str | None) -> None:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """What a PapoError ends on one rank it ends on all, with the same text; a collective at the end
-    of the block, which holds none itself.
+    """A PapoError of one rank's block is raised on every rank, with the same text.
+
+    A collective at the end of the block; the block itself must hold none.
     """
     failure = None
     try:

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from papo.errors import PapoError
 
 if TYPE_CHECKING:
+    from papo.config.options import OptimConfig
     from papo.policy.objective import Policy
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -47,10 +48,10 @@ class StepResult(NamedTuple):
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves weights and moments untouched when the step was found bad.
+    """AdamW that leaves weights and moments untouched where the step was found bad.
 
-    DeepSpeed calls `step` after it has reduced the gradients; the guard sits at the last place
-    before anything changes.
+    DeepSpeed calls `step` after it has reduced the gradients: this is the last place before
+    anything changes.
     """
 
     blocked = False
@@ -127,7 +128,9 @@ class Engine:
         optim: the config's `optim` section; None for a frozen reference policy.
     """
 
-    def __init__(self, policy: Policy, ds_config: dict[str, Any], optim: Any | None) -> None:
+    def __init__(
+        self, policy: Policy, ds_config: dict[str, Any], optim: OptimConfig | None
+    ) -> None:
         self.policy = policy
         self.device = local_device()
         self._stage = ds_config["zero_optimization"]["stage"]
@@ -177,7 +180,7 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of `loss`; `last` marks the step's last micro-batch.
 
-        DeepSpeed averages over ranks; the loss is a part of a global sum, so the average is undone
+        DeepSpeed averages over ranks. The loss is a part of a global sum, so the average is undone
         here.
         """
         self._ds.set_gradient_accumulation_boundary(last)
@@ -189,9 +192,8 @@ class Engine:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         norm = None
-        if not hasattr(
-            self._zero, "_global_grad_norm"
-        ):  # float32 without ZeRO: DeepSpeed clips but keeps no norm
+        # float32 without ZeRO: DeepSpeed clips but keeps no norm.
+        if not hasattr(self._zero, "_global_grad_norm"):
             grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(grads))
             blocked = blocked or not math.isfinite(norm)
@@ -200,11 +202,6 @@ class Engine:
         self._ds.step()
         norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
         return StepResult(norm, applied=not blocked and math.isfinite(norm))
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.adamw.param_groups[0]["lr"]) if self.adamw else 0.0
 
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[Any]:
@@ -318,8 +315,8 @@ class Engine:
 def _return_freed_memory() -> None:
     """Hand the heap's free pages back to the system.
 
-    A pass leaves holes that the next one, of another length, does not fill: without this, resident
-    memory creeps up by a tenth within some ten steps on a CPU.
+    A pass leaves holes that the next one, of another length, does not fill. Without this, resident
+    memory grows by a tenth within some ten steps on a CPU.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
     if trim is not None:

@@ -1,1 +1,1 @@
-"""The language model: loading it, and what is checked of it."""
+"""The language model: loading it, checking it, and its attention masks."""

@@ -1,13 +1,16 @@
-"""What a model's tables have room for, checked against the data before anything is sampled."""
+"""What fits into a model's tables, checked against the data before anything is sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from papo.errors import PapoError
 
-# Rotary embeddings whose angles change for all of a batch with the longest sequence in it.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Rotary embeddings whose angles change for the whole batch with the longest sequence in it.
 _OF_THE_BATCH = ("longrope", "dynamic")
 
 
@@ -15,11 +18,11 @@ def check_ids(largest: int, rows: int) -> None:
     """Refuse token ids that the embedding has no row for.
 
     Args:
-        largest: id of the prompts, of padding and of the ends of a sequence.
-        rows: of the embedding.
+        largest: the largest id among prompts, padding and the tokens that end a completion.
+        rows: number of rows of the embedding.
 
     Raises:
-        PapoError: a tokenizer of another model, or one that tokens were added to.
+        PapoError: the tokenizer is another model's, or tokens were added to it.
     """
     if largest >= rows:
         raise PapoError(
@@ -29,47 +32,54 @@ def check_ids(largest: int, rows: int) -> None:
         )
 
 
-def check_lengths(
-    config: Any, longest_prompt: int, max_new_tokens: int, say: Callable[[str], None]
-) -> None:
-    """Refuse sequences longer than the model's positions, or say so where it can go on.
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The positions that a model was made for; None if its config does not say."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def check_lengths(config: PreTrainedConfig, longest_prompt: int, max_new_tokens: int) -> str:
+    """Refuse sequences that are longer than the model can have.
 
     Args:
-        config: the model's.
+        config: the model's own.
         longest_prompt: tokens of the longest prompt.
 
+    Returns:
+        A warning where sequences are longer than the model was made for, empty where none are.
+
     Raises:
-        PapoError: the model has no position for the last tokens, or what they are would depend on
-            the others of their batch.
+        PapoError: the model has no position for the last tokens, or their positions would depend on
+            the other sequences of their batch.
     """
     text = config.get_text_config()
-    places = getattr(text, "max_position_embeddings", None)
+    positions = positions_of(config)
     longest = longest_prompt + max_new_tokens
-    told = f"the longest prompt of {longest_prompt} tokens and rollout.max_new_tokens="
-    told += f"{max_new_tokens} make {longest} tokens"
+    lengths = f"the longest prompt of {longest_prompt} tokens and rollout.max_new_tokens="
+    lengths += f"{max_new_tokens} make {longest} tokens"
     ropes = list(_ropes(getattr(text, "rope_parameters", None) or {}))
     for rope in ropes:
         kind = rope.get("rope_type")
         original = rope.get("original_max_position_embeddings")
-        change = (original or places) if kind == "longrope" else places
+        change = (original or positions) if kind == "longrope" else positions
         if kind in _OF_THE_BATCH and change and longest > change:
             raise PapoError(
-                f"{told}: expected at most {change} with {kind} rotary embeddings, whose angles "
+                f"{lengths}: expected at most {change} with {kind} rotary embeddings, whose angles "
                 "beyond that change for the whole batch; lower data.max_prompt_tokens or "
                 "rollout.max_new_tokens"
             )
-    if not places or longest <= places:
-        return
+    if not positions or longest <= positions:
+        return ""
     if not ropes:
         raise PapoError(
-            f"{told}: expected at most {places}, the positions that the model has; lower "
+            f"{lengths}: expected at most {positions}, the positions that the model has; lower "
             "data.max_prompt_tokens or rollout.max_new_tokens"
         )
-    say(f"{told}: more than the {places} that the model was made for")
+    return f"{lengths}: more than the {positions} that the model was made for"
 
 
 def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The rotary embeddings of a config: one, or one for each kind of layer."""
+    """The rotary embeddings of a config: a single one, or one for each kind of layer."""
     if "rope_type" in parameters:
         yield parameters
     for inner in parameters.values():

@@ -1,41 +1,47 @@
-"""Whether the weights of a loaded model are all there, of its shapes, and numbers."""
+"""Whether a loaded model's weights are all there, have its shapes, and are finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from papo.errors import listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def weight_faults(model: Any, report: Mapping[str, Any], path: str) -> list[str]:
-    """What is wrong with loaded weights, empty where nothing is.
+def weight_faults(model: PreTrainedModel, report: Mapping[str, Any], path: str) -> list[str]:
+    """What is wrong with loaded weights; empty if nothing is.
 
-    What is missing has random weights now: a run would train, and learn nothing.
+    transformers gives missing tensors random values: a run would train on them and learn nothing.
 
     Args:
-        report: `from_pretrained`'s, without what the model's class itself lets be missing.
-        path: what it was loaded from.
+        report: `from_pretrained`'s, without the tensors that the model's class allows to be
+            missing.
+        path: what the model was loaded from.
     """
     shapes = [
         f"{name} {list(stored)} instead of {list(expected)}"
         for name, stored, expected in report["mismatched_keys"]
     ]
-    told = {
+    found = {
         "the file lacks": report["missing_keys"],
         "the file has unknown": report["unexpected_keys"],
         "other shapes in the file:": shapes,
     }
-    faults = [f"{kind} {_some(names)}" for kind, names in told.items() if names]
+    faults = [f"{kind} {_some(names)}" for kind, names in found.items() if names]
     if faults:
-        # A file of another architecture or size names its tensors otherwise.
-        advice = "config.json and the safetensors files are not of one model"
+        # A file of another architecture or size gives its tensors other names.
+        advice = "config.json and the safetensors files do not belong to one model"
         return [*faults, f"{advice}; expected a folder as save_pretrained writes it"]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -56,7 +62,7 @@ def weight_faults(model: Any, report: Mapping[str, Any], path: str) -> list[str]
 
 
 def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
-    """Name and dtype of the stored tensors: loading converts whatever it finds."""
+    """Name and dtype of each tensor as stored: loading converts whatever it finds."""
     from transformers.utils import cached_file
 
     config = cached_file(path, "config.json")
@@ -67,11 +73,9 @@ def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # Without a temporary of the tensor's size.
+    # aminmax needs no temporary of the tensor's size.
     return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
 
 
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    first, *rest = sorted(names)
-    more = f" and {len(rest) + 1 - shown} more" if len(rest) >= shown else ""
-    return ", ".join([first, *rest][:shown]) + more
+def _some(names: Iterable[str]) -> str:
+    return listed(sorted(names), 3)

@@ -1,17 +1,89 @@
-"""Group-relative advantages, DAPO's soft length penalty and the token weights of the aggregations.
+"""From rewards to advantages: relative to the group, with DAPO's soft length penalty; and the token
+weights of the aggregations.
 
-Pure functions of tensors: whatever spans ranks arrives as an argument. A group is a row, so no
-group is ever split across a normaliser.
+Pure functions: whatever spans ranks arrives as an argument. A group is a row, so no group is ever
+split across a normalizer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from papo.types import Completion, Reward
+
+if TYPE_CHECKING:
+    from papo.config.options import AdvantageConfig
+
 STD_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The completions of one prompt with their rewards and advantages.
+
+    Attributes:
+        rewards: as the verifier gave them.
+        shaped: reward values after the length penalty; NaN where masked.
+        advantages: 0 where masked.
+        used: False for a row that trains nothing: its reward was not a number, or it was cut off
+            and `advantage.overlong` is `mask`.
+        zero_spread: all rewards are equal, so every advantage is 0.
+    """
+
+    completions: tuple[Completion, ...]
+    rewards: tuple[Reward, ...]
+    shaped: tuple[float, ...]
+    advantages: tuple[float, ...]
+    used: tuple[bool, ...]
+    zero_spread: bool
+
+
+def score_groups(
+    completions: Sequence[Completion],
+    rewards: Sequence[Reward],
+    completions_per_prompt: int,
+    advantage: AdvantageConfig,
+    max_new_tokens: int,
+) -> list[ScoredGroup]:
+    """Rewards to advantages, group by group.
+
+    Args:
+        completions: whole groups, one behind the other; `rewards` are theirs.
+        advantage: the config's `advantage` section.
+    """
+    if not completions:
+        return []
+    n = completions_per_prompt
+    raw = torch.tensor([r.value for r in rewards], dtype=torch.float32)
+    if advantage.overlong == "soft":
+        lengths = torch.tensor([len(c.response_ids) for c in completions])
+        raw = raw + overlong_penalty(lengths, max_new_tokens, advantage.overlong_buffer)
+    shaped = raw.view(-1, n)
+    scored = group_advantages(shaped, normalize_std=advantage.normalize_std)
+    groups = []
+    for g in range(shaped.shape[0]):
+        part = slice(g * n, (g + 1) * n)
+        members = tuple(completions[part])
+        dropped = [advantage.overlong == "mask" and c.truncated for c in members]
+        groups.append(
+            ScoredGroup(
+                completions=members,
+                rewards=tuple(rewards[part]),
+                shaped=tuple(shaped[g].tolist()),
+                advantages=tuple(scored.advantages[g].tolist()),
+                used=tuple(
+                    bool(v) and not d
+                    for v, d in zip(scored.valid[g].tolist(), dropped, strict=True)
+                ),
+                zero_spread=bool(scored.zero_spread[g]),
+            )
+        )
+    return groups
 
 
 class GroupAdvantages(NamedTuple):
@@ -79,13 +151,16 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     return -((lengths - (max_length - buffer)).to(torch.float32) / buffer).clamp(0.0, 1.0)
 
 
-def masked_counts(lengths: Tensor, mask: Tensor) -> Tensor:
-    """Tokens and sequences that `mask` leaves, float64 [2].
+def masked_counts(lengths: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What `mask` leaves, 0-dim each: `global_tokens` and `global_sequences`.
 
-    Summed over the ranks they are the `global_tokens` and `global_sequences` of
-    `sequence_token_weights`, whose numerator and denominator so share one mask.
+    Summed over the ranks, they are the arguments of these names of `sequence_token_weights`, whose
+    numerator and denominator thereby share one mask.
     """
-    return torch.stack([torch.where(mask, lengths, 0).sum(), mask.sum()]).double()
+    return {
+        "global_tokens": torch.where(mask, lengths, 0).sum(),
+        "global_sequences": mask.sum(),
+    }
 
 
 def sequence_token_weights(
@@ -97,7 +172,7 @@ def sequence_token_weights(
     global_tokens: float,
     global_sequences: float,
 ) -> Tensor:
-    """The weight in the loss of each token of a sequence, mask times normaliser: one per sequence.
+    """The weight in the loss of each token of a sequence, mask times normalizer: one per sequence.
 
     `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's
     length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr.GRPO).

@@ -1,10 +1,10 @@
 """From scored completions to the tensors of one forward pass.
 
 A row of a micro-batch is a prompt followed by one or more of its completions. Completions of one
-row share the prompt's positions (computed once) and do not see each other: token i of completion c
+row share the prompt, which is computed once, and do not see each other: token i of completion c
 attends to the prompt and to tokens <= i of c, at the position it had when it was sampled. The
-hidden state at the prompt's last token predicts the first token of every completion of the row, and
-a completion's last token is never fed: nothing reads its output.
+hidden state at the prompt's last token predicts the first token of every completion of the row. A
+completion's last token is never fed: nothing reads its output.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ class MicroBatch:
     keep_offsets: Tensor | None = None
     keep_ids: Tensor | None = None
     segment_ids: Tensor | None = None
+
+    @property
+    def live(self) -> Tensor:
+        """bool [N], the tokens that train."""
+        return self.token_weight > 0
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
@@ -213,6 +218,33 @@ def _kept_tensors(kept: Sequence[KeptIds | None]) -> dict[str, Tensor]:
         "keep_offsets": nn.functional.pad(counts.cumsum(0), (1, 0)),
         "keep_ids": torch.cat([k.ids for k in parts]).to(torch.int64),
     }
+
+
+@dataclass
+class Batcher:
+    """Makes a rank's micro-batches.
+
+    Attributes:
+        pad_id: fills rows up.
+        max_row_tokens: see `rows_of`; set to 0, completions share no rows from then on.
+        device: of the tensors.
+        width_multiple: see `collate`.
+    """
+
+    pad_id: int
+    max_row_tokens: int
+    device: torch.device
+    width_multiple: int = 1
+
+    def batch(self, sequences: Sequence[TrainingSequence]) -> MicroBatch:
+        """One forward pass's tensors for `sequences`."""
+        made = collate(
+            sequences,
+            pad_id=self.pad_id,
+            max_row_tokens=self.max_row_tokens,
+            width_multiple=self.width_multiple,
+        )
+        return made.to(self.device)
 
 
 def micro_batches(

@@ -6,12 +6,10 @@ whose logits exist a chunk of tokens at a time.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from papo.model.attention import shared_prompts
@@ -170,54 +168,3 @@ class Policy(nn.Module):
         cut = batch["keep_offsets"] is not None
         keep = (batch["keep_offsets"], batch["keep_ids"]) if cut else None
         return self.head(selected, batch["targets"], tokens, params, weighting, keep)
-
-
-MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "segment_ids",
-    "logit_index",
-    "targets",
-    "keep_offsets",
-    "keep_ids",
-)
-LOSS_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp")
-
-
-def sampler_kl(sampler_logp: Tensor, logp: Tensor, live: Tensor) -> Tensor:
-    """k3 estimate of KL(sampler || policy) at each token, float64 [N] in nats: samples come from
-    the sampler. 0 where `live` is False, whatever the others hold."""
-    # A finite stand-in keeps the estimator from turning one masked-out token into NaN.
-    gap = torch.where(live, sampler_logp - logp, 0.0).double()
-    return torch.expm1(-gap) + gap
-
-
-@contextlib.contextmanager
-def evaluating(engine: Any) -> Iterator[None]:
-    """Passes in evaluation mode: the policy's own distribution, nothing drops out."""
-    engine.train(False)
-    try:
-        yield
-    finally:
-        engine.train(True)
-
-
-def stats_of(engine: Any, batch: Any) -> TokenStats:
-    """Token statistics of a micro-batch without gradient, on the same code path as the loss."""
-    with torch.no_grad():
-        return TokenStats(*engine.forward({k: getattr(batch, k) for k in MODEL_INPUTS}))
-
-
-def loss_of(
-    engine: Any, batch: Any, params: PolicyLossParams, weighting: PolarityWeighting | None
-) -> PolicyLossOutput:
-    """Policy loss of a micro-batch; `loss` is the sum of token_weight times the token's loss."""
-    return PolicyLossOutput(
-        *engine.forward(
-            {k: getattr(batch, k) for k in MODEL_INPUTS},
-            {k: getattr(batch, k) for k in LOSS_INPUTS},
-            params,
-            weighting,
-        )
-    )

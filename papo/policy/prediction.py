@@ -1,18 +1,19 @@
-"""The entropy change that a step predicts, through AdamW and from its own gradient alone, and how
-well both correlate with the measured one.
+"""The entropy change that a step predicts: through AdamW, and from its own gradient alone. How well
+either correlates with the measured change.
 
 Update k has the gradient g of sum token_weight * loss, and with it the prediction
 
     p = sum token_weight * w * polarity          over the tokens that train, 0 where clipped
 
-which is linear in g: what the optimizer does to g, it does to p.
+It is linear in g: what the optimizer does to g, it does to p.
 
     c = min(1, max_grad_norm / |g|)              clipping
     m = b1 m + (1 - b1) c p                      first moment
     v = b2 v + (1 - b2) (c |g|)^2                second moment, summed over the n parameters
     predicted = lr (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k) / n) + eps)
 
-AdamW divides each parameter by the root of its own second moment, this by the root of their mean.
+AdamW divides each parameter's step by the root of its own second moment; the prediction divides by
+the root of their mean.
 Weight decay is not modelled, nor are the KL and entropy terms of the loss.
 """
 
@@ -20,47 +21,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from papo.config.options import OptimConfig
+    from papo.policy.update import Update
 
 # Measured steps that the running correlation looks back on, and the fewest that show one.
 WINDOW = 50
 FEWEST = 8
 
-
-# What plots and tables call the two predictions.
+# The metrics of the two predictions, and what plots and tables call them.
 PREDICTIONS = {
     "entropy/predicted_delta": "through the optimizer",
     "entropy/predicted_delta_instant": "gradient alone",
 }
 
 
-class UpdateEffect(NamedTuple):
-    """What an applied update knew before it, and did.
-
-    Attributes:
-        instant: p, per unit of step in logit space.
-        grad_norm: before clipping.
-        lr: learning rate of the update.
-        measured: mean entropy after minus before in nats, None where it was not measured.
-    """
-
-    instant: float
-    grad_norm: float
-    lr: float
-    measured: float | None
-
-
 class EntropyPrediction:
     """AdamW's averages of the prediction, and the last steps' predicted and measured changes.
 
-    A step's figures are sums over its updates. Skipped updates are not to be shown: AdamW's moments
-    do not move with them.
+    A step's figures are sums over its updates, the skipped ones left out: AdamW's moments do not
+    move with them.
 
     Args:
         optim: the config's `optim` section.
@@ -75,20 +60,21 @@ class EntropyPrediction:
         self._second = 0.0
         self._points: list[tuple[float, float, float]] = []
 
-    def observe(self, updates: Sequence[UpdateEffect]) -> dict[str, float]:
-        """Take a step's applied updates, in order.
+    def observe(self, updates: Sequence[Update]) -> dict[str, float]:
+        """Take a step's updates, in order; those that were skipped count for nothing.
 
         Returns:
             The step's figures by the names of their metrics; the measured change and the
-            correlations only where all updates were measured.
+            correlations only where every applied update was measured.
         """
+        updates = [u for u in updates if u.applied]
         predicted = sum(self._through_optimizer(u) for u in updates) if updates else math.nan
-        instant = sum(u.instant for u in updates) if updates else math.nan
+        instant = sum(u.sums.predicted for u in updates) if updates else math.nan
         figures = {
             "entropy/predicted_delta": predicted,
             "entropy/predicted_delta_instant": instant,
         }
-        changes = [u.measured for u in updates if u.measured is not None]
+        changes = [u.measured_delta for u in updates if u.measured_delta is not None]
         if len(changes) < len(updates):
             return figures
         measured = sum(changes) if updates else math.nan
@@ -103,13 +89,13 @@ class EntropyPrediction:
             "entropy/prediction_correlation_instant": rank_correlation(alone, real),
         }
 
-    def _through_optimizer(self, update: UpdateEffect) -> float:
+    def _through_optimizer(self, update: Update) -> float:
         optim, (decay, square_decay) = self._optim, self._optim.betas
         clip = 1.0
         if update.grad_norm > optim.max_grad_norm:
             clip = optim.max_grad_norm / update.grad_norm
         # A prediction that is not finite says nothing; kept, it would spoil all that come after.
-        instant = update.instant if math.isfinite(update.instant) else 0.0
+        instant = update.sums.predicted if math.isfinite(update.sums.predicted) else 0.0
         self._updates += 1
         self._first = decay * self._first + (1.0 - decay) * clip * instant
         norm = clip * update.grad_norm

@@ -2,21 +2,22 @@
 
     w_t = s (1 + lambda phi h(polarity_t / sigma))        h = sign (with a dead zone in |c|) or tanh
 
-The loss kernel applies w in the same pass as the loss, so phi, sigma and s come from the steps
-before. Pressure is sum |A|, and s conserves it:
+The loss kernel applies w in the same pass as the loss, so phi, sigma and s come from earlier steps.
+Pressure is sum |A|, and s conserves it:
 
     s = sum |A| / sum |A| (1 + lambda phi h) = P / (P + lambda phi P_h)
 
-with P = sum |A| and P_h = sum |A| h over the global batch before. Keeping P and P_h rather than s
-lets s be formed with the phase that is actually used.
+Here P = sum |A| and P_h = sum |A| h are those of the last global batch. P and P_h are kept rather
+than s, so that s is formed with the phase that is actually used.
 
-The form of w, sigma and s are papo's own choice: arXiv 2605.11775 names polarity, both branches and
-the phase, and its summaries leave the form open.
+The form of w, of sigma and of s is papo's own choice: arXiv 2605.11775 names polarity, both
+branches and the phase, and its summaries leave the form open.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -61,20 +62,15 @@ class BranchSums(NamedTuple):
     advantage_h: float
 
     @classmethod
-    def size(cls) -> int:
-        """Length of the vector that is summed over the ranks."""
-        return len(cls._fields)
-
-    @classmethod
-    def from_tensor(cls, sums: Tensor) -> BranchSums:
-        """From a vector in the order of the fields."""
-        return cls(*sums.tolist())
+    def of(cls, sums: Mapping[str, float]) -> BranchSums:
+        """Its fields, found by name among the sums of an update."""
+        return cls(*(sums[name] for name in cls._fields))
 
     def metrics(self) -> dict[str, float]:
         """Shares of tokens, and pressures as parts of the unweighted pressure of all tokens.
 
-        A branch's `after` over its `before` is the mean weight its advantages got; what the two
-        branches' sums lack to 1 belongs to tokens of neither.
+        A branch's `after` divided by its `before` is the mean weight of its advantages. Where the
+        two branches' pressures do not add up to 1, the rest belongs to tokens of neither.
         """
         return {
             "polarity/expanding_share": _ratio(self.expanding, self.tokens),
@@ -105,10 +101,17 @@ def shape_of(
     return torch.where(unit_polarity.abs() <= dead_zone, 0.0, torch.sign(polarity))
 
 
+def weights_of(h: Tensor, *, strength: float, phase: float, scale: float) -> Tensor:
+    """w = scale (1 + strength phase h): the eager twin of the kernels' weights. Shape of `h`."""
+    return scale * (1.0 + strength * phase * h)
+
+
 def branch_sums(
     polarity: Tensor, advantages: Tensor, weight: Tensor, live: Tensor, clipped: Tensor, h: Tensor
-) -> Tensor:
-    """The fields of `BranchSums` of one micro-batch, float64 on its device, to be added up.
+) -> dict[str, Tensor]:
+    """The fields of `BranchSums` for one micro-batch, to be added up.
+
+    0-dim float64 on its device.
 
     Args:
         polarity, advantages, weight: float [N].
@@ -122,24 +125,24 @@ def branch_sums(
     effective = live & ~clipped
     expanding, contracting = effective & (h > 0), effective & (h < 0)
     weighted = torch.where(live, weight.double(), 0.0) * advantage
-    rows = (
-        live.double(),
-        expanding.double(),
-        contracting.double(),
-        advantage * effective,
-        advantage * expanding,
-        advantage * contracting,
-        weighted * expanding,
-        weighted * contracting,
-        square,
-        advantage,
-        advantage * h,
-    )
-    return torch.stack([row.sum() for row in rows])
+    rows = {
+        "tokens": live.double(),
+        "expanding": expanding.double(),
+        "contracting": contracting.double(),
+        "pressure": advantage * effective,
+        "pressure_expanding_before": advantage * expanding,
+        "pressure_contracting_before": advantage * contracting,
+        "pressure_expanding_after": weighted * expanding,
+        "pressure_contracting_after": weighted * contracting,
+        "square": square,
+        "advantage": advantage,
+        "advantage_h": advantage * h,
+    }
+    return {name: row.sum() for name, row in rows.items()}
 
 
 class WeightController:
-    """What the kernel needs to weight the next update.
+    """What it takes to weight the next update.
 
     Args:
         config: the config's `weighting` section.
@@ -161,7 +164,7 @@ class WeightController:
         return max(math.sqrt(mean), SIGMA_FLOOR)
 
     def scale(self, phase: float) -> float:
-        """s of an update at `phase`, from the batch before; 1 before the first or if not conserved.
+        """s of an update at `phase`, from the last batch; 1 before the first or if not conserved.
 
         Positive: |h| <= 1 and strength < 1 keep the weighted pressure above 0.
         """
@@ -170,10 +173,20 @@ class WeightController:
         weighted = self._pressure + self._config.strength * phase * self._pressure_h
         return self._pressure / weighted
 
+    @property
+    def from_rollout(self) -> bool:
+        """Whether the old policy's polarity makes the weights, before the first update, instead of
+        the loss kernel."""
+        return self._config.source == "rollout" and self._config.strength > 0.0
+
     def kernel_weighting(self, phase: float) -> PolarityWeighting | None:
-        """Weighting for the loss kernel; None at strength 0: the baseline bit for bit."""
+        """Weighting for the loss kernel, None where it has none to do.
+
+        At strength 0 that is the baseline bit for bit; `from_rollout`, the advantages hold the
+        weights already.
+        """
         config = self._config
-        if config.strength == 0.0:
+        if config.strength == 0.0 or self.from_rollout:
             return None
         return PolarityWeighting(
             strength=config.strength,
@@ -183,6 +196,22 @@ class WeightController:
             scale=self.scale(phase),
             dead_zone=config.dead_zone,
         )
+
+    def rollout_weights(self, advantage: float, unit_polarity: Tensor, phase: float) -> Tensor:
+        """Weights of one completion's tokens from the old policy's statistics.
+
+        Args:
+            advantage: of the completion.
+            unit_polarity: float [T], of its tokens.
+
+        Returns:
+            float32 [T].
+        """
+        # The old policy is the sampler's: its ratio is 1 and its polarity A c.
+        h = self.shape_of(advantage * unit_polarity, unit_polarity)
+        strength = self._config.strength
+        w = weights_of(h, strength=strength, phase=phase, scale=self.scale(phase))
+        return w.to(torch.float32)
 
     def metrics(self, phase: float) -> dict[str, float]:
         """What weights an update at `phase`."""
@@ -204,7 +233,8 @@ class WeightController:
         )
 
     def update(self, sums: BranchSums) -> None:
-        """Take a global batch's sums. Without tokens, or with a non-finite sum, nothing changes."""
+        """Take the sums of a global batch. Nothing changes where it had no tokens or a sum is not
+        finite."""
         if not sums.tokens or not all(math.isfinite(value) for value in sums):
             return
         decay = self._config.sigma_decay

@@ -1,4 +1,4 @@
-"""Live progress of a run: a bar on a terminal, a line a step elsewhere."""
+"""Live progress of a run on the screen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 
 class Progress:
@@ -20,8 +23,7 @@ class Progress:
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
         self._total = 0
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: Bar | None = None
         self._began = 0.0
         self._durations: deque[float] = deque(maxlen=10)
 
@@ -31,12 +33,12 @@ class Progress:
         self._began = time.monotonic()
         if not self._enabled or not sys.stdout.isatty():
             return
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
+        from rich import progress as rich
 
-        self._bar = Bar(BarColumn(bar_width=24), TextColumn("{task.description}"))
+        columns = (rich.BarColumn(bar_width=24), rich.TextColumn("{task.description}"))
+        self._bar = rich.Progress(*columns)
         self._bar.start()
-        self._task = self._bar.add_task(f"step {done}/{total}", total=total, completed=done)
+        self._bar.add_task(f"step {done}/{total}", total=total, completed=done)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
@@ -49,11 +51,11 @@ class Progress:
         if self._bar is None:
             print(line, flush=True)
         else:
-            self._bar.update(self._task, completed=step, description=line)
+            self._bar.update(self._bar.task_ids[0], completed=step, description=line)
 
     def _eta(self, step: int) -> float:
-        """Seconds left, from the median of the last steps (evaluations and checkpoints fall between
-        them)."""
+        """Seconds left, from the median of the last steps: evaluations and checkpoints fall between
+        some of them."""
         ordered = sorted(self._durations)
         return ordered[len(ordered) // 2] * max(0, self._total - step)
 
@@ -74,8 +76,10 @@ class Progress:
 
 
 def step_line(step: int, total: int, metrics: Mapping[str, float], eta: float) -> str:
-    """Step, reward, entropy, phase, how well entropy changes were predicted (once that is known),
-    tokens/s and the time left, in one line."""
+    """A step in one line: reward, entropy, phase, tokens/s and the time left.
+
+    How well entropy changes were predicted is among them once it is known.
+    """
     correlation = metrics.get("entropy/prediction_correlation", math.nan)
     predicted = f"dH r {correlation:+.2f}  " if math.isfinite(correlation) else ""
     return (

@@ -12,7 +12,7 @@ from typing import Any
 
 from papo.errors import PapoError
 from papo.policy.prediction import PREDICTIONS, rank_correlation
-from papo.record.metrics import read_rows
+from papo.record.jsonl import read_rows
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -177,7 +177,7 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _scatter_delta(axes: Any, steps: Sequence[Mapping[str, Any]], name: str, label: str) -> Any:
-    """A prediction against the measured entropy change, coloured by step."""
+    """A prediction against the measured entropy change, colored by step."""
     points = axes.scatter(
         _series(steps, name),
         _series(steps, "entropy/measured_delta"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 
 from papo.dist import collectives
-from papo.train.experience import Collected, ScoredGroup
-from papo.train.step import TokenSums, Update
+from papo.policy.advantage import ScoredGroup
+from papo.policy.update import TokenSums, Update
+
+T = TypeVar("T")
 
 
 class StageClock:
@@ -23,7 +25,7 @@ class StageClock:
         self._begin = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
-    @contextlib.contextmanager
+    @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the block's duration to `stage`."""
         begin = time.perf_counter()
@@ -32,20 +34,20 @@ class StageClock:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
-    @contextlib.contextmanager
-    def entering(self, stage: str, context: Any) -> Iterator[Any]:
-        """Enter `context`, adding only the time it takes to enter to `stage`."""
-        with contextlib.ExitStack() as stack:
+    @contextmanager
+    def entering(self, stage: str, context: AbstractContextManager[T]) -> Iterator[T]:
+        """Enter `context`; only the time that entering takes is added to `stage`."""
+        with ExitStack() as stack:
             with self(stage):
                 value = stack.enter_context(context)
             yield value
 
-    def metrics(self, collected: Collected) -> dict[str, float]:
+    def metrics(self, sampled: Sequence[ScoredGroup]) -> dict[str, float]:
         """`time/<stage>` of the slowest rank, `time/step`, and the tokens sampled per second."""
         mine = {**self.seconds, "step": time.perf_counter() - self._begin}
         everyone = collectives.gather_objects(mine)
-        tokens = sum(len(c.response_ids) for g in collected.sampled for c in g.completions)
-        all_tokens = float(collectives.all_sum(torch.tensor([tokens])))
+        tokens = sum(len(c.response_ids) for g in sampled for c in g.completions)
+        all_tokens = collectives.sum_named({"tokens": tokens})["tokens"]
         times = {stage: max(r.get(stage, 0.0) for r in everyone) for stage in mine}
         return {
             **{f"time/{stage}": seconds for stage, seconds in times.items()},
@@ -53,54 +55,52 @@ class StageClock:
         }
 
 
-def rollout_metrics(collected: Collected, success: float) -> dict[str, float]:
+def rollout_metrics(
+    sampled: Sequence[ScoredGroup], rounds: int, success: float
+) -> dict[str, float]:
     """Rewards, lengths and groups of everything sampled, what dynamic sampling drops included.
 
     Args:
+        rounds: of sampling.
         success: the reward from which a completion counts as right.
     """
-    groups = collected.sampled
-    rewards = [r for g in groups for r in g.rewards]
+    rewards = [r for g in sampled for r in g.rewards]
     finite = [r.value for r in rewards if math.isfinite(r.value)]
-    completions = [c for g in groups for c in g.completions]
-    sums = collectives.all_sum(
-        torch.tensor(
-            [
-                len(finite),
-                sum(finite),
-                sum(v * v for v in finite),
-                sum(r.succeeds(success) for r in rewards),
-                len(groups),
-                sum(g.zero_spread for g in groups),
-                len(completions),
-                sum(len(c.response_ids) for c in completions),
-                sum(c.truncated for c in completions),
-                *(sum(r.status == s for r in rewards) for s in ("error", "timeout", "invalid")),
-            ],
-            dtype=torch.float64,
-        )
-    ).tolist()
-    scored, count, sampled = max(1.0, sums[0]), max(1.0, sums[4]), max(1.0, sums[6])
-    mean = sums[1] / scored if sums[0] else math.nan
+    completions = [c for g in sampled for c in g.completions]
+    sums = collectives.sum_named(
+        {
+            "scored": len(finite),
+            "reward": sum(finite),
+            "square": sum(v * v for v in finite),
+            "right": sum(r.succeeds(success) for r in rewards),
+            "groups": len(sampled),
+            "zero_spread": sum(g.zero_spread for g in sampled),
+            "completions": len(completions),
+            "tokens": sum(len(c.response_ids) for c in completions),
+            "truncated": sum(c.truncated for c in completions),
+            **{s: sum(r.status == s for r in rewards) for s in ("error", "timeout", "invalid")},
+        }
+    )
+    scored, count = sums["scored"] or math.nan, max(1.0, sums["completions"])
+    mean = sums["reward"] / scored
+    variance = sums["square"] / scored - mean * mean
     return {
         "reward/mean": mean,
-        "reward/std": math.sqrt(max(0.0, sums[2] / scored - mean * mean)) if sums[0] else math.nan,
-        "reward/accuracy": sums[3] / scored if sums[0] else math.nan,
-        "reward/zero_spread_groups": sums[5] / count,
-        "reward/errors": sums[9],
-        "reward/timeouts": sums[10],
-        "reward/invalid": sums[11],
-        "response/length": sums[7] / sampled,
-        "response/truncated": sums[8] / sampled,
-        "rollout/rounds": collected.rounds,
+        "reward/std": variance if math.isnan(variance) else math.sqrt(max(0.0, variance)),
+        "reward/accuracy": sums["right"] / scored,
+        "reward/zero_spread_groups": sums["zero_spread"] / max(1.0, sums["groups"]),
+        "reward/errors": sums["error"],
+        "reward/timeouts": sums["timeout"],
+        "reward/invalid": sums["invalid"],
+        "response/length": sums["tokens"] / count,
+        "response/truncated": sums["truncated"] / count,
+        "rollout/rounds": rounds,
     }
 
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """Loss and optimizer figures: token means over all of the step's updates."""
-    merged = TokenSums(
-        *(sum(values) for values in zip(*(vars(u.sums).values() for u in updates), strict=True))
-    )
+    merged = TokenSums.total([u.sums for u in updates])
     last = updates[-1]
     return {
         "entropy/mean": merged.mean(merged.entropy) if merged.tokens else math.nan,
@@ -128,23 +128,3 @@ def memory_metrics() -> dict[str, float]:
             torch.cuda.max_memory_allocated() / 2**30
         )
     return figures
-
-
-def completion_rows(groups: Sequence[ScoredGroup], first_group: int) -> list[dict[str, Any]]:
-    """One row per completion for completions.jsonl."""
-    return [
-        {
-            "group": first_group + g,
-            "uid": c.problem.uid,
-            "prompt": c.problem.messages[-1]["content"],
-            "answer": c.problem.answer,
-            "text": c.text,
-            "length": len(c.response_ids),
-            "truncated": c.truncated,
-            "reward": None if math.isnan(r.value) else r.value,
-            "status": r.status,
-            "advantage": a,
-        }
-        for g, group in enumerate(groups)
-        for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
-    ]

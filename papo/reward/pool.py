@@ -1,9 +1,9 @@
 """Verifiable rewards in killable worker processes.
 
-A verifier may hang in a regular expression, in sympy or in a user's own code; nothing but killing
-its process ends that reliably, so every completion is scored in a worker with a deadline. A
-verifier that raises or is late scores 0, one that answers None, NaN or an infinity masks its
-completion; both are counted and never stop the run.
+A verifier may hang in a regular expression, in sympy or in a user's own code. Only killing its
+process ends that reliably, so every completion is scored in a worker with a deadline. A verifier
+that raises or is late scores 0; one that returns None, NaN or an infinity masks its completion.
+Both are counted, and neither stops the run.
 
 Workers are spawned, so they import this file and the program's main module: neither may import
 torch at its top.
@@ -25,25 +25,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from papo.errors import PapoError
-from papo.reward.verifiers import (
-    BUILT_IN,
-    COMPARING,
-    SHOWN_CHARACTERS,
-    Judge,
-    Task,
-    Verdict,
-    judge,
-    judge_reference,
-    load_verifier,
-)
+from papo.reward.judge import SHOWN_CHARACTERS, Judge, Task, Verdict
+from papo.reward.verifiers import BUILT_IN, COMPARING, load_verifier
 from papo.types import Completion, Problem, Reward
 
 if TYPE_CHECKING:
-    from papo.config.data_options import RewardConfig
+    from papo.config import RewardConfig
 
 log = logging.getLogger(__name__)
 
-Key = TypeVar("Key", bound=Hashable)  # what a caller tells its tasks apart by
+Key = TypeVar("Key", bound=Hashable)  # tells a caller's tasks apart
 
 _SHOWN_IN_FULL = 3  # failures of each kind that are logged with their text
 _POOL_STARTS = 3
@@ -52,27 +43,26 @@ _ORPHAN_SECONDS = 2.0
 
 
 class BadReference(NamedTuple):
-    """A problem whose reference answer is not right by its own verifier."""
+    """A problem whose reference answer its own verifier does not score 1."""
 
     uid: int
     answer: str
     why: str
 
 
-def _work(
-    timeout_s: float, judged: Judge, verifier: str, how: str, threshold: float, task: Task
-) -> Verdict:
-    # The parent kills late workers. This ends them where the parent was killed itself.
+def _work(judge: Judge, task: Task, timeout_s: float) -> Verdict:
+    # The parent kills late workers. This timer ends them where the parent itself was killed.
     signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_SECONDS)
     try:
-        return judged(verifier, how, threshold, task)
+        return judge.verdict(task)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def _prepare_worker(verifier: str) -> None:
     """Load the verifier before the first completion arrives; runs once in every new worker."""
-    # Default actions end a worker stuck in C code, where a Python handler would never run.
+    # The default actions also end a worker that is stuck in C code, where a Python handler would
+    # never run.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -80,7 +70,7 @@ def _prepare_worker(verifier: str) -> None:
         load_verifier(verifier)
         if verifier in ("reasoning_gym", "math_verify"):
             importlib.import_module(verifier)
-    except Exception:  # every completion reports it; an initializer that fails would break the pool
+    except Exception:  # a failing initializer would break the pool; every completion reports this
         log.debug("verifier %r failed to load", verifier, exc_info=True)
 
 
@@ -105,7 +95,7 @@ class RewardPool:
     def __init__(self, config: RewardConfig, verifier: str) -> None:
         load_verifier(verifier)
         self._config = config
-        self._verifier = verifier
+        self._judge = Judge(verifier, config.extract, config.threshold)
         self.thinks = False
         self.counts: Counter[str] = Counter()
         self._pool = self._start()
@@ -125,25 +115,25 @@ class RewardPool:
         """One reward per completion, in order.
 
         Raises:
-            PapoError: the workers themselves (not a verifier) die again and again.
+            PapoError: the workers themselves, rather than a verifier, die again and again.
         """
         tasks = {
             i: Task(c.text, c.problem.answer, self._metadata(c.problem), self.thinks)
             for i, c in enumerate(completions)
         }
-        verdicts = self._judged(judge, tasks)
+        verdicts = self._verdicts(tasks)
         self._report(tasks, verdicts)
         return [Reward(verdicts[i].value, verdicts[i].status) for i in tasks]
 
     def _metadata(self, problem: Problem) -> dict[str, Any]:
         """What the verifier reads of a problem besides its answer."""
-        return {} if self._verifier in COMPARING else dict(problem.metadata)
+        return {} if self._judge.verifier in COMPARING else dict(problem.metadata)
 
     @property
     def knows_references(self) -> bool:
-        """Whether a reference can be told from its verifier: a user's function need not take its
-        reference for a completion, and is asked nothing."""
-        return self._verifier in BUILT_IN
+        """Whether references can be checked: a user's function need not take its reference for a
+        completion, so it is never asked."""
+        return self._judge.verifier in BUILT_IN
 
     def bad_references(self, problems: Sequence[Problem]) -> list[BadReference]:
         """The problems whose reference answer, given as a completion, would not score 1; for
@@ -152,21 +142,22 @@ class RewardPool:
         Raises:
             PapoError: as `score`.
         """
-        compares = self._verifier in COMPARING  # the text alone, so that equal ones share a task
+        # Only the text counts where verifiers compare, so equal references share a task.
+        compares = self._judge.verifier in COMPARING
         keyed = [(p.answer if compares else p.uid, p) for p in problems]
-        tasks = {key: Task("", p.answer, self._metadata(p)) for key, p in keyed}
-        verdicts = self._judged(judge_reference, tasks)
+        tasks = {key: Task(None, p.answer, self._metadata(p)) for key, p in keyed}
+        verdicts = self._verdicts(tasks)
         return [
             BadReference(p.uid, p.answer, verdicts[key].why)
             for key, p in keyed
             if verdicts[key].value != 1.0
         ]
 
-    def _judged(self, judged: Judge, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
+    def _verdicts(self, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
         verdicts: dict[Key, Verdict] = {}
         for _ in range(_POOL_STARTS):
             left = {key: task for key, task in tasks.items() if key not in verdicts}
-            verdicts |= self._run(judged, left)
+            verdicts |= self._run(left)
             if len(verdicts) == len(tasks):
                 return verdicts
             self.close()
@@ -180,25 +171,26 @@ class RewardPool:
         pool = ProcessPool(
             max_workers=self._config.workers,
             initializer=_prepare_worker,
-            initargs=(self._verifier,),
+            initargs=(self._judge.verifier,),
             context=multiprocessing.get_context("spawn"),
         )
         _ = pool.active  # pebble starts its workers on first use
         return pool
 
-    def _run(self, judged: Judge, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
-        """Verdicts of `tasks`; some are missing if the pool broke, say by a killed idle worker."""
-        config = self._config
-        rules = (config.timeout_s, judged, self._verifier, config.extract, config.threshold)
+    def _run(self, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
+        """Verdicts on `tasks`; some are missing if the pool broke, as when an idle worker is
+        killed."""
+        timeout = self._config.timeout_s
         futures: dict[ProcessFuture[Verdict], Key] = {}
         try:
             for key, task in tasks.items():
-                args = (*rules, task)
-                futures[self._pool.schedule(_work, args=args, timeout=config.timeout_s)] = key
+                args = (self._judge, task, timeout)
+                futures[self._pool.schedule(_work, args=args, timeout=timeout)] = key
         except RuntimeError:
             return {}
         pending: set[Future[Verdict]] = set(futures)
-        # A broken pool forgets tasks it had not yet sent to a worker: their futures never finish.
+        # A broken pool forgets the tasks that it had not yet sent to a worker: their futures never
+        # finish.
         while pending and self._pool.active:
             pending = wait(pending, timeout=_POLL_SECONDS).not_done
         verdicts = {key: self._verdict(future) for future, key in futures.items() if future.done()}
@@ -214,7 +206,7 @@ class RewardPool:
         except ProcessExpired as error:
             return Verdict(0.0, "error", f"the worker died with exit code {error.exitcode}")
         except Exception as error:  # such as metadata that cannot be pickled
-            return Verdict(0.0, "error", f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS])
+            return Verdict.failed(error)
 
     def _report(self, tasks: Mapping[int, Task], verdicts: Mapping[int, Verdict]) -> None:
         unshown: Counter[str] = Counter()
@@ -231,7 +223,7 @@ class RewardPool:
                 status,
                 why,
                 task.answer,
-                task.text[:SHOWN_CHARACTERS],
+                (task.text or "")[:SHOWN_CHARACTERS],
             )
         if unshown:
             log.warning(

@@ -1,14 +1,14 @@
-"""Sampling with transformers' `generate`: batched, the prompt of a group computed once.
+"""Sampling with transformers' `generate`: in batches, with the prompt of a group computed once.
 
-The model that arrives here has whole weights and no ZeRO hooks (engine.inference_model), so nothing
-is gathered per token and ranks may stop at different lengths.
+The model that samples has whole weights and no ZeRO hooks (`Engine.inference_model`), so nothing is
+gathered per token and ranks may stop at different lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,17 @@ from papo.model.load import decoder_of
 from papo.types import Completion, KeptIds, Problem
 from papo_kernels import token_stats
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from papo.config import RolloutConfig
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `batch_size` 0 is one call for all.
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `batch_size` 0 samples all at once.
     """
 
     max_new_tokens: int
@@ -39,7 +44,7 @@ class SamplingParams:
     batch_size: int = 0
 
     @classmethod
-    def of(cls, rollout: Any, **changes: Any) -> SamplingParams:
+    def of(cls, rollout: RolloutConfig, **changes: Any) -> SamplingParams:
         """From the config's `rollout` section, with `changes`."""
         return cls(**{f.name: getattr(rollout, f.name) for f in fields(cls)} | changes)
 
@@ -47,17 +52,18 @@ class SamplingParams:
 class _Draw(LogitsProcessor):
     """Draws the next token and leaves it the only one with a finite score, for generate's argmax.
 
-    generate's own sampling takes an exponential of every logit from a single-threaded generator: a
-    fifth of the time of a CPU rollout. One uniform number per row and the cumulative distribution
-    do the same. The token is known here, so its log-probability is read from the same logits.
+    generate's own sampling draws an exponential number for every logit from a single-threaded
+    generator, which is a fifth of the time of a CPU rollout. One uniform number per row and the
+    cumulative distribution do the same. The token is known here, so its log-probability is read
+    from the same logits.
 
     Args:
-        params: of the sampling.
-        eos_ids: a row that has drawn one of them has ended; what it still draws is dropped.
+        params: how to sample.
+        eos_ids: a row that has drawn one of them has ended; what it draws after that is dropped.
 
     Attributes:
-        logp: float32 [B] per step, log-probability of the drawn tokens in the distribution they
-            were drawn from.
+        logp: float32 [B] per step, log-probability (nats) of the drawn tokens in the distribution
+            that they were drawn from.
     """
 
     def __init__(self, params: SamplingParams, eos_ids: Sequence[int]) -> None:
@@ -84,9 +90,9 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
     def _keep(self, scores: Tensor, tokens: Tensor) -> None:
-        """Note which ids the cuts left to rows that go on, and which rows this step ends."""
+        """Record which ids the cuts left to rows that go on, and which rows this step ends."""
         kept = scores > -torch.inf
-        # A row of NaN keeps nothing, but what it drew is always among its own.
+        # A row of NaN keeps nothing, but a drawn id must be among the kept ones.
         kept.scatter_(1, tokens[:, None], True)
         if self._ended is not None:
             kept &= ~self._ended[:, None]
@@ -95,7 +101,7 @@ class _Draw(LogitsProcessor):
         self._ended = ends if self._ended is None else self._ended | ends
 
     def kept(self, lengths: Sequence[int]) -> list[KeptIds | None]:
-        """Each row's kept ids of its first `lengths[row]` steps; None without top-k and top-p."""
+        """Each row's kept ids in its first `lengths[row]` steps; None without top-k and top-p."""
         if not self._cuts:
             return [None] * len(lengths)
         counts = torch.stack([c for c, _ in self._kept])
@@ -106,13 +112,13 @@ class _Draw(LogitsProcessor):
         ]
 
     def _drawn(self, scores: Tensor) -> Tensor:
-        # float64, so that rounding takes no token's probability away.
+        # In float64, so that rounding leaves every token its probability.
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
-        # uniform < 1, and the factor keeps the product below the total when it rounds up.
+        # The factor keeps the product below the total where it rounds up.
         below = uniform * cumulative[:, -1:] * (1.0 - 2.0**-52)
         drawn = torch.searchsorted(cumulative, below, right=True).squeeze(1)
-        # A row of NaN finds no place: it stays in range here, and its loss shows the NaN.
+        # A row of NaN finds no place: the id stays in range, and the loss shows the NaN.
         return drawn.clamp(max=scores.shape[1] - 1)
 
 
@@ -122,18 +128,18 @@ class HFSampler:
     Args:
         tokenizer: the policy's tokenizer.
         eos_ids: token ids that end a completion.
-        pad_id: what unfinished positions hold; never used to infer where a completion ends.
-        skip_special_tokens: whether a completion's text is without them, but for those around its
+        pad_id: fills the positions after a completion's end, which is never inferred from it.
+        skip_special_tokens: leave them out of a completion's text, except for those around its
             thinking, which verifiers look for.
 
     Attributes:
-        prefills: the prompt of a group is computed once; off for models whose cache cannot be
-            repeated.
+        prefills: whether the prompt of a group is computed once; False for models whose cache
+            cannot be repeated.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         eos_ids: Sequence[int],
         pad_id: int,
         skip_special_tokens: bool = True,
@@ -151,17 +157,17 @@ class HFSampler:
     @torch.inference_mode()
     def sample(
         self,
-        model: Any,
+        model: PreTrainedModel,
         problems: Sequence[Problem],
         copies: int,
         params: SamplingParams,
         seed: int,
     ) -> list[Completion]:
-        """`copies` completions of every problem, in order, those of a problem side by side.
+        """`copies` completions of every problem, in the problems' order.
 
         Args:
             model: a causal LM with whole weights.
-            seed: seeds torch's generators, so that a step's samples depend on nothing before it.
+            seed: seeds torch's generators, so that samples depend on nothing that came before.
         """
         torch.manual_seed(seed)
         return [
@@ -174,7 +180,8 @@ class HFSampler:
     def _calls(
         problems: Sequence[Problem], copies: int, batch_size: int
     ) -> Iterator[tuple[Sequence[Problem], int]]:
-        """Problems and copies of each generate call; a problem is split only where it has to be."""
+        """Problems and copies of each generate call; a problem's copies are split only if they must
+        be."""
         limit = batch_size or max(1, len(problems)) * copies
         at_once = max(1, limit // copies)
         for start in range(0, len(problems), at_once):
@@ -182,12 +189,16 @@ class HFSampler:
                 yield problems[start : start + at_once], min(limit, copies - done)
 
     def _generate(
-        self, model: Any, problems: Sequence[Problem], copies: int, params: SamplingParams
+        self,
+        model: PreTrainedModel,
+        problems: Sequence[Problem],
+        copies: int,
+        params: SamplingParams,
     ) -> list[Completion]:
         device = next(model.parameters()).device
         prompts = [p.prompt_ids for p in problems]
-        # One column of padding more than needed on a CPU: for a batch without padding transformers
-        # drops the mask and takes a kernel that is four times slower there for single queries.
+        # On a CPU one column of padding more than needed: for a batch without padding transformers
+        # drops the mask and takes a kernel that is four times slower for single queries.
         width = max(len(p) for p in prompts) + (device.type == "cpu")
         ids = torch.full((len(prompts), width), self._pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -197,7 +208,8 @@ class HFSampler:
         ids, mask = ids.to(device), mask.to(device)
         cache = self._prefill(model, ids, mask, copies) if self.prefills else None
         draw = _Draw(params, self._eos)
-        out = model.generate(
+        generate: Any = model.generate  # not every PreTrainedModel has it
+        out = generate(
             input_ids=ids.repeat_interleave(copies, 0),
             attention_mask=mask.repeat_interleave(copies, 0),
             past_key_values=cache,
@@ -207,7 +219,7 @@ class HFSampler:
             pad_token_id=self._pad,
             logits_processor=LogitsProcessorList([draw]),
         )[:, width:]
-        # generate may have looked a few tokens further than it returns.
+        # generate may have drawn a few tokens more than it returns.
         logp = torch.stack(draw.logp[: out.shape[1]], dim=1)
         responses = [self._until_the_end(row) for row in out.tolist()]
         kept = draw.kept([len(ids) for ids in responses])
@@ -217,13 +229,13 @@ class HFSampler:
         ]
 
     @staticmethod
-    def _prefill(model: Any, ids: Tensor, mask: Tensor, copies: int) -> DynamicCache:
-        """Keys and values of the prompts but for their last token, repeated for each completion.
+    def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int) -> DynamicCache:
+        """Keys and values of the prompts without their last token, repeated for each completion.
 
-        The last token is left to `generate`, which needs its logits.
+        `generate` computes the last token itself, because it needs its logits.
         """
         cache = DynamicCache(config=model.config)
-        # Padding alone is no prompt: linear attention would take it for one.
+        # Linear attention would take a row of padding alone for a prompt.
         if mask[:, :-1].any():
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             decoder_of(model)(
@@ -234,7 +246,7 @@ class HFSampler:
                 use_cache=True,
             )
             if copies > 1:
-                # batch_repeat_interleave would do, but layers of linear attention lack it.
+                # Layers of linear attention have no batch_repeat_interleave.
                 rows: Any = torch.arange(len(ids), device=ids.device)
                 cache.reorder_cache(rows.repeat_interleave(copies))
         return cache
@@ -261,7 +273,7 @@ class HFSampler:
         if self._skip_special and self._shown.intersection(ids):
             kept = [i for i in ids if i not in self._hidden]
             return str(self._tokenizer.decode(kept, skip_special_tokens=False))
-        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=self._skip_special))
 
 
 def greedy(params: SamplingParams) -> SamplingParams:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from papo.config import TrainConfig
 from papo.dist import collectives, engine
 from papo.dist.termination import Termination
+from papo.policy.advantage import ScoredGroup, score_groups
 from papo.policy.batch import TrainingSequence
+from papo.policy.update import Update
 from papo.record.telemetry import StageClock, memory_metrics, rollout_metrics, update_metrics
 from papo.rollout import SamplingParams
 from papo.train import experience
+from papo.train.entropy import EntropyProbe
 from papo.train.schedule import due, learning_rate, seed_of
 from papo.train.session import Session
 from papo.train.stats import attach
-from papo.train.step import Update, update
 
 
 def run(config: TrainConfig) -> int:
@@ -71,71 +75,66 @@ class Loop:
         return max(collectives.gather_objects(self._termination.reason))
 
     def _train_step(self) -> None:
-        config, s = self.config, self.s
-        clock = StageClock()
+        config, s, clock = self.config, self.s, StageClock()
         with clock.entering("gather", s.engine.inference_model()) as model:
             collected = experience.collect(
-                lambda k: self._sample_round(model, k, clock),
+                self._rounds(model, clock),
                 config.rollout.prompts_per_step,
                 config.dynamic_sampling,
             )
-        phase = s.phase.phase
+        phase, sampled = s.phase.phase, collected.sampled
         updates = self._updates(experience.to_sequences(collected.groups), phase, clock)
         self.step += 1
         metrics = {
-            **rollout_metrics(collected, config.reward.success),
+            **rollout_metrics(sampled, collected.rounds, config.reward.success),
             **update_metrics(updates),
             **s.weighting.metrics(phase),
             "phase/phi": phase,
-            "optim/lr": s.engine.lr,
+            "optim/lr": updates[-1].lr,
         }
         self._observe(updates)
-        metrics |= s.prediction.observe([u.effect for u in updates if u.applied])
-        metrics |= {**s.phase.metrics(), **memory_metrics(), **clock.metrics(collected)}
+        metrics |= {**s.prediction.observe(updates), **s.phase.metrics()}
+        metrics |= {**memory_metrics(), **clock.metrics(sampled)}
         s.write(self.step, metrics, collected)
 
-    def _sample_round(self, model: Any, k: int, clock: StageClock) -> list[experience.ScoredGroup]:
+    def _rounds(self, model: Any, clock: StageClock) -> Iterator[list[ScoredGroup]]:
+        """This rank's share of one sampling round after the other."""
         config, rollout, rank = self.config, self.config.rollout, collectives.rank()
-        problems = self.s.problems.batch(self.cursor, rollout.prompts_per_step)
-        self.cursor += rollout.prompts_per_step
-        share = len(problems) // collectives.world_size()
-        mine = problems[rank * share : (rank + 1) * share]
-        n, limit = rollout.completions_per_prompt, rollout.max_new_tokens
-        with clock("rollout"):
-            seed = seed_of(config.seed, "rollout", self.step, k, rank)
-            params = SamplingParams.of(rollout)
-            completions = self.s.sampler.sample(model, mine, n, params, seed)
-        with clock("reward"), collectives.failing_together():
-            rewards = self.s.rewards.score(completions)
-        return experience.score_groups(completions, rewards, n, config.advantage, limit)
+        n, params = rollout.completions_per_prompt, SamplingParams.of(rollout)
+        share = rollout.prompts_per_step // collectives.world_size()
+        for k in itertools.count():
+            problems = self.s.problems.batch(self.cursor, rollout.prompts_per_step)
+            self.cursor += rollout.prompts_per_step
+            mine = problems[rank * share : (rank + 1) * share]
+            with clock("rollout"):
+                seed = seed_of(config.seed, "rollout", self.step, k, rank)
+                completions = self.s.sampler.sample(model, mine, n, params, seed)
+            with clock("reward"), collectives.failing_together():
+                rewards = self.s.rewards.score(completions)
+            yield score_groups(completions, rewards, n, config.advantage, rollout.max_new_tokens)
 
     def _updates(
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock
     ) -> list[Update]:
-        config, s = self.config, self.s
-        from_rollout = s.rollout_weights(phase)
+        config, s, count = self.config, self.s, self.config.optim.updates_per_rollout
+        measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
             s.check_rows(sequences)
-            sequences = attach(sequences, config, s.engine, s.reference, s.make_batch, from_rollout)
-        measures = due(config.metrics.measure_entropy_every, self.step)
-        count = config.optim.updates_per_rollout
+            sequences = attach(sequences, s.passes, s.reference, s.weighting, phase, count)
         updates = []
         for u, part in enumerate(experience.mini_batches(sequences, count)):
             with clock("train"):
-                done = update(
-                    s.engine,
-                    experience.with_token_weights(part, config.loss),
-                    s.make_batch,
-                    micro_batch_size=config.optim.micro_batch_size,
-                    params=s.loss_params,
-                    weighting=s.weighting.kernel_weighting(phase) if from_rollout is None else None,
-                    controller=s.weighting,
-                    lr=learning_rate(self.step * count + u, config.steps * count, config.optim),
-                    probe_tokens=config.metrics.measure_tokens if measures else None,
-                    max_sampler_kl=config.sampler_kl_bound(u),
+                pieces = s.passes.pieces(experience.with_token_weights(part, config.loss))
+                tokens = config.metrics.measure_tokens
+                probe = EntropyProbe.of(s.passes, pieces, tokens) if measures else None
+                done = s.updater.update(
+                    pieces,
+                    s.weighting.kernel_weighting(phase),
+                    learning_rate(self.step * count + u, config.steps * count, config.optim),
+                    config.sampler_kl_bound(u),
                 )
             with clock("measure"):
-                updates.append(done.measured(s.engine, s.make_batch))
+                updates.append(done if probe is None else probe.measure(done))
         return updates
 
     def _observe(self, updates: list[Update]) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from papo.config.options import OptimConfig
 
 
-def learning_rate(step: int, total: int, optim: Any) -> float:
+def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
     """Of update `step` of `total`, from 0: linear warm-up, then constant, linear or cosine to 0."""
     if step < optim.warmup_steps:
-        return float(optim.lr) * (step + 1) / optim.warmup_steps
+        return optim.lr * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
     if optim.schedule == "linear":
-        return float(optim.lr) * (1.0 - progress)
+        return optim.lr * (1.0 - progress)
     if optim.schedule == "cosine":
-        return float(optim.lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return float(optim.lr)
+        return optim.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.lr
 
 
 def seed_of(seed: int, *purpose: object) -> int:
@@ -26,5 +29,5 @@ def seed_of(seed: int, *purpose: object) -> int:
 
 
 def due(every: int, step: int) -> bool:
-    """Whether what happens every so many steps, never with 0, happens after `step`."""
+    """Whether what is done every so many steps is done after `step`; with 0 it never is."""
     return every > 0 and step % every == 0

@@ -1,76 +1,97 @@
-"""Statistics of the old and of the reference policy on sampled tokens: passes without gradient.
-
-They go through the same module, the same micro-batches and the same kernels as the loss, so that
-the first update's ratio is exactly 1.
-"""
+"""A policy's passes without gradient over a rank's sequences: what the loss needs of the old and of
+the reference policy, and the mean entropy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
 
-from papo.dist.collectives import all_max
-from papo.policy.batch import MicroBatch, TrainingSequence, micro_batches
-from papo.policy.objective import evaluating, stats_of
+from papo.dist import collectives
+from papo.policy.batch import Batcher, TrainingSequence, micro_batches
+from papo.policy.passes import ForwardEngine, evaluating, stats_of
+from papo.policy.weighting import WeightController
 from papo_kernels import TokenStats
 
-
-def pass_count(sequences: Sequence[TrainingSequence], size: int) -> int:
-    """Passes every rank must run: micro-batches of the rank with most, at least 1; a collective."""
-    return max(1, int(all_max(-(-len(sequences) // size))))
+Pieces = Sequence[Sequence[TrainingSequence]]
 
 
-def token_stats_of(
-    engine: Any,
-    sequences: Sequence[TrainingSequence],
-    size: int,
-    make_batch: Callable[[Sequence[TrainingSequence]], MicroBatch],
-) -> list[TokenStats]:
-    """Per-sequence statistics (float32, CPU) under the engine's current weights."""
-    per_sequence: list[TokenStats] = []
-    with evaluating(engine):
-        for piece in micro_batches(sequences, size, count=pass_count(sequences, size)):
-            stats = stats_of(engine, make_batch(piece))
-            if piece[0].group < 0:
-                continue
-            lengths = [len(s.response_ids) for s in piece]
-            columns = [column.cpu().split(lengths) for column in stats]
-            per_sequence += [TokenStats(*parts) for parts in zip(*columns, strict=True)]
-    return per_sequence
+@dataclass(frozen=True)
+class Passes:
+    """Runs `engine` over sequences, a micro-batch at a time.
+
+    Attributes:
+        size: sequences of a micro-batch.
+    """
+
+    engine: ForwardEngine
+    batcher: Batcher
+    size: int
+
+    def pieces(self, sequences: Sequence[TrainingSequence]) -> Pieces:
+        """`sequences` in micro-batches, as many on every rank and at least one; a collective."""
+        mine = -(-len(sequences) // self.size)
+        count = max(1, int(collectives.all_max(mine)))
+        return list(micro_batches(sequences, self.size, count=count))
+
+    def token_stats(self, sequences: Sequence[TrainingSequence]) -> list[TokenStats]:
+        """Statistics of each sequence's tokens, float32 on the CPU; a collective."""
+        per_sequence: list[TokenStats] = []
+        with evaluating(self.engine):
+            for piece in self.pieces(sequences):
+                stats = stats_of(self.engine, self.batcher.batch(piece))
+                if piece[0].group < 0:  # idle
+                    continue
+                lengths = [len(s.response_ids) for s in piece]
+                columns = [column.cpu().split(lengths) for column in stats]
+                per_sequence += [TokenStats(*parts) for parts in zip(*columns, strict=True)]
+        return per_sequence
+
+    def mean_entropy(self, pieces: Pieces) -> float:
+        """Mean entropy in nats over all ranks' tokens that train, 0 where there are none; a
+        collective."""
+        tokens = entropy = torch.zeros((), dtype=torch.float64, device=self.batcher.device)
+        with evaluating(self.engine):
+            for piece in pieces:
+                batch = self.batcher.batch(piece)
+                each = stats_of(self.engine, batch).entropy.double()
+                tokens = tokens + batch.live.double().sum()
+                entropy = entropy + torch.where(batch.live, each, 0.0).sum()
+        sums = collectives.sum_named({"tokens": tokens, "entropy": entropy})
+        return sums["entropy"] / max(1.0, sums["tokens"])
 
 
 def attach(
     sequences: Sequence[TrainingSequence],
-    config: Any,
-    engine: Any,
-    reference: Any | None,
-    make_batch: Callable[[Sequence[TrainingSequence]], MicroBatch],
-    weights_of: Callable[[TokenStats, TrainingSequence], Tensor] | None,
+    old: Passes,
+    reference: Passes | None,
+    weighting: WeightController,
+    phase: float,
+    updates_per_rollout: int,
 ) -> list[TrainingSequence]:
-    """Set what the loss needs of other policies; collective passes only where something needs them.
+    """Set what the loss needs of other policies; a collective, with passes only where needed.
 
-    `old_logp` where a rollout serves several updates (a single update is on-policy: its ratio is 1
-    by definition), `ref_logp` where the KL term is on, `factor` where polarity comes from the old
-    policy's pass.
+    `old_logp` is set where a rollout serves several updates: a single one is on-policy, its ratio 1
+    by definition. `ref_logp` is set where the KL term is on, and `factor` where the weights come
+    from the old policy's polarity.
 
     Args:
-        config: the whole config.
-        weights_of: polarity weights of one sequence's tokens from its old statistics, None where
-            the kernel forms them.
+        old: the policy, whose weights are still the sampler's.
+        reference: None where the KL term is off.
+        phase: of the weights.
     """
-    size = config.optim.micro_batch_size
     result = list(sequences)
-    if config.optim.updates_per_rollout > 1 or weights_of is not None:
-        old = token_stats_of(engine, result, size, make_batch)
-        if weights_of is not None:
-            factors = [weights_of(stats, seq) for stats, seq in zip(old, result, strict=True)]
+    if updates_per_rollout > 1 or weighting.from_rollout:
+        stats = list(zip(result, old.token_stats(result), strict=True))
+        if weighting.from_rollout:
+            factors = [
+                weighting.rollout_weights(s.advantage, o.unit_polarity, phase) for s, o in stats
+            ]
             result = [replace(s, factor=f) for s, f in zip(result, factors, strict=True)]
-        if config.optim.updates_per_rollout > 1:
-            result = [replace(s, old_logp=o.logp) for s, o in zip(result, old, strict=True)]
+        if updates_per_rollout > 1:
+            result = [replace(s, old_logp=o.logp) for s, (_, o) in zip(result, stats, strict=True)]
     if reference is not None:
-        ref = token_stats_of(reference, result, size, make_batch)
+        ref = reference.token_stats(result)
         result = [replace(s, ref_logp=r.logp) for s, r in zip(result, ref, strict=True)]
     return result

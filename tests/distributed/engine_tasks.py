@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from papo.config import TrainConfig
-from papo.config.options import OptimConfig
+from papo.config.options import OptimConfig, WeightingConfig
 from papo.dist.engine import Engine
 from papo.policy.objective import Policy
+from papo.policy.update import Update
 from papo.policy.weighting import WeightController
-from papo.train.session import Session
-from papo.train.stats import attach, token_stats_of
-from papo.train.step import Update, update
-from papo_kernels import PolarityWeighting, PolicyLossParams
+from papo.train import build
+from papo.train.entropy import EntropyProbe
+from papo.train.stats import attach
+from papo_kernels import PolarityWeighting
 from tests.distributed import tasks
 from tests.distributed.configs import deepspeed_dict
-from tests.distributed.tasks import make_batch, sequences, whole_weights
+from tests.distributed.tasks import passes, sequences, update, whole_weights
 from tests.kernels.tracking import memory
 from tests.trainer.tiny import build_model, small_llama
 
@@ -39,21 +39,18 @@ def engine_of(
 
 
 def step(
-    e: Engine, part: list[Any], controller: WeightController | None = None, **options: Any
+    e: Engine, part: list[Any], *, micro: int = 64, lr: float = 1e-3, **options: Any
 ) -> Update:
-    return update(
-        e,
-        part,
-        make_batch,
-        **{
-            "micro_batch_size": 64,
-            "params": PolicyLossParams(),
-            "weighting": None,
-            "controller": controller or WeightController(tasks.Weighting()),
-            "lr": 1e-3,
-            **options,
-        },
-    )
+    over = passes(e, micro)
+    return update(over, over.pieces(part), lr=lr, **options)
+
+
+def measured_step(e: Engine, part: list[Any], **options: Any) -> Update:
+    """A step with the entropy change of all its tokens."""
+    over = passes(e, 64)
+    pieces = over.pieces(part)
+    probe = EntropyProbe.of(over, pieces, tokens=0)
+    return probe.measure(update(over, pieces, lr=1e-3, **options))
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -95,9 +92,9 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
 
     def whole_step() -> None:
         part = wide_sequences(count)
-        old = token_stats_of(e, part, 64, make_batch)
+        old = passes(e, 64).token_stats(part)
         part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
-        done = step(e, part, weighting=weighting, probe_tokens=0).measured(e, make_batch)
+        done = measured_step(e, part, weighting=weighting)
         assert done.applied and done.measured_delta is not None
 
     used = memory(whole_step)
@@ -127,7 +124,7 @@ def run_probe(steps: int) -> list[tuple[float, float | None]]:
         part = [
             replace(s, advantage=float(torch.randn((), generator=g)), weight=0.01) for s in part
         ]
-        done = step(e, part, probe_tokens=0, lr=1e-3).measured(e, make_batch)
+        done = measured_step(e, part)
         pairs.append((done.sums.predicted, done.measured_delta))
     return pairs
 
@@ -190,8 +187,7 @@ def run_checkpointing(folder: str, on: bool) -> dict[str, Any]:
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
         optim={"lr": 1e-2, "eps": 1e-3},
     )
-    session: Any = SimpleNamespace(config=config)
-    e = Engine(Session._policy(session), config.deepspeed_dict(1), config.optim)
+    e, _ = build.engines(config)
     calls: list[int] = []
     layer = e.policy.causal_lm.get_decoder().layers[0]
     layer.self_attn.register_forward_hook(lambda *args: calls.append(1))
@@ -202,27 +198,19 @@ def run_checkpointing(folder: str, on: bool) -> dict[str, Any]:
 def run_source(source: str, conserve: bool) -> dict[str, Any]:
     """The first update of a rollout whose polarity comes from the update or from the old policy."""
     phase, micro = 0.7, 3
-    controller = WeightController(tasks.Weighting(conserve=conserve))
+    controller = WeightController(WeightingConfig(source=source, conserve=conserve))
     e = engine_of(tasks.model(True))
     # A batch before, for a conserving scale other than 1.
-    controller.update(step(e, sequences(4, seed=1), controller).branches)
-    config = SimpleNamespace(
-        weighting=SimpleNamespace(source=source, strength=0.5),
-        optim=SimpleNamespace(micro_batch_size=micro, updates_per_rollout=1),
-    )
-    session: Any = SimpleNamespace(config=config, weighting=controller)
-    weights = Session.rollout_weights(session, phase)
+    controller.update(step(e, sequences(4, seed=1), controller=controller).branches)
     part = tasks.with_token_weights(sequences(8), tasks.Loss())
-    part = attach(part, config, e, None, make_batch, weights)
-    weighting = None
-    if weights is None:
-        weighting = PolarityWeighting(strength=0.5, phase=phase, scale=controller.scale(phase))
-    done = step(e, part, controller, weighting=weighting, micro_batch_size=micro, lr=1e-2)
+    part = attach(part, passes(e, micro), None, controller, phase, updates_per_rollout=1)
+    weighting = controller.kernel_weighting(phase)
+    done = step(e, part, micro=micro, lr=1e-2, weighting=weighting, controller=controller)
     return {
         "weights": whole_weights(e),
         "scale": controller.scale(phase),
         "factors": part[0].factor is not None,
-        "sums": vars(done.sums),
+        "sums": done.sums._asdict(),
         "branches": done.branches._asdict(),
         "grad_norm": done.grad_norm,
     }

@@ -12,29 +12,22 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from papo.config.options import OptimConfig
+from papo.config.options import OptimConfig, WeightingConfig
 from papo.dist import collectives, engine
 from papo.dist.engine import Engine
 from papo.errors import PapoError
-from papo.policy.batch import TrainingSequence, collate
+from papo.policy.batch import Batcher, TrainingSequence
 from papo.policy.objective import Policy
+from papo.policy.update import Update
 from papo.policy.weighting import WeightController
+from papo.train.entropy import EntropyProbe
 from papo.train.experience import with_token_weights
-from papo.train.stats import token_stats_of
-from papo.train.step import Update, update
+from papo.train.stats import Passes, Pieces
+from papo.train.step import Updater
 from papo_kernels import PolarityWeighting, PolicyLossParams
 from tests.trainer.tiny import small_llama
 
 VOCABULARY = 96
-
-
-@dataclass(frozen=True)
-class Weighting:
-    strength: float = 0.5
-    shape: str = "sign"
-    dead_zone: float = 1e-6
-    conserve: bool = True
-    sigma_decay: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -87,8 +80,22 @@ def sequences(count: int = 8, seed: int = 0) -> list[TrainingSequence]:
     return made
 
 
-def make_batch(part: list[TrainingSequence]) -> Any:
-    return collate(part, pad_id=0, max_row_tokens=2048)
+def passes(e: Engine, micro: int) -> Passes:
+    return Passes(e, Batcher(pad_id=0, max_row_tokens=2048, device=e.device), micro)
+
+
+def update(
+    over: Passes,
+    pieces: Pieces,
+    weighting: PolarityWeighting | None = None,
+    lr: float = 1e-2,
+    controller: WeightController | None = None,
+) -> Update:
+    controller = controller or WeightController(WeightingConfig())
+    engine: Any = over.engine
+    return Updater(engine, over.batcher, PolicyLossParams(), controller).update(
+        pieces, weighting, lr
+    )
 
 
 def my_part(everything: list[TrainingSequence], split: list[int]) -> list[TrainingSequence]:
@@ -106,23 +113,14 @@ def one_update(
     *,
     lr: float = 1e-2,
     probe_tokens: int | None = None,
-    **changes: Any,
 ) -> Update:
     weighting = PolarityWeighting(strength=0.5, phase=0.7, scale=1.1) if weighted else None
-    part = with_token_weights(part, loss)
-    if changes:
-        part = [replace(s, **changes) for s in part]
-    return update(
-        e,
-        part,
-        make_batch,
-        micro_batch_size=micro,
-        params=PolicyLossParams(),
-        weighting=weighting,
-        controller=WeightController(Weighting()),
-        lr=lr,
-        probe_tokens=probe_tokens,
-    )
+    over = passes(e, micro)
+    pieces = over.pieces(with_token_weights(part, loss))
+    if probe_tokens is None:
+        return update(over, pieces, weighting, lr)
+    probe = EntropyProbe.of(over, pieces, probe_tokens)
+    return probe.measure(update(over, pieces, weighting, lr))
 
 
 def whole_weights(e: Engine) -> dict[str, list[float]]:
@@ -145,11 +143,11 @@ def run_update(
     part = my_part(sequences(sum(split)), split)
     result = one_update(e, part, micro, Loss(aggregation), weighted, probe_tokens=0)
     return {
-        "measured": result.measured(e, make_batch).measured_delta,
+        "measured": result.measured_delta,
         "trained": e.trained_numel,
         "weights": whole_weights(e),
         "grad_norm": result.grad_norm,
-        "sums": vars(result.sums),
+        "sums": result.sums._asdict(),
         "branches": result.branches._asdict(),
         "applied": result.applied,
     }
@@ -208,8 +206,7 @@ def run_still(split: list[int], micro: int, dtype: str, tokens: int) -> float | 
     """The entropy change that is measured where the weights do not move."""
     e = make_engine(3, dtype=dtype)
     part = my_part(sequences(sum(split)), split)
-    done = one_update(e, part, micro, Loss(), True, lr=0.0, probe_tokens=tokens)
-    return done.measured(e, make_batch).measured_delta
+    return one_update(e, part, micro, Loss(), True, lr=0.0, probe_tokens=tokens).measured_delta
 
 
 def run_nothing(stage: int) -> dict[str, Any]:
@@ -219,7 +216,7 @@ def run_nothing(stage: int) -> dict[str, Any]:
     before = whole_weights(e)
     result = one_update(e, [], 4, Loss(), True)
     return {
-        "sums": vars(result.sums),
+        "sums": result.sums._asdict(),
         "grad_norm": result.grad_norm,
         "applied": result.applied,
         "unchanged": whole_weights(e) == before,
@@ -282,14 +279,15 @@ def run_first_ratio(dtype: str) -> list[float]:
     """Ratios of the first update when the old policy's log-probs were computed."""
     e = make_engine(3, True, dtype, temperature=0.7)
     part = sequences(8)
-    old = token_stats_of(e, part, 4, make_batch)
+    over = passes(e, 4)
+    old = over.token_stats(part)
     part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
-    from papo.policy.batch import micro_batches
-    from papo.policy.objective import loss_of
+    from papo.policy.passes import loss_of
 
     ratios: list[float] = []
-    for piece in micro_batches(part, 4, count=2):
-        ratios += loss_of(e, make_batch(piece), PolicyLossParams(), None).ratio.tolist()
+    for piece in over.pieces(part):
+        batch = over.batcher.batch(piece)
+        ratios += loss_of(e, batch, PolicyLossParams(), None).ratio.tolist()
     return ratios
 
 
@@ -299,7 +297,8 @@ def run_stats(temperature: float) -> dict[str, Any]:
     """
     e = make_engine(3, True, temperature=temperature)
     part = sequences(6)
-    got = token_stats_of(e, part, 4, make_batch)
+    over = passes(e, 4)
+    got = over.token_stats(part)
     entropy, logp, unit_polarity = [], [], []
     with e.inference_model() as whole, torch.no_grad():
         for s in part:
@@ -315,16 +314,7 @@ def run_stats(temperature: float) -> dict[str, Any]:
             unit_polarity += ((p * score).sum(-1) - score[ids]).tolist()
     # The last two carry no weight: what is averaged covers exactly the tokens of the loss.
     trained = [replace(s, weight=float(i < 4)) for i, s in enumerate(part)]
-    sums = update(
-        e,
-        trained,
-        make_batch,
-        micro_batch_size=4,
-        params=PolicyLossParams(),
-        weighting=None,
-        controller=WeightController(Weighting()),
-        lr=0.0,
-    ).sums
+    sums = update(over, over.pieces(trained), lr=0.0).sums
     return {
         "entropy": torch.cat([s.entropy for s in got]).tolist(),
         "logp": torch.cat([s.logp for s in got]).tolist(),

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo.config.options import OptimConfig
-from papo.policy.batch import TrainingSequence, collate
+from papo.config.options import OptimConfig, WeightingConfig
+from papo.policy.batch import Batcher, TrainingSequence
+from papo.policy.update import Update
 from papo.policy.weighting import WeightController
-from papo.train.step import Update, update
+from papo.train.entropy import EntropyProbe
+from papo.train.stats import Passes, Pieces
+from papo.train.step import Updater
 from papo_kernels import PolicyLossParams, policy_loss, token_stats
 
 VOCABULARY = 16
@@ -67,25 +70,33 @@ class Bigram:
         return SimpleNamespace(grad_norm=norm, applied=applied)
 
 
-def make_batch(part: Any) -> Any:
-    return collate(part, pad_id=0, max_row_tokens=0)
+BATCHER = Batcher(pad_id=0, max_row_tokens=0, device=torch.device("cpu"))
 
 
-def run_update(engine: Any, sequences: list[TrainingSequence], **options: Any) -> Update:
-    """An update on `sequences`, in one micro-batch where `options` say nothing else."""
-    controller = WeightController(
-        SimpleNamespace(strength=0.5, shape="sign", dead_zone=1e-6, conserve=True, sigma_decay=0.95)
-    )
-    return update(
-        engine,
-        sequences,
-        make_batch,
-        **{
-            "micro_batch_size": 64,
-            "params": PolicyLossParams(),
-            "weighting": None,
-            "controller": controller,
-            "lr": 1e-2,
-            **options,
-        },
-    )
+def passes(engine: Any, size: int = 64) -> Passes:
+    return Passes(engine, BATCHER, size)
+
+
+def update(engine: Any, pieces: Pieces, lr: float = 1e-2) -> Update:
+    controller = WeightController(WeightingConfig())
+    return Updater(engine, BATCHER, PolicyLossParams(), controller).update(pieces, None, lr)
+
+
+def run_update(engine: Any, sequences: list[TrainingSequence], size: int = 64) -> Update:
+    """An update on `sequences`, `size` of them in a micro-batch."""
+    return update(engine, passes(engine, size).pieces(sequences))
+
+
+def probed_update(
+    engine: Any,
+    sequences: list[TrainingSequence],
+    tokens: int = 0,
+    *,
+    size: int = 64,
+    lr: float = 1e-2,
+) -> tuple[Update, EntropyProbe]:
+    """The same with the probe that is to measure it."""
+    over = passes(engine, size)
+    pieces = over.pieces(sequences)
+    probe = EntropyProbe.of(over, pieces, tokens)
+    return update(engine, pieces, lr), probe

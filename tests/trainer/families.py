@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from papo.model.attention import shared_prompts
 from papo.policy.batch import MicroBatch, TrainingSequence, collate
-from papo.policy.objective import Policy, stats_of
+from papo.policy.objective import Policy
+from papo.policy.passes import stats_of
 from papo_kernels import TokenStats
 
 V = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from papo.config.data_options import DataConfig
+from papo.config import DataConfig
 from papo.data.problems import ProblemSource
 from papo.types import Problem
 

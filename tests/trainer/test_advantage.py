@@ -121,8 +121,7 @@ def weights(lengths, mask, aggregation, counts):
         mask,
         aggregation=aggregation,
         constant_length=10,
-        global_tokens=float(counts[0]),
-        global_sequences=float(counts[1]),
+        **{name: float(count) for name, count in counts.items()},
     )
 
 
@@ -154,7 +153,8 @@ def test_weights_do_not_depend_on_how_the_batch_is_cut(aggregation, rows, data):
     whole = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
     cut = data.draw(st.integers(1, len(rows) - 1))
     parts = [(lengths[:cut], mask[:cut]), (lengths[cut:], mask[cut:])]
-    counts = sum(masked_counts(*part) for part in parts)
+    each = [masked_counts(*part) for part in parts]
+    counts = {name: sum(c[name] for c in each) for name in each[0]}
     pieces = torch.cat([weights(*part, aggregation, counts) for part in parts])
     assert torch.equal(whole, pieces)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papo.reward.answers import after_thinking, extract, for_sympy, latex, normalize, only_number
-from papo.reward.verifiers import Task, judge, judge_reference
+from papo.reward.judge import Judge, Task
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def quiet(caplog):
 
 
 def scores(verifier, how, answer, text, **options):
-    value, status, why = judge(verifier, how, 0.99, Task(text, answer, {}, **options))
+    value, status, why = Judge(verifier, how, 0.99).verdict(Task(text, answer, {}, **options))
     assert status == "ok", why
     return value == 1.0
 
@@ -99,6 +99,13 @@ def test_last_number(text, expected):
 )
 def test_other_extractions(text, how, expected):
     assert extract(text, how) == expected
+
+
+def test_boxes_nested_by_the_thousand_are_read_in_one_pass():
+    """A pass for each of them took longer than a worker may."""
+    text = r"\boxed{ " * 5000 + "7" + " }" * 5000
+    assert normalize(text) == latex(text) == extract(text, "boxed") == "7"
+    assert for_sympy(f"so {text}.") == r"so \boxed{7}."
 
 
 def test_extract_refuses_unknown_rule():
@@ -333,7 +340,7 @@ REAL = ["72", "1,234", "10,000,000", "-3", "43.0", "0.6666666667", "3.33333", "1
 )
 def test_references_as_data_sets_have_them_score_1_against_themselves(verifier, how):
     for answer in [*REAL, r"\$40", "$40", r"40\%", "1e-05", "27.0", "1{,}234"]:
-        verdict = judge_reference(verifier, how, 0.99, Task("", answer, {}))
+        verdict = Judge(verifier, how, 0.99).verdict(Task(None, answer, {}))
         assert verdict == (1.0, "ok", ""), answer
 
 
@@ -354,7 +361,7 @@ def test_references_as_data_sets_have_them_score_1_against_themselves(verifier, 
     ],
 )
 def test_a_reference_that_no_completion_can_match_says_why(verifier, how, answer, why):
-    verdict = judge_reference(verifier, how, 0.99, Task("", answer, {}))
+    verdict = Judge(verifier, how, 0.99).verdict(Task(None, answer, {}))
     assert verdict.value == 0.0 and why in verdict.why
 
 

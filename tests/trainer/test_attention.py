@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 from papo.model.attention import shared_prompts
 from papo.model.load import recompute_activations
 from papo.policy.batch import collate
-from papo.policy.objective import loss_of
+from papo.policy.passes import loss_of
 from papo_kernels import PolicyLossParams
 from tests.trainer.families import PlainEngine, alone, build, sequences, trained
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from papo.config.options import WeightingConfig
+from papo.dist.collectives import sum_named
 from papo.policy.advantage import group_advantages
 from papo.policy.phase import PhaseController
 from papo.policy.weighting import BranchSums, WeightController, branch_sums
@@ -127,11 +129,7 @@ def train(
             k_p=3.0,
         )
     )
-    weights = WeightController(
-        SimpleNamespace(
-            strength=strength, shape="sign", dead_zone=1e-6, conserve=True, sigma_decay=0.95
-        )
-    )
+    weights = WeightController(WeightingConfig(strength=strength))
     logits = bandit.logits.clone()
     live = torch.ones(samples, dtype=torch.bool)
     entropies = []
@@ -153,7 +151,7 @@ def train(
         h = weights.shape_of(out.polarity, out.unit_polarity)
         sums = branch_sums(out.polarity, advantages, out.weight, live, out.clipped, h)
         phase.update(entropies[-1])
-        weights.update(BranchSums.from_tensor(sums))
+        weights.update(BranchSums.of(sum_named(sums)))
     return Trajectory(entropies, float(logits.softmax(0) @ bandit.means))
 
 

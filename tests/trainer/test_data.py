@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.config import load_config
-from papo.config.data_options import DataConfig
+from papo.config import DataConfig, load_config
 from papo.data.problems import ProblemSource
 from papo.errors import PapoError
 from tests.trainer.problems import jsonl, lines, numbered, text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from papo.dist import collectives
 from papo.errors import PapoError
 from papo.rollout import SamplingParams
-from papo.train.evaluate import evaluate
+from papo.train.evaluate import Evaluator
 from papo.types import Completion, Problem, Reward
 
 PROBLEMS = [Problem(uid, (), "", {}, (1,)) for uid in range(3)]
@@ -66,10 +67,9 @@ def score(completions: Sequence[Completion]) -> list[Reward]:
 def run(problems: Sequence[Problem] = PROBLEMS, **options: Any) -> tuple[dict[str, float], Sampler]:
     sampler = Sampler()
     params = SamplingParams(24, temperature=0.6, top_p=0.9, top_k=20, batch_size=5)
+    rewards: Any = SimpleNamespace(score=options.pop("score", score))
     options = {"samples": 4, "with_greedy": True, "success": 1.0, "seed": 7, **options}
-    return evaluate(
-        "model", sampler, problems, params, options.pop("score", score), **options
-    ), sampler
+    return Evaluator(sampler, rewards, params, **options).evaluate("model", problems), sampler
 
 
 def test_accuracy_pass_at_k_reward_truncated_and_greedy_by_hand() -> None:
@@ -154,15 +154,16 @@ def test_ranks_share_the_problems_and_the_sums(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four ranks, one without a problem: each samples its own, the sums make the figures of all."""
-    parts = []
+    parts: list[dict[str, float]] = []
     monkeypatch.setattr(collectives, "world_size", lambda: 4)
     monkeypatch.setattr(collectives, "gather_objects", lambda value: [value])
     for rank in range(4):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(collectives, "all_sum", lambda sums: parts.append(sums) or sums)
+        monkeypatch.setattr(collectives, "sum_named", lambda sums: parts.append(sums) or sums)
         _, sampler = run()
         assert [uids for uids, *_ in sampler.asked] == ([[rank]] * 2 if rank < 3 else [])
-    monkeypatch.setattr(collectives, "all_sum", lambda sums: sum(parts))
+    everyones = {name: sum(part[name] for part in parts) for name in parts[0]}
+    monkeypatch.setattr(collectives, "sum_named", lambda sums: everyones)
     assert run()[0] == pytest.approx(ALL)
 
 

@@ -1,5 +1,6 @@
 """Scoring groups, dynamic sampling and the cut into mini-batches."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -8,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papo.errors import PapoError
+from papo.policy.advantage import score_groups
 from papo.train import experience
 from papo.train.experience import (
     _fair_share,
     collect,
     mini_batches,
-    score_groups,
     to_sequences,
     with_token_weights,
 )
@@ -106,17 +107,16 @@ MIXED, FLAT = [1.0, 0.0], [0.0, 0.0]
 
 
 def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
-    rounds = {0: [MIXED, FLAT], 1: [FLAT, FLAT], 2: [MIXED, MIXED]}
-    got = collect(lambda k: scored(rounds[k]), 2, Dynamic())
+    rounds = [[MIXED, FLAT], [FLAT, FLAT], [MIXED, MIXED]]
+    got = collect(map(scored, rounds), 2, Dynamic())
     assert got.rounds == 3 and len(got.groups) == 2 and len(got.sampled) == 6
     assert not any(g.zero_spread for g in got.groups)
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("train_smaller", 1), ("skip", 0)])
 def test_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
-    got = collect(
-        lambda k: scored([MIXED if k == 0 else FLAT, FLAT]), 2, Dynamic(on_exhausted=policy)
-    )
+    rounds = [[MIXED, FLAT], [FLAT, FLAT], [FLAT, FLAT]]
+    got = collect(map(scored, rounds), 2, Dynamic(on_exhausted=policy))
     assert len(got.groups) == kept and got.rounds == 3
 
 
@@ -124,7 +124,7 @@ def test_exhausted_budget_can_be_an_error() -> None:
     with pytest.raises(
         PapoError, match=r"dynamic sampling: 0 of 2 groups have mixed rewards after 3 rounds"
     ):
-        collect(lambda k: scored([FLAT, FLAT]), 2, Dynamic(on_exhausted="error"))
+        collect(map(scored, [[FLAT, FLAT]] * 3), 2, Dynamic(on_exhausted="error"))
 
 
 def test_rounds_depend_on_all_ranks(monkeypatch) -> None:
@@ -133,7 +133,7 @@ def test_rounds_depend_on_all_ranks(monkeypatch) -> None:
     """
     monkeypatch.setattr(experience.collectives, "gather_objects", lambda value: [value, 0])
     monkeypatch.setattr(experience.collectives, "rank", lambda: 0)
-    got = collect(lambda k: scored([MIXED]), 4, Dynamic(max_rounds=3))
+    got = collect(map(scored, itertools.repeat([MIXED])), 4, Dynamic(max_rounds=3))
     assert got.rounds == 3 and len(got.groups) == 3
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from papo.config.options import AdvantageConfig, LossConfig
+from papo.policy.advantage import score_groups
 from papo.policy.batch import IDLE, MicroBatch, collate
-from papo.policy.objective import Policy, loss_of, stats_of
+from papo.policy.objective import Policy
+from papo.policy.passes import loss_of, stats_of
 from papo.rollout import HFSampler, SamplingParams
-from papo.train.experience import score_groups, to_sequences, with_token_weights
+from papo.train.experience import to_sequences, with_token_weights
 from papo.types import Problem, Reward
 from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
 from tests.trainer.families import token_logits

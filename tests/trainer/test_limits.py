@@ -15,9 +15,8 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def told(config: Any, longest_prompt: int, max_new_tokens: int) -> list[str]:
-    lines: list[str] = []
-    check_lengths(config, longest_prompt, max_new_tokens, lines.append)
-    return lines
+    warning = check_lengths(config, longest_prompt, max_new_tokens)
+    return [warning] if warning else []
 
 
 def test_ids_beyond_the_embedding_are_refused() -> None:

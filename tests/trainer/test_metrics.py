@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from papo.dist.collectives import sum_named
 from papo.errors import PapoError
+from papo.policy.advantage import ScoredGroup, score_groups
+from papo.policy.update import TokenSums, Update, token_sums
 from papo.policy.weighting import BranchSums
+from papo.record.completions import CompletionsWriter, completion_rows
+from papo.record.jsonl import JsonLines, read_rows
 from papo.record.metric_names import METRICS, reference_page
-from papo.record.metrics import CompletionsWriter, JsonLines, MetricsWriter, read_rows
-from papo.record.telemetry import StageClock, completion_rows, rollout_metrics, update_metrics
-from papo.train.experience import Collected, score_groups
-from papo.train.step import TokenSums, Update
+from papo.record.metrics import MetricsWriter
+from papo.record.telemetry import StageClock, rollout_metrics, update_metrics
 from papo.types import Completion, Problem, Reward
 from papo_kernels import policy_loss
 
@@ -221,8 +224,7 @@ def test_the_page_lists_every_name_and_is_current() -> None:
 
 
 def update_of(sums: TokenSums, grad_norm: float = 0.5, **more: Any) -> Update:
-    branches = BranchSums(*[1.0] * BranchSums.size())
-    return Update(sums, branches, grad_norm, more.pop("reason", ""), 1e-3, **more)
+    return Update(sums, BranchSums(*[1.0] * 11), grad_norm, 1e-3, **more)
 
 
 def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
@@ -231,13 +233,14 @@ def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
     """
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.full((4,), 0.25)
     batch = SimpleNamespace(
-        token_weight=torch.full((4,), 0.25), advantages=advantages, sampler_logp=torch.zeros(4)
+        token_weight=weight, live=weight > 0, advantages=advantages, sampler_logp=torch.zeros(4)
     )
     out = policy_loss(logits, torch.arange(4), advantages, batch.token_weight)
     out.loss.backward()
     assert logits.grad is not None
-    sums = TokenSums(*TokenSums.of(out, batch).tolist())
+    sums = TokenSums.of(sum_named(token_sums(out, batch)))
     figures = update_metrics([update_of(sums, float(logits.grad.norm()))])
     assert figures["loss/policy"] == pytest.approx(0.0, abs=1e-7)
     assert figures["loss/advantage_abs"] == pytest.approx(0.75)
@@ -250,7 +253,7 @@ def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
         assert f"`{name}`" in explanation.split("\n## ")[0]
 
 
-def collected(values: list[list[float]]) -> Collected:
+def scored(values: list[list[float]]) -> list[ScoredGroup]:
     """Groups of completions with these rewards; the n-th completion is n tokens long."""
     n = len(values[0])
     completions = [
@@ -270,16 +273,15 @@ def collected(values: list[list[float]]) -> Collected:
         for v in row
     ]
     advantage = SimpleNamespace(normalize_std=True, overlong="none", overlong_buffer=0)
-    groups = score_groups(completions, flat, n, advantage, 8)
-    return Collected(groups, groups, 2)
+    return score_groups(completions, flat, n, advantage, 8)
 
 
 def test_rollout_figures_by_hand() -> None:
     """Zero-spread groups and masked rewards are counted; masked rows are left out of the
     mean.
     """
-    sampled = collected([[1.0, 0.0, math.nan], [1.0, 1.0, 1.0], [-0.5, 0.0, 0.0]])
-    figures = rollout_metrics(sampled, success=1.0)
+    sampled = scored([[1.0, 0.0, math.nan], [1.0, 1.0, 1.0], [-0.5, 0.0, 0.0]])
+    figures = rollout_metrics(sampled, rounds=2, success=1.0)
     values = [1.0, 0.0, 1.0, 1.0, 1.0, -0.5, 0.0, 0.0]
     mean = sum(values) / 8
     assert figures == {
@@ -300,8 +302,8 @@ def test_rollout_figures_by_hand() -> None:
 @pytest.mark.parametrize(("success", "accuracy"), [(1.0, 0.0), (0.9, 0.75), (-1.0, 1.0)])
 def test_accuracy_counts_rewards_from_the_threshold_on(success: float, accuracy: float) -> None:
     """A verifier that gives 0.9 for a right answer, and -1 for a wrong one."""
-    sampled = collected([[0.9, 0.9, math.nan], [0.9, -1.0, math.nan]])
-    figures = rollout_metrics(sampled, success)
+    sampled = scored([[0.9, 0.9, math.nan], [0.9, -1.0, math.nan]])
+    figures = rollout_metrics(sampled, 1, success)
     assert figures["reward/accuracy"] == accuracy
     assert figures["reward/mean"] == pytest.approx(1.7 / 4)
 
@@ -337,10 +339,11 @@ def test_the_samplers_kl_is_k3_over_the_tokens_that_train() -> None:
         polarity=zero,
         loss=torch.tensor(0.0),
     )
+    weight = torch.tensor([1.0, 1.0, 0.0])
     batch = SimpleNamespace(
-        token_weight=torch.tensor([1.0, 1.0, 0.0]), advantages=zero, sampler_logp=sampler
+        token_weight=weight, live=weight > 0, advantages=zero, sampler_logp=sampler
     )
-    sums = TokenSums(*TokenSums.of(out, batch).tolist())
+    sums = TokenSums.of(sum_named(token_sums(out, batch)))
     assert sums.tokens == 2
     gap = 0.5  # log policy - log sampler of the first token
     assert sums.sampler_kl == pytest.approx(math.exp(gap) - 1 - gap)
@@ -353,7 +356,7 @@ def test_stage_times_add_up_and_make_tokens_per_second() -> None:
             pass
     with clock.entering("gather", contextlib.nullcontext("model")) as value:
         assert value == "model"
-    figures = clock.metrics(collected([[1.0, 0.0]]))
+    figures = clock.metrics(scored([[1.0, 0.0]]))
     assert set(figures) == {
         "time/rollout",
         "time/gather",
@@ -365,7 +368,7 @@ def test_stage_times_add_up_and_make_tokens_per_second() -> None:
 
 
 def test_completion_rows_hold_what_was_sampled() -> None:
-    rows = completion_rows(collected([[1.0, math.nan], [0.0, 0.0]]).sampled, first_group=5)
+    rows = completion_rows(scored([[1.0, math.nan], [0.0, 0.0]]), first_group=5)
     assert [(r["group"], r["uid"], r["text"]) for r in rows] == [
         (5, 0, "text 0 0"),
         (5, 0, "text 0 1"),

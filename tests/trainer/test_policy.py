@@ -10,7 +10,7 @@ import torch
 from papo.errors import PapoError
 from papo.model.load import recompute_activations, recomputed_layers
 from papo.policy.batch import collate
-from papo.policy.objective import loss_of
+from papo.policy.passes import loss_of
 from papo_kernels import PolicyLossOutput, PolicyLossParams
 from tests.trainer.families import PlainEngine, build, sequences, trained
 

@@ -12,8 +12,10 @@ import torch
 
 from papo.config.options import OptimConfig
 from papo.policy.batch import TrainingSequence
-from papo.policy.prediction import FEWEST, WINDOW, EntropyPrediction, UpdateEffect, rank_correlation
-from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
+from papo.policy.prediction import FEWEST, WINDOW, EntropyPrediction, rank_correlation
+from papo.policy.update import TokenSums, Update
+from papo.policy.weighting import BranchSums
+from tests.trainer.bigram import VOCABULARY, Bigram, probed_update
 
 THROUGH, ALONE = "entropy/predicted_delta", "entropy/predicted_delta_instant"
 MEASURED, CORRELATION = "entropy/measured_delta", "entropy/prediction_correlation"
@@ -25,11 +27,12 @@ def optim(**options: Any) -> OptimConfig:
 
 def effect(
     instant: float, grad_norm: float = 2.0, lr: float = 0.1, measured: float | None = None
-) -> UpdateEffect:
-    return UpdateEffect(instant, grad_norm, lr, measured)
+) -> Update:
+    sums = TokenSums(*[0.0] * 9)._replace(predicted=instant)
+    return Update(sums, BranchSums(*[0.0] * 11), grad_norm, lr, measured_delta=measured)
 
 
-def random_effects(count: int, seed: int = 0) -> list[UpdateEffect]:
+def random_effects(count: int, seed: int = 0) -> list[Update]:
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, 2, generator=g, dtype=torch.float64).tolist()
     return [effect(p, abs(p) + 0.1, 0.1, m) for p, m in rows]
@@ -91,7 +94,7 @@ def test_a_skipped_update_leaves_the_state_as_it_leaves_adamws() -> None:
     prediction = EntropyPrediction(optim(), 4)
     prediction.observe(random_effects(3))
     before = prediction.state_dict()
-    figures = prediction.observe([])
+    figures = prediction.observe([replace(effect(0.5), reason="loss is nan")])
     assert prediction.state_dict() == before
     assert math.isnan(figures[THROUGH]) and math.isnan(figures[ALONE])
     assert math.isnan(figures[MEASURED])
@@ -196,7 +199,7 @@ def test_the_weights_move_by_the_momentum_and_so_does_the_prediction() -> None:
     for k in range(48):
         sign = (-1.0) ** k + 0.3 * math.sin(k / 3)
         part = [replace(s, advantage=sign * s.advantage) for s in completions(k)]
-        done = run_update(engine, part, probe_tokens=0, lr=1e-3).measured(engine, make_batch)
-        figures = prediction.observe([done.effect])
+        done, probe = probed_update(engine, part, lr=1e-3)
+        figures = prediction.observe([probe.measure(done)])
     assert figures[CORRELATION] > 0.85
     assert figures[f"{CORRELATION}_instant"] < 0.7

@@ -13,13 +13,15 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from papo.config import TrainConfig
+from papo.config.options import WeightingConfig
 from papo.errors import PapoError
-from papo.model import probe
 from papo.policy import objective
-from papo.policy.batch import collate
+from papo.policy.batch import Batcher, collate
 from papo.policy.weighting import WeightController
 from papo.rollout import HFSampler
-from papo.train import step
+from papo.train import probe
+from papo.train.stats import Passes
+from papo.train.step import Updater
 from papo_kernels import PolicyLossParams
 from tests.trainer.families import PlainEngine, V, alone, build, sequences
 
@@ -36,6 +38,12 @@ class Tokenizer:
         return ""
 
 
+class Told(list[str]):
+    """The lines that the user is shown, in place of the progress display."""
+
+    say = list.append
+
+
 def check(model: Any, sampler: HFSampler | None = None, **options: Any) -> tuple[int, list[str]]:
     """Row tokens of the run and what the user is told."""
     config = SimpleNamespace(
@@ -43,10 +51,10 @@ def check(model: Any, sampler: HFSampler | None = None, **options: Any) -> tuple
         rollout=SimpleNamespace(temperature=options.get("temperature", 1.0)),
         optim=SimpleNamespace(max_row_tokens=options.get("row_tokens", ROW)),
     )
-    told: list[str] = []
+    told = Told()
     engine = PlainEngine(model, temperature=config.rollout.temperature)
     sampler = sampler or HFSampler(Tokenizer(), (0,), 0)
-    return probe.check(engine, sampler, Tokenizer(), 0, config, told.append), told
+    return probe.check(engine, sampler, Tokenizer(), 0, config, told), told
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,19 +218,11 @@ def update(sampler_logp: torch.Tensor, bound: float) -> tuple[Stepped, Any]:
         replace(p, sampler_logp=tuple(logp.tolist()))
         for p, logp in zip(parts, sampler_logp.split(lengths), strict=True)
     ]
-    weighting = SimpleNamespace(strength=0.0, shape="sign", dead_zone=1e-6, sigma_decay=0.9)
-    done = step.update(
-        engine,
-        parts,
-        lambda piece: probe.collate(piece, pad_id=0, max_row_tokens=ROW),
-        micro_batch_size=4,
-        params=PolicyLossParams(),
-        weighting=None,
-        controller=WeightController(weighting),
-        lr=0.1,
-        max_sampler_kl=bound,
-    )
-    return engine, done
+    batcher = Batcher(pad_id=0, max_row_tokens=ROW, device=engine.device)
+    controller = WeightController(WeightingConfig(strength=0.0))
+    updater = Updater(engine, batcher, PolicyLossParams(), controller)
+    pieces = Passes(engine, batcher, 4).pieces(parts)
+    return engine, updater.update(pieces, None, 0.1, max_sampler_kl=bound)
 
 
 def test_a_kl_beyond_the_bound_stops_the_run_before_the_weights_change(monkeypatch: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from papo.config.data_options import DataConfig
+from papo.config import DataConfig
 from papo.data.problems import ProblemSource
 from papo.data.prompts import PromptEncoder
 from papo.rollout import HFSampler, SamplingParams

@@ -18,9 +18,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from papo.config import load_config
-from papo.config.data_options import DataConfig
-from papo.config.text import ConfigError
+from papo.config import ConfigError, DataConfig, load_config
 from papo.data import rows
 from papo.data.records import Record, read
 from papo.errors import PapoError

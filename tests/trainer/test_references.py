@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
-from papo.config.data_options import DataConfig
-from papo.data import references
+from papo.config import DataConfig
 from papo.data.problems import ProblemSource
 from papo.dist import collectives
 from papo.errors import PapoError
 from papo.reward.pool import BadReference
+from papo.train import references
 from tests.trainer.tiny import build_tokenizer
+
+
+class Told(list[str]):
+    """The lines that the user is shown, in place of the progress display."""
+
+    say = list.append
 
 
 class Pool:
@@ -48,8 +54,8 @@ def everything(problems: ProblemSource) -> dict[str, int]:
 
 
 def check(problems: ProblemSource, pool: Any, policy: str = "error") -> str:
-    said: list[str] = []
-    references.check(problems, pool, policy, said.append)
+    said = Told()
+    references.check(problems, pool, policy, said)
     return "\n".join(said)
 
 
@@ -68,9 +74,9 @@ def test_a_users_function_checks_nothing(problems: ProblemSource) -> None:
 def test_bad_references_stop_the_run_with_a_table_and_one_line(
     problems: ProblemSource,
 ) -> None:
-    said: list[str] = []
+    said = Told()
     with pytest.raises(PapoError) as caught:
-        references.check(problems, Pool("1", "4"), "error", said.append)
+        references.check(problems, Pool("1", "4"), "error", said)
     table = said[-1].splitlines()
     assert table[0].split() == ["problem", "prompt", "reference", "answer", "why"]
     uids = everything(problems)
@@ -135,5 +141,5 @@ def test_ranks_share_the_work_and_all_of_them_stop(
     monkeypatch.setattr(collectives, "gather_lists", lambda bad: [first, *bad])
     pool = Pool(first.answer)
     with pytest.raises(PapoError, match="1 of 6"):
-        references.check(problems, pool, "error", lambda line: None)
+        references.check(problems, pool, "error", Told())
     assert pool.asked == [p.uid for p in whole[1::2]]

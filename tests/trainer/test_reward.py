@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from papo.errors import PapoError
+from papo.reward import judge, verifiers
 from papo.reward import pool as reward
-from papo.reward import verifiers
+from papo.reward.judge import Judge, Task, Verdict
 from papo.reward.pool import RewardPool
-from papo.reward.verifiers import Task, choose_verifier, judge, judge_reference, load_verifier
+from papo.reward.verifiers import choose_verifier, load_verifier
 from papo.types import Completion, Problem
 from tests.trainer.scripted import end_process
 
@@ -47,7 +49,7 @@ EQUALS = "tests.trainer.scripted:equals"
 
 
 def verdict(text, answer="1", *, verifier="exact", how="none", threshold=0.99, **metadata):
-    value, status, _ = judge(verifier, how, threshold, Task(text, answer, metadata))
+    value, status, _ = Judge(verifier, how, threshold).verdict(Task(text, answer, metadata))
     return value, status
 
 
@@ -70,15 +72,15 @@ def test_reasoning_gym_scores_the_extracted_answer():
 
 def test_reasoning_gyms_own_answer_is_held_against_its_own_scorer():
     """With the extraction that the completions get; where many answers are right it has none."""
-    task = Task("", "x", chain_sum())
+    task = Task(None, "x", chain_sum())
     task = task._replace(answer=task.metadata["entry"]["answer"])
     for how in ("last_number", "boxed", "last_line", "none"):
-        assert judge_reference("reasoning_gym", how, 0.99, task) == (1.0, "ok", "")
+        assert Judge("reasoning_gym", how, 0.99).verdict(task) == (1.0, "ok", "")
     backward = {"dataset": "spell_backward", "params": {}, "entry": {"answer": "abc"}}
-    no_number = judge_reference("reasoning_gym", "last_number", 0.99, Task("", "abc", backward))
+    no_number = Judge("reasoning_gym", "last_number", 0.99).verdict(Task(None, "abc", backward))
     assert no_number == (0.0, "ok", "reward.extract=last_number finds nothing in it")
     open_ended = {**backward, "entry": {"answer": None}}
-    assert judge_reference("reasoning_gym", "none", 0.99, Task("", "", open_ended)).value == 1.0
+    assert Judge("reasoning_gym", "none", 0.99).verdict(Task(None, "", open_ended)).value == 1.0
 
 
 def test_reasoning_gym_partial_credit_is_cut_at_the_threshold():
@@ -225,8 +227,8 @@ def test_bad_references_come_with_their_reasons(pool):
 def test_a_reference_is_compared_with_something_else_too(monkeypatch):
     """One that sympy cannot evaluate equals its own text at once and hangs on all others."""
     compared = []
-    monkeypatch.setattr(verifiers, "_math_compares", compared.append)
-    assert judge_reference("math_verify", "none", 0.99, Task("", "4", {})).value == 1.0
+    monkeypatch.setattr(judge, "compare_math", compared.append)
+    assert Judge("math_verify", "none", 0.99).verdict(Task(None, "4", {})).value == 1.0
     assert compared == ["4"]
 
 
@@ -234,13 +236,13 @@ def test_equal_references_are_read_once(pool, monkeypatch):
     """By a verifier that compares texts; reasoning-gym's has an entry for every problem."""
     asked = []
 
-    def answered(judged, tasks):
+    def answered(tasks):
         asked.append(len(tasks))
-        return {key: verifiers.Verdict(float(t.answer == "5"), "ok") for key, t in tasks.items()}
+        return {key: Verdict(float(t.answer == "5"), "ok") for key, t in tasks.items()}
 
-    monkeypatch.setattr(pool, "_judged", answered)
+    monkeypatch.setattr(pool, "_verdicts", answered)
     for name in ("exact", "reasoning_gym"):
-        monkeypatch.setattr(pool, "_verifier", name)
+        monkeypatch.setattr(pool, "_judge", replace(pool._judge, verifier=name))
         bad = pool.bad_references(references("5", "x", "5", "x"))
         assert [(b.uid, b.answer) for b in bad] == [(1, "x"), (3, "x")]
     assert asked == [2, 4]
@@ -248,7 +250,7 @@ def test_equal_references_are_read_once(pool, monkeypatch):
 
 def test_a_users_function_is_not_asked_about_references(pool, monkeypatch):
     assert not pool.knows_references
-    monkeypatch.setattr(pool, "_verifier", "exact")
+    monkeypatch.setattr(pool, "_judge", replace(pool._judge, verifier="exact"))
     assert pool.knows_references
 
 
@@ -263,7 +265,7 @@ def test_a_users_function_gets_the_thinking_too_unless_it_asks_for_a_part():
 
 
 def test_a_prompt_that_opens_the_thinking_is_known_to_the_workers(pool, monkeypatch):
-    monkeypatch.setattr(pool, "_verifier", "exact")
+    monkeypatch.setattr(pool, "_judge", replace(pool._judge, verifier="exact"))
     batch = [completion("1"), completion("2</think>1"), completion("1</think>2")]
     for thinks, expected in ((False, [1.0, 1.0, 0.0]), (True, [0.0, 1.0, 0.0])):
         monkeypatch.setattr(pool, "thinks", thinks)
@@ -288,7 +290,8 @@ def test_workers_do_not_import_torch(pool):
 
 
 @pytest.mark.parametrize(
-    "imports", ["import papo.reward", "import runpy; runpy.run_path('train.py', run_name='worker')"]
+    "imports",
+    ["import papo.reward.pool", "import runpy; runpy.run_path('train.py', run_name='worker')"],
 )
 def test_what_workers_import_does_not_import_torch(imports):
     """A spawned worker imports the reward stage and the trainer's main file."""
@@ -306,7 +309,7 @@ def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path):
         (bad,) = pool.bad_references(references("hang", "x"))
         assert (bad.uid, bad.why) == (0, "no verdict within 0.3 s")
         rules.timeout_s = 20.0
-        pool._verifier = "tests.trainer.scripted:meet"
+        pool._judge = replace(pool._judge, verifier="tests.trainer.scripted:meet")
         a, b = tmp_path / "a", tmp_path / "b"
         rewards = pool.score([completion(f"{a} {b}"), completion(f"{b} {a}")])
         assert outcome(rewards) == [(1.0, "ok")] * 2

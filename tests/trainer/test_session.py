@@ -14,35 +14,29 @@ import yaml
 from papo.config import TrainConfig
 from papo.dist import checkpoint, collectives
 from papo.errors import PapoError
-from papo.train.session import Session, check_backend, opens_thinking
+from papo.record import run_folder
+from papo.train import build
+from papo.train.build import check_backend, opens_thinking
+from papo.train.session import Session
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 
-def session(folder: Path, resume: str = "never", **options: Any) -> Session:
-    """A session that has got as far as its folder: no model, no data, no workers."""
-    made = Session.__new__(Session)
-    made.config = TrainConfig(
+def config(folder: Path, resume: str = "never", steps: int = 3) -> TrainConfig:
+    return TrainConfig(
         name="test",
-        steps=options.pop("steps", 3),
+        steps=steps,
         output_dir=str(folder),
         resume=resume,
         model={"path": "somewhere"},
         data={"source": "reasoning_gym", "dataset": "chain_sum"},
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
     )
-    made.run_dir = folder
-    made.checkpoints = folder / "checkpoints"
-    made._resumed = checkpoint.resolve(resume, made.checkpoints)
-    made.said = []
-    made.say = made.said.append
-    return made
 
 
-def prepare(folder: Path, resume: str = "never", **options: Any) -> list[str]:
-    """Make the folder ready; what the user was told."""
-    made = session(folder, resume, **options)
-    made._prepare_run_dir()
-    return made.said
+def prepare(folder: Path, resume: str = "never", **options: Any) -> Path | None:
+    """Make the folder ready; where an earlier run's is now."""
+    resumed = checkpoint.resolve(resume, folder / "checkpoints")
+    return run_folder.prepare(config(folder, resume, **options), resumed)
 
 
 def finished_run(folder: Path, mark: str) -> Path:
@@ -61,7 +55,7 @@ def marks(root: Path) -> dict[str, str]:
 
 def test_a_new_run_gets_a_folder_with_its_resolved_options(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "deep" / "test"
-    assert prepare(folder) == []
+    assert prepare(folder) is None
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 3
 
 
@@ -69,8 +63,7 @@ def test_an_earlier_runs_folder_moves_aside_and_nothing_is_lost(tmp_path: Path) 
     """Again and again: the first free number is taken, and the user is told."""
     for number, mark in enumerate("abc", start=1):
         finished_run(tmp_path / "run", mark)
-        (said,) = prepare(tmp_path / "run")
-        assert said == f"an earlier run's folder is now {tmp_path / f'run.{number}'}"
+        assert prepare(tmp_path / "run") == tmp_path / f"run.{number}"
         assert not (tmp_path / "run" / "checkpoints").exists()
     assert marks(tmp_path) == {"run.1": "a", "run.2": "b", "run.3": "c"}
 
@@ -79,7 +72,7 @@ def test_a_folder_without_results_is_used_as_it_is(tmp_path: Path) -> None:
     """Such as the folder of a run that failed before its first step."""
     prepare(tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert prepare(tmp_path / "run", steps=4) == []
+    assert prepare(tmp_path / "run", steps=4) is None
     assert (tmp_path / "run" / "notes.txt").exists()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 4
 
@@ -89,7 +82,7 @@ def test_a_resumed_run_keeps_its_folder(tmp_path: Path) -> None:
     newest = finished_run(tmp_path / "run", "a")
     relative = os.path.relpath(newest)
     for resume in ("auto", str(newest), relative, f"{newest.parent}/../checkpoints/{newest.name}"):
-        assert prepare(tmp_path / "run", resume) == []
+        assert prepare(tmp_path / "run", resume) is None
     assert marks(tmp_path) == {"run": "a"}
 
 
@@ -97,15 +90,15 @@ def test_auto_without_a_checkpoint_keeps_what_is_there_and_starts(tmp_path: Path
     """Killed before its first checkpoint: the rows go when the run begins again, see resume()."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "mark": "a"}\n')
-    assert prepare(tmp_path / "run", "auto") == []
+    assert prepare(tmp_path / "run", "auto") is None
     assert marks(tmp_path) == {"run": "a"}
 
 
 def test_going_on_from_another_runs_checkpoint_leaves_that_run_alone(tmp_path: Path) -> None:
     other = finished_run(tmp_path / "other", "b")
     finished_run(tmp_path / "run", "a")
-    (said,) = prepare(tmp_path / "run", str(other))
-    assert "run.1" in said and marks(tmp_path) == {"run.1": "a", "other": "b"}
+    assert prepare(tmp_path / "run", str(other)) == tmp_path / "run.1"
+    assert marks(tmp_path) == {"run.1": "a", "other": "b"}
 
 
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -125,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) 
     else:
         (tmp_path / blocked).mkdir(parents=True)
     with pytest.raises(PapoError, match="output_dir=") as caught, collectives.failing_together():
-        session(tmp_path / "run")._prepare_run_dir()
+        prepare(tmp_path / "run")
     told = str(caught.value)
     assert "\n" not in told
     assert told.startswith(f"output_dir={str(tmp_path / 'run')!r}: ")
@@ -150,7 +143,7 @@ def test_bad_references_stop_the_run_before_the_model_is_loaded(
         reward={"verifier": "exact", "extract": "last_number", "workers": 1},
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
     )
-    monkeypatch.setattr(Session, "_engines", lambda self: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(build, "engines", lambda config: pytest.fail("the model is loaded"))
     with pytest.raises(PapoError, match=r"^1 of 5 reference answers would not score 1") as caught:
         Session(made)
     assert "'3 or 4': it holds 2 numbers" in str(caught.value)
@@ -171,14 +164,16 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
 
 
 def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(tmp_path: Path) -> None:
-    made = session(tmp_path)
-    made._explained = False
+    made = Session.__new__(Session)
+    made.config, made._explained = config(tmp_path), False
+    told: list[str] = []
+    made.say = told.append
     made._explain(reward=0.0, accuracy=0.0)
     made._explain(reward=0.9, accuracy=0.1)
-    assert made.said == []
+    assert told == []
     for _ in range(2):
         made._explain(reward=0.9, accuracy=0.0)
-    (said,) = made.said
+    (said,) = told
     assert "mean reward is 0.900" in said and "reward.success=1," in said
 
 

@@ -12,11 +12,20 @@ import pytest
 import torch
 
 from papo.config.options import OptimConfig
-from papo.policy.batch import TrainingSequence, micro_batches
+from papo.dist import collectives
+from papo.policy.batch import TrainingSequence
+from papo.policy.update import TokenSums, Update, token_sums
 from papo.policy.weighting import BranchSums
-from papo.train.step import EntropyProbe, TokenSums, Update, mean_entropy, spread
+from papo.train.entropy import EntropyProbe, spread
 from papo_kernels import PolarityWeighting, policy_loss, token_stats
-from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
+from tests.trainer.bigram import (
+    BATCHER,
+    VOCABULARY,
+    Bigram,
+    passes,
+    probed_update,
+    run_update,
+)
 
 V = VOCABULARY
 
@@ -37,12 +46,12 @@ def logits_of(n: int, seed: int = 0) -> torch.Tensor:
 
 def sums_of(part: list[TrainingSequence], **loss: Any) -> tuple[TokenSums, Any, Any]:
     """The sums of a micro-batch of `part` with made-up logits, the batch and the loss's output."""
-    batch = make_batch(part)
+    batch = BATCHER.batch(part)
     logits = loss.pop("logits", None)
     if logits is None:
         logits = logits_of(len(batch.targets))
     out = policy_loss(logits, batch.targets, batch.advantages, batch.token_weight, **loss)
-    return TokenSums(*TokenSums.of(out, batch).tolist()), batch, out
+    return TokenSums.of(collectives.sum_named(token_sums(out, batch))), batch, out
 
 
 def bigram(seed: int = 0, **options: Any) -> Bigram:
@@ -60,7 +69,7 @@ def weighted(*lengths: int) -> list[TrainingSequence]:
 
 def test_what_is_predicted_is_weighted_polarity_and_nothing_where_it_is_clipped() -> None:
     part = [replace(s, weight=0.25 * s.weight) for s in sequences(4, 4, 4)]
-    batch = make_batch(part)
+    batch = BATCHER.batch(part)
     logp = token_stats(logits_of(12), batch.targets).logp
     old = logp - torch.tensor([0.6, 0.05, -0.6]).repeat(4)  # ratios: 1.8, 1.05, 0.55
     weighting = PolarityWeighting(strength=0.5, phase=1.0)
@@ -104,8 +113,8 @@ def test_the_prediction_is_over_all_tokens_and_not_the_first_micro_batchs() -> N
     first, second = sequences(5, 5, 5, 5)[::2]
     first = replace(first, advantage=1.0, weight=0.02)
     second = replace(second, response_ids=first.response_ids, advantage=-1.0, weight=0.08)
-    alone = run_update(bigram(), [first], micro_batch_size=1).sums.predicted
-    both = run_update(bigram(), [first, second], micro_batch_size=1).sums.predicted
+    alone = run_update(bigram(), [first], size=1).sums.predicted
+    both = run_update(bigram(), [first, second], size=1).sums.predicted
     assert abs(alone) > 1e-3
     assert both == pytest.approx(alone - 4 * alone, rel=1e-5)
 
@@ -124,14 +133,15 @@ def test_measured_is_the_change_of_the_mean_entropy_of_the_same_tokens(tokens: i
     if tokens == 7:  # of 12: 7/12 of three completions, rounded up, at equal distances
         kept = spread(kept, 7 / 12)
         assert [s.group for s in kept] == [0, 4]
-    pieces = list(micro_batches(kept, size, count=-(-len(kept) // size)))
-    before = mean_entropy(engine, pieces, make_batch)
-    done = run_update(engine, part, micro_batch_size=size, probe_tokens=tokens)
+    over = passes(engine, size)
+    pieces = over.pieces(kept)
+    before = over.mean_entropy(pieces)
+    done, probe = probed_update(engine, part, tokens, size=size)
     assert done.measured_delta is None
     engine.evaluated.clear()
-    done = done.measured(engine, make_batch)
+    done = probe.measure(done)
     assert engine.evaluated == [True] * (1 if tokens == 7 else 3)
-    after = mean_entropy(engine, pieces, make_batch)
+    after = over.mean_entropy(pieces)
     assert done.measured_delta == pytest.approx(after - before, rel=1e-4)
     assert abs(after - before) > 1e-4
 
@@ -139,8 +149,8 @@ def test_measured_is_the_change_of_the_mean_entropy_of_the_same_tokens(tokens: i
 @pytest.mark.parametrize("tokens", [0, 7])
 def test_weights_that_do_not_move_change_the_entropy_by_exactly_nothing(tokens: int) -> None:
     engine = bigram()
-    done = run_update(engine, weighted(4, 2, 3, 2), lr=0.0, micro_batch_size=2, probe_tokens=tokens)
-    assert done.measured(engine, make_batch).measured_delta == 0.0
+    done, probe = probed_update(engine, weighted(4, 2, 3, 2), tokens, size=2, lr=0.0)
+    assert probe.measure(done).measured_delta == 0.0
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 64, 100])
@@ -159,21 +169,21 @@ def test_a_sample_is_spread_over_all_of_the_batch(n: int, share: float) -> None:
 def test_a_sample_comes_from_every_micro_batch_and_never_the_first_alone() -> None:
     part = weighted(*[4] * 32)
     pieces = [part[i : i + 8] for i in range(0, 32, 8)]
-    engine = bigram()
-    probe = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=32)
+    over = passes(bigram(), 8)
+    probe = EntropyProbe.of(over, pieces, tokens=32)
     (sampled,) = probe.pieces
     assert [s.group // 8 for s in sampled] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert probe.entropy == mean_entropy(engine, probe.pieces, make_batch) > 0
+    assert probe.before == over.mean_entropy(probe.pieces) > 0
 
 
 def test_with_dropout_the_entropy_before_is_measured_without_it() -> None:
     engine, pieces = bigram(), [weighted(4, 4)]
-    own = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=0)
-    assert own.entropy is None
+    own = EntropyProbe.of(passes(engine), pieces, tokens=0)
+    assert own.before is None
     engine.dropout = True
-    measured = EntropyProbe.of(engine, pieces, make_batch, micro_batch_size=8, tokens=0)
+    measured = EntropyProbe.of(passes(engine), pieces, tokens=0)
     assert engine.evaluated == [True]
-    assert measured.entropy == mean_entropy(engine, pieces, make_batch)
+    assert measured.before == passes(engine).mean_entropy(pieces)
 
 
 def test_without_a_token_that_trains_the_entropy_is_0() -> None:
@@ -181,20 +191,20 @@ def test_without_a_token_that_trains_the_entropy_is_0() -> None:
     engine = SimpleNamespace(
         train=lambda mode: None, forward=lambda batch: (torch.full((4,), torch.nan),) * 4
     )
-    assert mean_entropy(engine, [sequences(1, 4)[1:]], make_batch) == 0.0
+    assert passes(engine).mean_entropy([sequences(1, 4)[1:]]) == 0.0
 
 
 def test_an_update_without_a_probe_measures_nothing() -> None:
-    done = Update(TokenSums(*[0.0] * 9), BranchSums(*[0.0] * 11), 0.0, "", 1e-3)
-    assert done.measured(None, make_batch) is done and done.applied
-    assert done.effect.measured is None
-    skipped = replace(done, reason="loss is nan", probe=EntropyProbe([]))
-    assert not skipped.applied and skipped.measured(None, make_batch) is skipped
+    done = Update(TokenSums(*[0.0] * 9), BranchSums(*[0.0] * 11), 0.0, 1e-3)
+    assert done.applied and done.measured_delta is None
+    skipped = replace(done, reason="loss is nan")
+    assert not skipped.applied and EntropyProbe(passes(None), []).measure(skipped) is skipped
 
 
 def test_an_update_that_is_skipped_is_neither_measured_nor_a_step_of_adamws() -> None:
     engine = bigram()
     bad = [replace(weighted(4)[0], advantage=math.inf)]
-    done = run_update(engine, bad, probe_tokens=0).measured(engine, make_batch)
+    done, probe = probed_update(engine, bad)
+    done = probe.measure(done)
     assert done.reason and done.measured_delta is None
     assert not engine.adamw.state

@@ -2,21 +2,13 @@
 
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
+from papo.config.options import WeightingConfig as Config
+from papo.dist import collectives
 from papo.policy.weighting import BranchSums, WeightController, branch_sums, shape_of
-
-
-@dataclass(frozen=True)
-class Config:
-    strength: float = 0.5
-    shape: str = "sign"
-    dead_zone: float = 1e-6
-    conserve: bool = True
-    sigma_decay: float = 0.95
 
 
 def batch(seed: int, n: int = 200) -> dict[str, torch.Tensor]:
@@ -35,8 +27,8 @@ def batch(seed: int, n: int = 200) -> dict[str, torch.Tensor]:
 
 
 def sums_of(b: dict[str, torch.Tensor], weight: torch.Tensor, h: torch.Tensor) -> BranchSums:
-    vector = branch_sums(b["polarity"], b["advantages"], weight, b["live"], b["clipped"], h)
-    return BranchSums.from_tensor(vector)
+    sums = branch_sums(b["polarity"], b["advantages"], weight, b["live"], b["clipped"], h)
+    return BranchSums.of(collectives.sum_named(sums))
 
 
 @pytest.mark.parametrize("shape", ["sign", "tanh"])
@@ -116,14 +108,15 @@ def test_branch_sums_add_up_over_micro_batches_and_ignore_masked_tokens() -> Non
     weight, h = torch.ones(200), torch.sign(b["polarity"])
     rows = [b["polarity"], b["advantages"], weight, b["live"], b["clipped"], h]
     whole = branch_sums(*rows)
-    pieces = sum(branch_sums(*(row[i : i + 60] for row in rows)) for i in range(0, 200, 60))
-    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
+    pieces = [branch_sums(*(row[i : i + 60] for row in rows)) for i in range(0, 200, 60)]
+    added = {name: sum(piece[name] for piece in pieces) for name in whole}
+    torch.testing.assert_close(added, whole, rtol=1e-12, atol=0)
     ruined = [
         torch.where(b["live"], row, torch.nan) if row.is_floating_point() else row for row in rows
     ]
-    assert torch.equal(branch_sums(*ruined), whole)
+    assert branch_sums(*ruined) == whole
     nothing = branch_sums(*(row[:0] for row in rows))
-    assert set(BranchSums.from_tensor(nothing).metrics().values()) == {0.0}
+    assert set(BranchSums.of(collectives.sum_named(nothing)).metrics().values()) == {0.0}
 
 
 @pytest.mark.parametrize("phase", [-0.8, 0.8])
@@ -160,8 +153,8 @@ def test_empty_or_broken_batches_teach_nothing_and_state_round_trips() -> None:
     b = batch(3)
     controller.update(sums_of(b, torch.ones(200), torch.sign(b["polarity"])))
     before = controller.state_dict()
-    controller.update(BranchSums(*[0.0] * BranchSums.size()))
-    controller.update(BranchSums(*[math.nan] * BranchSums.size())._replace(tokens=5.0))
+    controller.update(BranchSums(*[0.0] * 11))
+    controller.update(BranchSums(*[math.nan] * 11)._replace(tokens=5.0))
     assert controller.state_dict() == before
     other = WeightController(Config())
     other.load_state_dict(json.loads(json.dumps(before)))

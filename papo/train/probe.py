@@ -1,8 +1,8 @@
-"""Checks, before anything expensive, that all ways to the policy's log-probs agree.
+"""Checks, before anything expensive, that sampling and training see the model's own log-probs.
 
 The sampler pads on the left, computes a prompt once and goes on from a cache; training pads on the
 right and lets completions share their prompt's row. An architecture that does not support one of
-these gives other numbers without a word, and a run on them ends well and learns nothing.
+these silently gives other numbers, and a run on them finishes without having learned anything.
 """
 
 from __future__ import annotations
@@ -10,38 +10,47 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from papo.dist import collectives
 from papo.errors import PapoError, first_line
+from papo.model.limits import positions_of
 from papo.policy.batch import MicroBatch, TrainingSequence, collate
-from papo.policy.objective import evaluating, sampler_kl, stats_of
+from papo.policy.passes import ForwardEngine, evaluating, stats_of
+from papo.policy.update import sampler_kl
+from papo.record.progress import Progress
 from papo.rollout import HFSampler, SamplingParams
 from papo.types import Completion, Problem
 
-# Two prompts, so that one is padded, of two completions each, so that rows are shared.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from papo.config import TrainConfig
+    from papo.dist.engine import Engine
+
+# Two prompts, so that one is padded, with two completions each, so that rows are shared.
 _PROMPT_TOKENS = (24, 4)
 _COPIES = 2
 _NEW_TOKENS = 6
-# A window up to this is exceeded by the longer prompt; a longer one would cost too much.
+# The longer prompt exceeds an attention window of up to this many tokens; more would cost too much.
 _LONGEST_WINDOW = 64
-# Difference of log-probs that rounding explains, as a multiple of the largest logit. Right paths of
-# SmolLM2 stay below 0.003 of it in bfloat16 and 4e-7 in float32; in both, another completion or
-# another position in sight makes 0.01 and more.
+# Difference of log-probs that rounding explains, as a multiple of the largest logit. With SmolLM2 a
+# right path stays below 0.003 in bfloat16 and 4e-7 in float32. In both, a token that sees another
+# completion or position makes it 0.01 and more.
 _ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-15}
-_ANYWAY = "take another model, or model.probe=false to go on all the same"
+_ANYWAY = "take another model, or set model.probe=false to go on anyway"
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Completions of random prompts, with what the model itself says of them.
+    """Completions of random prompts, with the model's own log-probs of their tokens.
 
     Attributes:
         completions: sampled as rollouts are.
-        logp: float32 [len(response)] each, from one pass without padding, cache or batch mates.
+        logp: float32 [len(response)] each (nats), from a pass without padding, cache or other rows.
         limit: largest difference (nats) that rounding explains.
     """
 
@@ -50,45 +59,49 @@ class Sampled:
     limit: float
 
     def difference(self, logp: Sequence[Tensor]) -> float:
-        """How far `logp` is from the model's own: the worst completion's mean over its tokens.
+        """How far `logp` is from the model's own (nats): the mean over the tokens of the worst
+        completion.
 
-        But for its worst token, which rounding may have sent to another expert of a mixture.
+        The mean leaves out the worst token, which rounding may have sent to another expert.
         """
         pairs = zip(logp, self.logp, strict=True)
         gaps = [(a.cpu() - b.cpu()).abs().sort().values for a, b in pairs]
         return max(float(gap[: max(1, len(gap) - 1)].mean()) for gap in gaps)
 
     def fault(self, logp: Callable[[], Sequence[Tensor]]) -> str:
-        """Why what `logp` returns is not the model's own, empty where it is."""
+        """Why what `logp` returns is not the model's own; empty if it is."""
         try:
             nats = self.difference(logp())
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever an architecture makes of inputs it was not made for
-            return f"{type(error).__name__}: {first_line(error)}"
+        except Exception as error:  # an architecture may raise anything on inputs it does not know
+            return _named(error)
         if nats <= self.limit:
             return ""
         return f"log-probs {nats:.2g} nats off the model's own (rounding: up to {self.limit:.2g})"
 
 
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def check(
-    engine: Any,
+    engine: Engine,
     sampler: HFSampler,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     pad_id: int,
-    config: Any,
-    say: Callable[[str], None],
+    config: TrainConfig,
+    progress: Progress,
 ) -> int:
-    """Compare the ways to the log-probs; a collective that all ranks run alike.
+    """Compare the log-probs of sampling and training with the model's own; a collective.
 
     Args:
-        sampler: its `prefills` is switched off where the model cannot have it.
-        config: the whole config.
-        say: takes a line for the user.
+        sampler: its `prefills` is set to False if the model does not support it.
+        progress: shows a line where completions cannot share rows.
 
     Returns:
-        The most tokens of a row: `optim.max_row_tokens`, or the model's positions where they are
-        fewer; 0 where completions of this model cannot share a row.
+        The largest number of tokens in a row: `optim.max_row_tokens`, or the model's positions
+        where they are fewer; 0 if completions of this model cannot share a row.
 
     Raises:
         PapoError: sampling or training would see other log-probs than the model's own.
@@ -121,12 +134,12 @@ def check(
             f"model.attn_implementation={config.model.attn_implementation}, or logits that are "
             f"not its head's alone; {_ANYWAY}"
         )
-    # A model may have a table of so many positions, by a row's place in it.
-    places = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    row_tokens: int = min(config.optim.max_row_tokens, places or sys.maxsize)
+    # A model may look up positions in a table by a token's place in its row.
+    positions = positions_of(causal_lm.config) or sys.maxsize
+    row_tokens = min(config.optim.max_row_tokens, positions)
     fault = trained(sharing=True) if row_tokens else ""
     if fault:
-        say(
+        progress.say(
             f"completions do not share their prompt's row, as with optim.max_row_tokens=0: in "
             f"{type(causal_lm).__name__} {fault}"
         )
@@ -134,11 +147,11 @@ def check(
 
 
 def _of_any_rank(fault: str) -> str:
-    """One rank's fault is everyone's: rounding may differ between them; a collective."""
+    """A fault that some rank has, empty if none has one: rounding may differ; a collective."""
     return max(collectives.gather_objects(fault))
 
 
-def _problems(config: Any, tokenizer: Any) -> list[Problem]:
+def _problems(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     """Prompts of random ordinary tokens, the same on every rank."""
     text = config.get_text_config()
     special = set(tokenizer.all_special_ids)
@@ -154,15 +167,15 @@ def _problems(config: Any, tokenizer: Any) -> list[Problem]:
 
 
 def _sample(
-    model: Any, sampler: HFSampler, problems: Sequence[Problem], temperature: float
+    model: PreTrainedModel, sampler: HFSampler, problems: Sequence[Problem], temperature: float
 ) -> tuple[Sampled | None, str]:
-    """Completions, and why their log-probs are not the model's own."""
+    """Completions, and why their log-probs are not the model's own; empty if they are."""
     params = SamplingParams(_NEW_TOKENS, temperature)
     try:
         completions = sampler.sample(model, problems, _COPIES, params, seed=0)
         rows = [_alone(model, c, temperature) for c in completions]
-    except Exception as error:  # as above
-        return None, f"{type(error).__name__}: {first_line(error)}"
+    except Exception as error:  # as in Sampled.fault
+        return None, _named(error)
     largest = max(float(scale) for _, scale in rows)
     limit = largest * _ROUNDING[next(model.parameters()).dtype]
     sampled = Sampled(completions, [logp for logp, _ in rows], limit)
@@ -170,8 +183,11 @@ def _sample(
 
 
 @torch.inference_mode()
-def _alone(model: Any, completion: Completion, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a completion's tokens from the model's own logits, and the largest."""
+def _alone(
+    model: PreTrainedModel, completion: Completion, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of a completion's tokens from the model's own logits, and the largest logit's
+    size."""
     prompt, response = completion.problem.prompt_ids, completion.response_ids
     device = next(model.parameters()).device
     ids = torch.tensor([prompt + response], device=device)
@@ -182,12 +198,12 @@ def _alone(model: Any, completion: Completion, temperature: float) -> tuple[Tens
 
 
 def _trained(
-    engine: Any, completions: Sequence[Completion], pad_id: int, sharing: bool
+    engine: Engine, completions: Sequence[Completion], pad_id: int, sharing: bool
 ) -> list[Tensor]:
-    """Log-probabilities of the completions' tokens on the way that training takes.
+    """Log-probs of the completions' tokens as training computes them.
 
-    Where rows are shared, a longer completion stands between two of a prompt: it displaces the
-    second, which must not see it.
+    In a shared row a longer completion stands between two that were sampled: it shifts the second
+    one, which must not see it.
     """
     longest = max((c.problem.prompt_ids for c in completions), key=len)
     rows: list[tuple[Completion | None, TrainingSequence]] = []
@@ -205,24 +221,24 @@ def _trained(
     return [part for part, (real, _) in zip(parts, rows, strict=True) if real is not None]
 
 
-def rows_fault(engine: Any, shared: MicroBatch, apart: MicroBatch, noise: float) -> str:
-    """Why completions cannot share rows, empty where they can; a collective.
+def rows_fault(engine: ForwardEngine, shared: MicroBatch, apart: MicroBatch, noise: float) -> str:
+    """Why completions cannot share rows, empty if they can; a collective.
 
-    The probe's own sequences are short: a window that they do not fill, or whatever else a model
-    does at some length alone, shows here.
+    The probe's own sequences are short. A window that they do not fill, or anything else that a
+    model does only at some length, shows here.
 
     Args:
         shared, apart: the same completions with and without shared rows.
         noise: KL to the sampler (nats) that rounding explains.
     """
-    live = shared.token_weight > 0  # the same tokens in the same order in both
-    sums = [live.double().sum()]
+    live = shared.live  # the same tokens in the same order in both
+    sums = {"tokens": live.sum()}
     with evaluating(engine):
-        for batch in (shared, apart):
+        for name, batch in (("together", shared), ("alone", apart)):
             logp = stats_of(engine, batch).logp
-            sums.append(sampler_kl(batch.sampler_logp, logp, live).sum())
-    tokens, *kls = collectives.all_sum(torch.stack(sums)).tolist()
-    together, alone = (kl / max(1.0, tokens) for kl in kls)
+            sums[name] = sampler_kl(batch.sampler_logp, logp, live).sum()
+    total = collectives.sum_named(sums)
+    together, alone = (total[name] / max(1.0, total["tokens"]) for name in ("together", "alone"))
     if not together > noise + 4.0 * alone:
         return ""
     return f"loss/sampler_kl is {together:.2g} in shared rows and {alone:.2g} in rows of their own"
@@ -232,12 +248,12 @@ def check_sampler_kl(kl: float, bound: float) -> None:
     """Refuse an update on other log-probs than the sampler's, though the weights are the same.
 
     Args:
-        kl: `loss/sampler_kl` of an update before which nothing has changed since the rollout, over
-            all ranks.
+        kl: `loss/sampler_kl` over all ranks, of an update before which the weights are still the
+            sampler's.
         bound: `TrainConfig.sampler_kl_bound`.
 
     Raises:
-        PapoError: `kl` is beyond it; NaN is not.
+        PapoError: `kl` exceeds `bound`; NaN does not.
     """
     if kl > bound:
         raise PapoError(

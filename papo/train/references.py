@@ -1,13 +1,14 @@
-"""Reference answers held against their own verifier, before anything expensive."""
+"""Reference answers checked by their own verifier, before anything expensive."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from papo.data.problems import ProblemSource
 from papo.dist import collectives
 from papo.errors import PapoError
+from papo.record.progress import Progress
 from papo.reward.pool import BadReference, RewardPool
 from papo.types import Problem
 
@@ -16,17 +17,18 @@ _SHOWN_CHARACTERS = 60
 
 
 def check(
-    problems: ProblemSource, rewards: RewardPool, policy: str, say: Callable[[str], None]
+    problems: ProblemSource, rewards: RewardPool, on_bad_reference: str, progress: Progress
 ) -> None:
-    """List the references that would not score 1 as completions, and do as `policy` says; a
-    collective, of whose work each rank does a share.
+    """Show the reference answers that would not score 1 as completions, and do what
+    `on_bad_reference` says about their problems; a collective whose work the ranks share.
 
     Args:
-        policy: `reward.on_bad_reference`.
-        say: shows a line, on rank 0 alone.
+        on_bad_reference: `reward.on_bad_reference`.
+        progress: shows the lines.
 
     Raises:
-        PapoError: there are some and `policy` is `error`, or all problems would be dropped.
+        PapoError: there are such answers and `on_bad_reference` is `error`, or all problems would
+            be dropped.
     """
     if not rewards.knows_references:
         return
@@ -38,27 +40,28 @@ def check(
         bad = rewards.bad_references(mine)
     bad = sorted(collectives.gather_lists(bad))
     seconds = time.perf_counter() - begin
-    say(
+    progress.say(
         f"reference answers checked: {len(everything)}, of which {len(bad)} would not score 1 "
         f"({seconds:.0f} s)"
     )
     if not bad:
         return
-    say(table(bad, everything))
+    progress.say(table(bad, everything))
     share = f"{len(bad)} of {len(everything)} reference answers"
-    if policy == "error":
+    if on_bad_reference == "error":
         raise PapoError(
             f"{share} would not score 1 as completions, such as {bad[0].answer!r:.60}: "
             f"{bad[0].why}; say with data.answer_pattern what the answer is, choose another "
             "reward.extract or reward.verifier, or set reward.on_bad_reference=drop"
         )
-    if policy == "drop":
+    if on_bad_reference == "drop":
         problems.drop({b.uid for b in bad})
-        say(f"{share} dropped with their problems: reward.on_bad_reference=drop")
+        progress.say(f"{share} dropped with their problems: reward.on_bad_reference=drop")
 
 
 def table(bad: Sequence[BadReference], problems: Sequence[Problem]) -> str:
-    """The first of them, a line each: the problem's number, its prompt, the answer and why."""
+    """The first bad references, one per line: the problem's uid, its prompt, the answer, the
+    reason."""
     prompts = {p.uid: p.messages[-1]["content"] for p in problems if p.messages}
     rows = [("problem", "prompt", "reference answer", "why")]
     rows += [
@@ -73,7 +76,7 @@ def table(bad: Sequence[BadReference], problems: Sequence[Problem]) -> str:
 
 
 def _shown(text: str) -> str:
-    """On one line and not too long; the end tells answers apart."""
+    """`text` on one line, cut in the middle where it is long: its end tells answers apart."""
     line = repr(text)[1:-1]
     half = _SHOWN_CHARACTERS // 2
     return line if len(line) <= 2 * half else f"{line[:half]}...{line[-half:]}"

@@ -1,0 +1,114 @@
+"""What one optimizer update was: sums over its tokens, the gradient's norm, the entropy change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from papo.policy.batch import MicroBatch
+from papo.policy.weighting import BranchSums
+
+if TYPE_CHECKING:
+    from papo_kernels import PolicyLossOutput
+
+
+class TokenSums(NamedTuple):
+    """Sums over the tokens that train.
+
+    Attributes:
+        tokens: how many there are.
+        loss: the policy loss, weighted by token.
+        entropy: nats.
+        ratio: importance ratio.
+        clip_low, clip_high: tokens of negative and of positive advantage whose gradient is clipped
+            away.
+        sampler_kl: see `sampler_kl`, nats.
+        absolute_advantage: |A|, weights of the old policy included.
+        predicted: the first-order entropy change (papo/policy/prediction.py), weighted by token.
+    """
+
+    tokens: float
+    loss: float
+    entropy: float
+    ratio: float
+    clip_low: float
+    clip_high: float
+    sampler_kl: float
+    absolute_advantage: float
+    predicted: float
+
+    @classmethod
+    def of(cls, sums: Mapping[str, float]) -> TokenSums:
+        """Its fields, found by name among the sums of an update."""
+        return cls(*(sums[name] for name in cls._fields))
+
+    @classmethod
+    def total(cls, parts: Sequence[TokenSums]) -> TokenSums:
+        """The sums of several updates together."""
+        return cls(*map(sum, zip(*parts, strict=True)))
+
+    def mean(self, value: float) -> float:
+        """`value` per token."""
+        return value / self.tokens if self.tokens else 0.0
+
+
+def token_sums(out: PolicyLossOutput, batch: MicroBatch) -> dict[str, Tensor]:
+    """The fields of `TokenSums` for one micro-batch, to be added up.
+
+    0-dim float64 on its device.
+    """
+    live = batch.live
+    rows = {
+        "tokens": live.double(),
+        "entropy": out.entropy.double(),
+        "ratio": out.ratio.double(),
+        "clip_low": (out.clipped & (batch.advantages < 0)).double(),
+        "clip_high": (out.clipped & (batch.advantages > 0)).double(),
+        "sampler_kl": sampler_kl(batch.sampler_logp, out.logp, live),
+        "absolute_advantage": batch.advantages.abs().double(),
+        # As linear in the tokens as the gradient is: with its weights.
+        "predicted": batch.token_weight.double()
+        * torch.where(out.clipped, 0.0, out.weight * out.polarity),
+    }
+    sums = {name: torch.where(live, row, 0.0).sum() for name, row in rows.items()}
+    return {**sums, "loss": out.loss.detach().double()}
+
+
+def sampler_kl(sampler_logp: Tensor, logp: Tensor, live: Tensor) -> Tensor:
+    """k3 estimate of KL(sampler || policy) at each token, float64 [N] in nats.
+
+    The sampler is first because the samples are its own. 0 where `live` is False, whatever the
+    other two hold there.
+    """
+    # A finite stand-in keeps the estimator from turning one masked-out token into NaN.
+    gap = torch.where(live, sampler_logp - logp, 0.0).double()
+    return torch.expm1(-gap) + gap
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did.
+
+    Attributes:
+        sums, branches: over all ranks.
+        grad_norm: before clipping.
+        lr: its learning rate.
+        reason: why it was skipped, empty where it was applied.
+        measured_delta: mean entropy after it minus before, nats; None where it was not measured.
+    """
+
+    sums: TokenSums
+    branches: BranchSums
+    grad_norm: float
+    lr: float
+    reason: str = ""
+    measured_delta: float | None = None
+
+    @property
+    def applied(self) -> bool:
+        """Whether weights changed."""
+        return not self.reason

@@ -1,0 +1,65 @@
+"""Every sampled completion on disk, completions.jsonl.
+
+Written by rank 0 alone, every row once, also across kill and resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from papo.policy.advantage import ScoredGroup
+from papo.record.jsonl import JsonLines
+
+
+class CompletionsWriter:
+    """Every sampled completion as a row of completions.jsonl.
+
+    Args:
+        run_dir: folder of the run; it exists.
+        enabled: False on every rank but 0, and where completions are not wanted.
+    """
+
+    def __init__(self, run_dir: Path, enabled: bool) -> None:
+        self._lines = JsonLines(run_dir / "completions.jsonl") if enabled else None
+
+    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The rows of a step (`completion_rows`); `step` is added.
+
+        Raises:
+            PapoError: they cannot be written.
+        """
+        if self._lines is not None:
+            self._lines.append({"step": step, **row} for row in rows)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of steps after `step`; -1 drops everything."""
+        if self._lines is not None:
+            self._lines.keep(lambda row: row["step"] <= step)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._lines is not None:
+            self._lines.close()
+
+
+def completion_rows(groups: Sequence[ScoredGroup], first_group: int) -> list[dict[str, Any]]:
+    """One row per completion for completions.jsonl."""
+    return [
+        {
+            "group": first_group + g,
+            "uid": c.problem.uid,
+            "prompt": c.problem.messages[-1]["content"],
+            "answer": c.problem.answer,
+            "text": c.text,
+            "length": len(c.response_ids),
+            "truncated": c.truncated,
+            "reward": None if math.isnan(r.value) else r.value,
+            "status": r.status,
+            "advantage": a,
+        }
+        for g, group in enumerate(groups)
+        for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
+    ]

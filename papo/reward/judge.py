@@ -1,0 +1,121 @@
+"""From a completion to a verdict: which part of it the verifier sees, and what its score means.
+
+No torch here: reward workers import this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from papo.reward.answers import after_thinking, extract, latex, normalize, only_number
+from papo.reward.verifiers import BUILT_IN, COMPARING, compare_math, load_verifier
+from papo.types import RewardStatus
+
+SHOWN_CHARACTERS = 200  # of an exception's text, of a completion
+_LARGEST = 3.4e38  # rewards are float32
+
+
+class Task(NamedTuple):
+    """What a worker is to judge.
+
+    Attributes:
+        text: the completion; None to judge the reference answer itself.
+        answer: the reference answer.
+        metadata: what the verifier reads besides.
+        thinks: the prompt ends with `<think>`, so that the completion begins inside its thinking.
+    """
+
+    text: str | None
+    answer: str
+    metadata: dict[str, Any]
+    thinks: bool = False
+
+
+class Verdict(NamedTuple):
+    """A worker's answer: the reward's value and status, and the reason where it is not plain."""
+
+    value: float
+    status: RewardStatus
+    why: str = ""
+
+    @classmethod
+    def failed(cls, error: BaseException) -> Verdict:
+        """The verdict where `error` prevented one."""
+        return cls(0.0, "error", f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Turns tasks into verdicts. It is sent to the workers, so it can be pickled.
+
+    Attributes:
+        verifier: name for `load_verifier`.
+        extract: `reward.extract`, the part of a completion that the verifier sees.
+        threshold: `reward.threshold`, above which the score of a built-in verifier is a success.
+    """
+
+    verifier: str
+    extract: str
+    threshold: float
+
+    def verdict(self, task: Task) -> Verdict:
+        """Score a completion, or check a reference; runs in a worker."""
+        return self._of_reference(task) if task.text is None else self._of(task.text, task)
+
+    def _of(self, text: str, task: Task) -> Verdict:
+        # Exceptions end here: one that cannot be unpickled in the parent would break the pool.
+        try:
+            value = self._value(text, task)
+        except BaseException as error:  # CancelledError of asyncio and SystemExit are no Exceptions
+            return Verdict.failed(error)
+        if value is None or not abs(value) <= _LARGEST:
+            return Verdict(math.nan, "invalid", f"the verifier returned {value}")
+        return Verdict(value, "ok")
+
+    def _value(self, text: str, task: Task) -> float | None:
+        built_in = self.verifier in BUILT_IN
+        said: str | None = text
+        if built_in or self.extract != "none":  # a user's function may reward the thinking itself
+            said = after_thinking(text, task.thinks)
+        found = None if said is None else extract(said, self.extract)
+        if found is None:
+            return 0.0
+        answer = task.answer
+        if self.verifier in COMPARING and self.extract == "last_number":
+            answer = only_number(answer)
+        if self.verifier == "math_verify" and self.extract in ("boxed", "last_number"):
+            found = f"\\boxed{{{latex(found)}}}"  # math-verify does not recognize bare LaTeX
+        score = load_verifier(self.verifier)(found, answer, task.metadata)
+        if score is None:
+            return None
+        if not built_in or math.isnan(score):
+            return float(score)
+        return float(score > self.threshold)
+
+    def _of_reference(self, task: Task) -> Verdict:
+        """Score the reference answer as a completion that gives it in the form `extract` asks
+        for."""
+        answer, how = task.answer, self.extract
+        if self.verifier == "reasoning_gym" and task.metadata["entry"]["answer"] is None:
+            return Verdict(1.0, "ok")  # many answers are right, none is the reference
+        if self.verifier in COMPARING and not normalize(answer):
+            return Verdict(0.0, "ok", "it is empty")
+        boxes = how == "boxed" or (self.verifier == "math_verify" and how in ("none", "last_line"))
+        if boxes and "\n" in answer.strip() and "\\begin" not in answer:
+            lines = len(answer.strip().splitlines())
+            return Verdict(
+                0.0, "ok", f"it has {lines} lines, like a solution rather than an answer"
+            )
+        text = f"\\boxed{{{answer}}}" if boxes and "\\boxed" not in answer else answer
+        if self.verifier == "math_verify":
+            with contextlib.suppress(Exception):  # the verdict below says why
+                compare_math(answer)
+        verdict = self._of(text, task)
+        if verdict.status != "ok" or verdict.value == 1.0:
+            return verdict._replace(why=verdict.why.removeprefix("ValueError: "))
+        if extract(text, how) is None:
+            return verdict._replace(why=f"reward.extract={how} finds nothing in it")
+        return verdict._replace(why="it scores 0 against itself")

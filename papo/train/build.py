@@ -1,0 +1,65 @@
+"""The policy of a run under DeepSpeed, made from the config, and what is checked before that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from papo.config import TrainConfig
+from papo.dist import collectives
+from papo.dist.engine import Engine, local_device
+from papo.errors import PapoError
+from papo.model.load import load_causal_lm, recompute_activations
+from papo.policy.objective import Policy
+from papo_kernels.backends import choose
+
+
+def check_backend(name: str | None) -> None:
+    """Refuse a kernel backend that cannot serve this rank's device, before anything is loaded.
+
+    Raises:
+        PapoError: it, or the one that PAPO_BACKEND names, cannot.
+    """
+    try:
+        choose(name, local_device(), torch.float32)
+    except (ValueError, RuntimeError, ImportError) as error:
+        option = "" if name is None else f"loss.backend={name!r}: "
+        raise PapoError(f"{option}{error}; without it the fastest one that can is taken") from error
+
+
+def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends with `<think>`, as some chat templates make it."""
+    return bool(tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
+
+
+def policy(config: TrainConfig) -> Policy:
+    """The model with its head and loss, not yet under an engine; a collective.
+
+    Raises:
+        PapoError: the model does not load, or cannot recompute its activations.
+    """
+    with collectives.failing_together():
+        causal_lm = load_causal_lm(config.model)
+    if config.model.activation_checkpointing:
+        recompute_activations(causal_lm, dropout=config.model.dropout)
+    chunk = config.loss.chunk_mib
+    return Policy(
+        causal_lm,
+        temperature=config.rollout.temperature,
+        dropout=config.model.dropout,
+        backend=config.loss.backend,
+        full_logits=config.loss.full_logits,
+        chunk_bytes=None if chunk is None else chunk << 20,
+    )
+
+
+def engines(config: TrainConfig) -> tuple[Engine, Engine | None]:
+    """The policy's engine, and where the KL term is on that of the frozen reference; a
+    collective."""
+    ds_config = config.deepspeed_dict(collectives.world_size())
+    engine = Engine(policy(config), ds_config, config.optim)
+    if config.loss.kl_coef == 0.0:
+        return engine, None
+    return engine, Engine(policy(config).requires_grad_(False), ds_config, None)

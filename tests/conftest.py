@@ -6,8 +6,8 @@ on three small devices of kernels/cuda_emulator.py. ``--backends a,b`` overrides
 
 Fewer tests run in three ways. ``TRITON_INTERPRET=1``: triton alone, interpreted at about 50 ms a
 row. The emulated backends, in any run. Both get fewer rows and dtypes, and no test that would only
-repeat what another backend has shown. ``--fast``: reference and cpu, and nothing that starts a
-process.
+repeat what another backend has shown. ``--fast``: reference and cpu, nothing that needs more than
+Python, and nothing that starts a process.
 """
 
 from __future__ import annotations
@@ -264,8 +264,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if _fast(config) and collection_path.name == "distributed" else None
 
 
-def _shown_elsewhere(item: pytest.Item) -> bool:
-    """Of a slow backend: tests of no backend, and of what happens around a kernel."""
+def _left_out(item: pytest.Item) -> bool:
+    """Of a fast run: what needs more than Python. Of a slow backend: tests of no backend, and of
+    what happens around a kernel."""
+    if _fast(item.config):
+        return any(item.get_closest_marker(name) for name in ("gpu", "needs"))
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if backend in EMULATED:
         # The fused head calls the kernels alike on every device: one is enough.
@@ -281,7 +284,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        if _shown_elsewhere(item) or (item.get_closest_marker("large") and not asked_for_large)
+        if _left_out(item) or (item.get_closest_marker("large") and not asked_for_large)
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

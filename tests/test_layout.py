@@ -28,7 +28,18 @@ TRAIN = ROOT / "train.py"
 ORDER = {
     "papo_kernels": ("types", "checks", "reference", "backends", "head", "ops", "api"),
     "papo": (
-        *("errors", "types", "config", "reward", "data", "model", "rollout", "policy", "dist"),
+        *(
+            "errors",
+            "numbers",
+            "types",
+            "config",
+            "reward",
+            "data",
+            "model",
+            "rollout",
+            "policy",
+            "dist",
+        ),
         *("record", "train", "cli"),
     ),
 }

@@ -2,12 +2,12 @@
 
 ``backend`` is a test argument over reference, cpu, triton and cuda; the last two need a CUDA device
 (marked ``gpu``) and are shown as skipped without one. There the CUDA kernels run as ``emulated``,
-on three small devices of kernels/emulated_backend.py. ``--backends a,b`` overrides.
+on three small devices of kernels/cuda_emulator.py. ``--backends a,b`` overrides.
 
 Fewer tests run in three ways. ``TRITON_INTERPRET=1``: triton alone, interpreted at about 50 ms a
 row. The emulated backends, in any run. Both get fewer rows and dtypes, and no test that would only
-repeat what another backend has shown. ``--fast``: reference and cpu, and nothing that starts a
-process.
+repeat what another backend has shown. ``--fast``: reference and cpu, nothing that needs more than
+Python, and nothing that starts a process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ except ImportError:  # `make gpu-check` runs where there is no more than pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BACKENDS = ("triton", "cuda")
-EMULATED = ("emulated", "emulated_in_turn", "emulated_no_clusters")
+EMULATED = ("emulated_ahead", "emulated_in_turn", "emulated_no_clusters")
 T = TypeVar("T")
 
 # The same examples in every run: a red test is the commit's doing. An interpreted kernel is slow.
@@ -81,7 +81,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def _backends(config: pytest.Config) -> list[str]:
     asked = config.getoption("--backends")
     if asked:
-        return [name.strip() for name in asked.split(",")]
+        names = [name.strip() for name in asked.split(",")]
+        return [x for name in names for x in (EMULATED if name == "emulated" else (name,))]
     if INTERPRETED:
         return ["triton"]
     if _fast(config):
@@ -117,9 +118,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend under test, for a call's `backend` argument."""
     with contextlib.ExitStack() as stack:
         if request.param in EMULATED:
-            from tests.kernels.emulated_backend import registered
+            from tests.kernels.cuda_emulator import EmulatedBackend, registered
 
-            stack.enter_context(registered(request.param))
+            device = request.param.removeprefix("emulated_")
+            stack.enter_context(registered(EmulatedBackend(device)))
         yield request.param
 
 
@@ -186,8 +188,8 @@ def _package(name: str) -> Callable[[], bool]:
 NEEDS = {
     "g++": Need(lambda: shutil.which("g++") is not None, "no g++"),
     "nvcc": Need(lambda: bool(os.environ.get("CUDACXX") or shutil.which("nvcc")), "no nvcc"),
-    "cuobjdump": Need(_tool("cuobjdump"), "no cuobjdump, in the toolkit or in triton's package"),
-    "nvdisasm": Need(_tool("nvdisasm"), "no nvdisasm, in the toolkit or in triton's package"),
+    "cuobjdump": Need(_tool("cuobjdump"), "no cuobjdump, in triton's package or on PATH"),
+    "nvdisasm": Need(_tool("nvdisasm"), "no nvdisasm, in triton's package or on PATH"),
     "xdist": Need(_package("xdist"), "no pytest-xdist"),
     "setuptools": Need(_package("setuptools"), "no setuptools"),
     "a GPU": Need(torch.cuda.is_available, "no CUDA device"),
@@ -265,8 +267,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if _fast(config) and collection_path.name == "distributed" else None
 
 
-def _shown_elsewhere(item: pytest.Item) -> bool:
-    """Of a slow backend: tests of no backend, and of what happens around a kernel."""
+def _left_out(item: pytest.Item) -> bool:
+    """Of a fast run: what needs more than Python. Of a slow backend: tests of no backend, and of
+    what happens around a kernel."""
+    if _fast(item.config):
+        return any(item.get_closest_marker(name) for name in ("gpu", "needs"))
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if backend in EMULATED:
         # The fused head calls the kernels alike on every device: one is enough.
@@ -282,7 +287,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        if _shown_elsewhere(item) or (item.get_closest_marker("large") and not asked_for_large)
+        if _left_out(item) or (item.get_closest_marker("large") and not asked_for_large)
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

@@ -31,18 +31,7 @@ ORDER = {
         *("backends", "head", "ops", "api"),
     ),
     "papo": (
-        *(
-            "errors",
-            "types",
-            "numbers",
-            "config",
-            "reward",
-            "data",
-            "model",
-            "rollout",
-            "policy",
-            "dist",
-        ),
+        *("errors", "numbers", "types", "config", "reward", "data", "model", "rollout"),
         *("policy", "dist", "record", "train", "cli"),
     ),
 }

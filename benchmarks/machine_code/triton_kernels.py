@@ -110,27 +110,27 @@ def logits_of(v, dtype, n):
 
 
 def stats(v, dtype, n=100, softcap=0.0):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     targets = torch.zeros(n, dtype=torch.int64)
-    triton_impl.token_stats_fwd(logits_of(v, dtype, n), targets, RowParams(0.9, softcap, v))
+    TRITON.token_stats_fwd(logits_of(v, dtype, n), targets, RowParams(0.9, softcap, v))
 
 
 def backward(v, dtype, n=100, squares=True):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     g, targets = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     state = torch.zeros(n, 6, dtype=torch.float64)
     grads = (g, g, g if squares else None)
     logits = logits_of(v, dtype, n)
-    triton_impl.token_stats_bwd(logits, targets, state, grads, RowParams(0.9, 0.0, v), logits)
+    TRITON.token_stats_bwd(logits, targets, state, grads, RowParams(0.9, 0.0, v), logits)
 
 
 def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
     g, logits = torch.zeros(n), logits_of(v, dtype, n)
-    triton_impl.policy_loss_fwd(
+    TRITON.policy_loss_fwd(
         logits,
         torch.zeros(n, dtype=torch.int64),
         TokenInputs(g, g, g, g),
@@ -143,9 +143,9 @@ def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
 
 
 def scale(dtype):
-    from papo_kernels.backends import triton as triton_impl
+    from papo_kernels.backends.triton import TRITON
 
-    triton_impl.scale_(logits_of(LONG, dtype, 8), torch.ones(()))
+    TRITON.scale_(logits_of(LONG, dtype, 8), torch.ones(()))
 
 
 # n=2 rows are few: their segments are read by one kernel and finished by another.

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from papo.errors import PapoError
 
 if TYPE_CHECKING:
-    from papo.config.options import OptimConfig
+    from papo.config import OptimConfig
     from papo.policy.objective import Policy
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")

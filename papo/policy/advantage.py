@@ -17,7 +17,7 @@ from torch import Tensor
 from papo.types import Completion, Reward
 
 if TYPE_CHECKING:
-    from papo.config.options import AdvantageConfig
+    from papo.config import AdvantageConfig
 
 STD_EPS = 1e-6
 

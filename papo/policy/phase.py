@@ -15,7 +15,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from papo.config.options import PhaseConfig
+    from papo.config import PhaseConfig
 
 FLOOR = 1e-3  # nats; entropies below it are not told apart, and nothing is divided by less
 ROUNDING = 1e-6  # nats below 0 that a float32 mean of near-zero entropies may show

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from papo.config.options import OptimConfig
+    from papo.config import OptimConfig
     from papo.policy.update import Update
 
 # Measured steps that the running correlation looks back on, and the fewest that show one.

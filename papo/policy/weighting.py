@@ -26,7 +26,7 @@ from torch import Tensor
 from papo_kernels import PolarityWeighting
 
 if TYPE_CHECKING:
-    from papo.config.options import WeightingConfig
+    from papo.config import WeightingConfig
 
 SIGMA_FLOOR = 1e-12
 

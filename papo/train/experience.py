@@ -14,7 +14,7 @@ from papo.policy.advantage import ScoredGroup, masked_counts, sequence_token_wei
 from papo.policy.batch import TrainingSequence
 
 if TYPE_CHECKING:
-    from papo.config.options import DynamicSamplingConfig, LossConfig
+    from papo.config import DynamicSamplingConfig, LossConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from papo.config.options import OptimConfig
+    from papo.config import OptimConfig
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:

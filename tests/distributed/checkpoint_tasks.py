@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from papo.config.options import OptimConfig
+from papo.config import OptimConfig
 from papo.dist import checkpoint
 from papo.dist.engine import Engine
 from papo.errors import PapoError

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from papo.config import TrainConfig
-from papo.config.options import OptimConfig, WeightingConfig
+from papo.config import OptimConfig, TrainConfig, WeightingConfig
 from papo.dist.engine import Engine
 from papo.policy.objective import Policy
 from papo.policy.update import Update

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from papo.config.options import OptimConfig, WeightingConfig
+from papo.config import OptimConfig, WeightingConfig
 from papo.dist import collectives, engine
 from papo.dist.engine import Engine
 from papo.errors import PapoError

@@ -4,8 +4,8 @@ The kernels, launchers and wrappers are the real ones. Only csrc/cuda/machine.cu
 instructions, is replaced; tests/cpp/emulated_machine.h says what that reports. The library is built
 once, for all processes and runs.
 
-`EmulatedBackend` is the CUDA backend for CPU tensors, an object with the functions of the backend
-protocol. Within `emulated()` the backend called "cuda" serves CPU tensors too.
+`EmulatedBackend` is the CUDA backend for CPU tensors, under a name of its own. Within `emulated()`
+the backend called "cuda" serves them.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def emulated(
     resident: int = 2,
     seed: int = 0,
 ) -> Iterator[Native]:
-    """The CUDA backend serves CPU tensors, on a device of these limits.
+    """Backend "cuda" serves CPU tensors, on a device of these limits.
 
     Args:
         max_cluster: 0: as on sm_80, without clusters.
@@ -306,17 +306,23 @@ def emulated(
 
 
 class EmulatedBackend:
-    """The CUDA backend for CPU tensors: the four functions of the backend protocol.
+    """The CUDA backend for CPU tensors.
 
     Every call starts from the same state of the emulated machine, so its result depends on its
     arguments alone.
 
     Args:
-        device: arguments of `emulated`, such as those in `DEVICES`.
+        device: a key of `DEVICES`.
     """
 
-    def __init__(self, **device: int) -> None:
-        self._device = device
+    capabilities = replace(CUDA.capabilities, devices=("cpu",))
+
+    def __init__(self, device: str) -> None:
+        self.name = f"emulated_{device}"
+        self._device = DEVICES[device]
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        return None
 
     def token_stats_fwd(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         with emulated(**self._device):
@@ -333,6 +339,16 @@ class EmulatedBackend:
     def scale_(self, *args: Any, **options: Any) -> None:
         with emulated(**self._device):
             CUDA.scale_(*args, **options)
+
+
+@contextlib.contextmanager
+def registered(served: EmulatedBackend) -> Iterator[None]:
+    """A call may ask for this backend by its name."""
+    with (
+        mock.patch.dict(backend._BY_NAME, {served.name: lambda: served}),
+        mock.patch.object(backend, "BACKENDS", (*backend.BACKENDS, served.name)),
+    ):
+        yield
 
 
 def at_offset(x: Tensor, stride: int, elements: int) -> Tensor:

@@ -9,22 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.issue_model.build import ROOT, binary_tool
+from benchmarks.issue_model.build import ROOT
 from benchmarks.machine_code.cuda_kernels import ARCHITECTURES, kernel_name, resource_usage
-from papo_kernels.backends import extension as _native
+from papo_kernels.backends import extension
 
+needs_machine_code = pytest.mark.needs("CUDA kernels", "cuobjdump")
 INSTANCES = {"resident": 5, "stats": 3, "streamed": 5, "gradient": 5, "outputs": 1, "scale": 3}
 
 
 @pytest.fixture(scope="module")
 def usage():
     """(kernel, architecture, bytes of stack) of all that was compiled."""
-    extension = _native.loaded()
-    if extension is None or not extension.has_cuda:
-        pytest.skip("the extension was built without CUDA")
-    if binary_tool("cuobjdump") is None:
-        pytest.skip("no cuobjdump, in triton's package or on PATH")
-    found = resource_usage(Path(extension.__file__))
+    found = resource_usage(Path(extension.module().__file__))
     return [(kernel_name(symbol), architecture, stack) for symbol, architecture, _, stack in found]
 
 
@@ -36,6 +32,7 @@ def test_every_source_is_in_the_build():
     assert sorted(listed[1].split()) == [f"csrc/cuda/{s.name}" for s in sources]
 
 
+@needs_machine_code
 def test_every_kernel_for_every_architecture(usage):
     assert {architecture for _, architecture, _ in usage} == set(ARCHITECTURES)
     for architecture in ARCHITECTURES:
@@ -43,6 +40,7 @@ def test_every_kernel_for_every_architecture(usage):
         assert {name: here.count(name) for name in set(here)} == INSTANCES
 
 
+@needs_machine_code
 def test_no_spills_and_no_stack(usage):
     """Spilled registers lie on the stack."""
     assert [kernel for kernel in usage if kernel[2]] == []

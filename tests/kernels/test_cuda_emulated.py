@@ -14,8 +14,7 @@ from papo_kernels import Objective, PolarityWeighting
 from papo_kernels.backends.native import CUDA
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 from tests.cases import LOGITS, Case, make_case, make_loss_case
-from tests.kernels.cuda_emulator import H100, at_offset, emulated
-from tests.kernels.emulated_backend import DEVICES
+from tests.kernels.cuda_emulator import DEVICES, at_offset, emulated
 from tests.kernels.test_extremes import check_nearly_certain_tokens
 from tests.oracle import check_policy_loss, check_token_stats
 
@@ -74,8 +73,7 @@ def test_a_slice_of_several_buffers():
 
 
 def test_a_real_vocabulary_on_an_h100():
-    limits = {name: getattr(H100, name) for name, _ in H100._fields_[1:]}
-    with emulated(**limits) as native:
+    with emulated(**DEVICES["h100"]) as native:
         case = make_loss_case("normal", 2, 151_936, dtype=torch.bfloat16, objective=EVERY_TERM)
         check_policy_loss(case, "cuda", inplace=True)
         assert native.widest_cluster > 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo.config.options import OptimConfig, WeightingConfig
+from papo.config import OptimConfig, WeightingConfig
 from papo.policy.batch import Batcher, TrainingSequence
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController

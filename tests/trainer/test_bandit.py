@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo.config.options import WeightingConfig
+from papo.config import WeightingConfig
 from papo.dist.collectives import sum_named
 from papo.policy.advantage import group_advantages
 from papo.policy.phase import PhaseController

@@ -114,7 +114,7 @@ def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("train_smaller", 1), ("skip", 0)])
-def test_requirement_8_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
+def test_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
     rounds = [[MIXED, FLAT], [FLAT, FLAT], [FLAT, FLAT]]
     got = collect(map(scored, rounds), 2, Dynamic(on_exhausted=policy))
     assert len(got.groups) == kept and got.rounds == 3

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from papo.config.options import AdvantageConfig, LossConfig
+from papo.config import AdvantageConfig, LossConfig
 from papo.policy.advantage import score_groups
 from papo.policy.batch import IDLE, MicroBatch, collate
 from papo.policy.objective import Policy

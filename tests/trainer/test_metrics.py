@@ -367,7 +367,7 @@ def test_stage_times_add_up_and_make_tokens_per_second() -> None:
     assert figures["throughput/tokens_per_second"] == pytest.approx(3 / figures["time/step"])
 
 
-def test_requirement_34_completion_rows_hold_what_was_sampled() -> None:
+def test_completion_rows_hold_what_was_sampled() -> None:
     rows = completion_rows(scored([[1.0, math.nan], [0.0, 0.0]]), first_group=5)
     assert [(r["group"], r["uid"], r["text"]) for r in rows] == [
         (5, 0, "text 0 0"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from papo.config.options import ModelConfig
+from papo.config import ModelConfig
 from papo.errors import PapoError
 from papo.model import smollm2
 from papo.model.load import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path

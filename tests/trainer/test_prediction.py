@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from papo.config.options import OptimConfig
+from papo.config import OptimConfig
 from papo.policy.batch import TrainingSequence
 from papo.policy.prediction import FEWEST, WINDOW, EntropyPrediction, rank_correlation
 from papo.policy.update import TokenSums, Update

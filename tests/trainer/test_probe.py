@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from papo.config import TrainConfig
-from papo.config.options import WeightingConfig
+from papo.config import TrainConfig, WeightingConfig
 from papo.errors import PapoError
 from papo.policy import objective
 from papo.policy.batch import Batcher, collate

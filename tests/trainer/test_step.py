@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from papo.config.options import OptimConfig
+from papo.config import OptimConfig
 from papo.dist import collectives
 from papo.policy.batch import TrainingSequence
 from papo.policy.update import TokenSums, Update, token_sums

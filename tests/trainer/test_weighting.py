@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from papo.config.options import WeightingConfig as Config
+from papo.config import WeightingConfig as Config
 from papo.dist import collectives
 from papo.policy.weighting import BranchSums, WeightController, branch_sums, shape_of
 

@@ -14,7 +14,7 @@ from .head.checks import prepare
 from .head.passes import Operands, PassOptions
 from .head.shards import agree
 from .inputs import flat, held_logits, loss_inputs, shaped
-from .ops.linear import HeadCall, run_linear_policy_loss, run_linear_token_stats
+from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
 from .ops.policy_loss import run_policy_loss
 from .ops.token_stats import run_token_stats
 from .source import Compute, LazyLogits, Logits
@@ -75,7 +75,7 @@ def token_stats(
     check_type("compute", compute, Compute)
     if isinstance(logits, LazyLogits):
         operands, call, _ = _head_call(logits, targets, temperature, compute, _no_more)
-        stats = run_linear_token_stats(operands, call, flat(targets, torch.int64))
+        stats = run_head_token_stats(operands, call, flat(targets, torch.int64))
     else:
         values, row = held_logits(logits, targets, temperature)
         stats = run_token_stats(values, flat(targets, torch.int64), row, compute.backend or "")
@@ -141,7 +141,7 @@ def policy_loss(
         operands, call, inputs = _head_call(logits, targets, temperature, compute, more)
         # Of a split head only the ranks together know how many columns there are.
         inputs = inputs._replace(row=call.options.row)
-        loss, *parts = run_linear_policy_loss(operands, call, inputs)
+        loss, *parts = run_head_policy_loss(operands, call, inputs)
     else:
         values, row = held_logits(logits, targets, temperature)
         backend, dtype = compute.backend or "", acc_dtype(values.dtype)

@@ -88,7 +88,7 @@ class Head:
         group: the ranks that the rows of the weight are spread over (Megatron's vocabulary
             parallelism), rank r's rows before those of rank r + 1. `weight`, `bias` and `lora.b`
             are then this rank's rows, of any number, 0 included; `lora.a` is whole. None: one rank
-            holds them all.
+            holds them all; ``torch.distributed.group.WORLD`` is None until the group exists.
         shards: with `group`: how many rows each rank has, where that is known. It saves an exchange
             of integers in every call, and with it the wait for a GPU; arguments are then checked on
             each rank alone, and ``Compute.chunk_bytes`` is needed where the ranks' GPUs have

@@ -275,7 +275,7 @@ def _left_out(item: pytest.Item) -> bool:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if backend in EMULATED:
         # The fused head calls the kernels alike on every device: one is enough.
-        again = backend != EMULATED[0] and item.path.name.startswith("test_linear")
+        again = backend != EMULATED[0] and item.path.name.startswith("test_head")
         return again or item.get_closest_marker("plumbing") is not None
     if not INTERPRETED or item.path.name.startswith("test_triton"):
         return False

@@ -1,6 +1,6 @@
 """One call's passes over the chunks of its tokens: statistics, their gradient, the policy loss.
 
-`ops/linear.py` calls them, on the whole vocabulary or, with `shards.py`, on one rank's shard of it.
+`ops/head.py` calls them, on the whole vocabulary or, with `shards.py`, on one rank's shard of it.
 """
 
 from __future__ import annotations

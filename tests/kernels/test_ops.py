@@ -65,7 +65,7 @@ OPERATIONS = ("token_stats", "token_stats_bwd", "policy_loss", "policy_loss_", "
 
 
 def test_no_operation_is_left_out():
-    """The linear operations have their opcheck in test_linear."""
+    """The operations of a head have their opcheck in test_head_ops."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("papo::")}
     assert {name for name in names if "linear" not in name} == {f"papo::{x}" for x in OPERATIONS}
 
@@ -102,7 +102,7 @@ def loss_of(backend, logits, *arguments):
 
 
 @pytest.mark.parametrize("kind", ["strided", "half precision", "no rows"])
-def test_complaint_28_traced_gradients(kind, backend, device):
+def test_traced_gradients(kind, backend, device):
     """The part of opcheck that an operation without autograd escapes, for the two functions."""
     dtype = torch.bfloat16 if kind == "half precision" else torch.float32
     logits, (*tokens, phase, sigma, scale, _, _, _) = loss_arguments(device, dtype)

@@ -194,7 +194,7 @@ class _TokenStats(torch.autograd.Function):
         return None, None, *formed, None, None
 
 
-def run_linear_token_stats(
+def run_head_token_stats(
     operands: Operands, call: HeadCall, targets: Tensor
 ) -> tuple[Tensor, ...]:
     """logp, entropy, unit_polarity and lse `[N]`."""
@@ -243,7 +243,7 @@ def _losses_operation(
     return *outputs[:8], *_wanted(outputs[8:], needs)
 
 
-def run_linear_policy_loss(
+def run_head_policy_loss(
     operands: Operands, call: HeadCall, inputs: LossInputs
 ) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`."""

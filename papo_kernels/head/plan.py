@@ -1,5 +1,4 @@
-"""A call's tokens in chunks: the plan and the reused workspace; `gradients.py` has what is formed of
-each slab.
+"""A call's tokens in chunks: the plan and the reused workspace.
 
 Shapes: ``hidden [N, D]``, ``weight [V, D]``, a chunk's ``logits [n, V]``.
 """

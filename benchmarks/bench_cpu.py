@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.harness import Case, environment, produced, time_interleaved, write_json
 from benchmarks.peers import logp_entropy
 from benchmarks.shapes import CPU_SHAPES, Shape
-from papo_kernels import PolicyLossParams, _native, policy_loss, token_stats
+from papo_kernels import PolicyLossParams, policy_loss, token_stats
+from papo_kernels.backends import extension as _native
 
 try:
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax

@@ -58,8 +58,8 @@ def trl_side(steps: int, bf16: bool) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     from papo.config import load_config
-    from papo.data import ProblemSource
-    from papo.models import resolve_model_path
+    from papo.data.problems import ProblemSource
+    from papo.model.load import resolve_model_path
 
     config = load_config(CONFIG)
     path = resolve_model_path(config.model.path)

@@ -87,7 +87,9 @@ def serve() -> None:
     imported."""
     from triton.runtime import driver
 
-    from papo_kernels import backend, loss_ops, ops
+    from papo_kernels.backends import choice as backend
+    from papo_kernels.ops import policy_loss as loss_ops
+    from papo_kernels.ops import token_stats as ops
 
     driver.set_active(Driver())
     backend._CANNOT["triton"] = lambda device, dtype: None

@@ -18,7 +18,7 @@ from papo_kernels import (
     policy_loss,
     token_stats,
 )
-from papo_kernels import backend as backends
+from papo_kernels.backends import choice as backends
 from papo_kernels.types import RowParams, TokenInputs
 
 GPU = torch.device("cuda", 0)

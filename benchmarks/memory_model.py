@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from papo_kernels.linear_chunks import make_plan
+from papo_kernels.head.plan import make_plan
 
 
 class Model(NamedTuple):

@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 
 from benchmarks.harness import environment, write_json
-from papo.metrics import read_rows
-from papo.prediction import PREDICTIONS, pearson, rank_correlation
+from papo.policy.prediction import PREDICTIONS, pearson, rank_correlation
+from papo.record.metrics import read_rows
 
 SAMPLES = 2000
 # What the predictions follow from is kept with them.

@@ -2,22 +2,16 @@
 
 `token_stats` and `policy_loss` take ``logits [..., V]``; `linear_token_stats` and
 `linear_policy_loss` take hidden states and the head's weight, and never hold the logits whole;
-`papo_kernels.parallel` has these two for a vocabulary split across ranks. They need torch only,
+`papo_kernels.head.shards` has these two for a vocabulary split across ranks. They need torch only,
 choose a backend by device (`backend="reference" | "cpu" | "triton" | "cuda"`), and are ordinary
 differentiable torch operations. The quantities are those of "Entropy Polarity in Reinforcement
 Fine-Tuning", arXiv 2605.11775.
 """
 
-from .functional import policy_loss, token_stats
-from .keep import KeepSet
+from .api import policy_loss, token_stats
+from .head.keep import KeepSet
 from .linear import linear_policy_loss, linear_token_stats
-from .types import (
-    LoRAHead,
-    PolarityWeighting,
-    PolicyLossOutput,
-    PolicyLossParams,
-    TokenStats,
-)
+from .types import LoRAHead, PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
 
 __all__ = [
     "KeepSet",

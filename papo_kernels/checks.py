@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import filled
+from .ops.token_stats import filled
 from .types import (
     LossInputs,
     PolarityWeighting,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .checks import flat, shaped
-from .keep import KeepSet
-from .linear_checks import ChunkArguments, HeadArguments, RowArguments, prepare, prepare_loss
-from .linear_ops import run_linear_policy_loss, run_linear_token_stats
+from .head.checks import ChunkArguments, HeadArguments, RowArguments, prepare, prepare_loss
+from .head.keep import KeepSet
+from .ops.linear import run_linear_policy_loss, run_linear_token_stats
 from .types import (
     LoRAHead,
     PolarityWeighting,

@@ -113,7 +113,7 @@ def _why_no_gpu(item: pytest.Item) -> str | None:
         return "no CUDA device"
     callspec = getattr(item, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "cuda":
-        from papo_kernels import _native
+        from papo_kernels.backends import extension as _native
 
         if not _native.has_cuda():
             return "the extension was built without CUDA"

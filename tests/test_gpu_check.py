@@ -33,7 +33,7 @@ from benchmarks.gpu_check.files import Notes
 from benchmarks.gpu_check.runner import STOPPED, Runner, Stage, allowed, group_limit, groups
 from benchmarks.gpu_workload import Workload
 from benchmarks.shapes import Shape
-from papo_kernels import tuning
+from papo_kernels.backends import tuning
 
 ROOT = Path(__file__).parents[1]
 SCREEN = 12_000  # characters

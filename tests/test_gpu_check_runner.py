@@ -215,13 +215,14 @@ def test_a_record_that_is_not_whole_counts_as_none(text, call, tmp_path):
 
 
 def test_sources_are_told_apart_by_their_contents(tmp_path):
-    for name in ("CMakeLists.txt", "csrc/a.cu", "papo_kernels/tuning.json", "benchmarks/a.py"):
+    names = ("CMakeLists.txt", "csrc/a.cu", "papo_kernels/tuning.json", "benchmarks/a.py")
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     seen = [facts.sources(tmp_path)]
     (tmp_path / "benchmarks" / "result.json").write_text("{}")
     assert facts.sources(tmp_path) == seen[0]
-    for name in ("CMakeLists.txt", "csrc/a.cu", "papo_kernels/tuning.json", "benchmarks/a.py"):
+    for name in names:
         (tmp_path / name).write_text("changed")
         seen.append(facts.sources(tmp_path))
     assert len(set(seen)) == 5

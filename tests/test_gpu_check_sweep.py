@@ -14,7 +14,7 @@ from benchmarks.gpu_check import rehearsal, sweep, target, tiles, winners
 from benchmarks.gpu_check.files import Notes
 from benchmarks.gpu_workload import Workload
 from benchmarks.shapes import GPU_TIMED, Shape
-from papo_kernels import tuning
+from papo_kernels.backends import tuning
 from tests.kernels.cuda_emulator import emulated
 
 

@@ -21,7 +21,8 @@ from benchmarks.gpu_check.worker import LOST
 from benchmarks.gpu_workload import Workload
 from benchmarks.harness import Case, Stopwatch, measure, one_line, produced
 from benchmarks.shapes import Shape
-from papo_kernels import policy_loss, tuning
+from papo_kernels import policy_loss
+from papo_kernels.backends import tuning
 
 ROUNDS = 5
 # Seconds of a candidate, which takes some 30 ms, and a few seconds where Triton compiles it.

@@ -14,7 +14,7 @@ from benchmarks.gpu_check import rehearsal
 from benchmarks.gpu_workload import GPU
 from benchmarks.harness import GpuStopwatch, HostStopwatch, Stopwatch
 from benchmarks.shapes import GPU_LINEAR_SHAPES, GPU_TIMED, LinearShape, Shape
-from papo_kernels import tuning
+from papo_kernels.backends import tuning
 
 
 class Family(NamedTuple):
@@ -103,6 +103,6 @@ def context_lost() -> bool:
 def _forget() -> None:
     """Makes the launchers read the variables again."""
     tuning.forced.cache_clear()
-    launch = sys.modules.get("papo_kernels.triton_impl.launch")
+    launch = sys.modules.get("papo_kernels.backends.triton.launch")
     if launch is not None:  # loaded where Triton serves
         launch.clear_config()

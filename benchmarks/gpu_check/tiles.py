@@ -52,6 +52,6 @@ def stats_tiles() -> list[str]:
 
 def triton_configs(dtype: torch.dtype, columns: int) -> list[str]:
     """PAPO_TRITON_CONFIG, as the Triton launcher itself proposes."""
-    launch = importlib.import_module("papo_kernels.triton_impl.launch")
+    launch = importlib.import_module("papo_kernels.backends.triton.launch")
     found: list[str] = launch.candidates(dtype, columns)
     return found[:1] if rehearsal.active() else found

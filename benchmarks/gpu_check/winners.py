@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_check.sweep import DEFAULT, ranked, winner
-from papo_kernels import tuning
+from papo_kernels.backends import tuning
 
 # The columns below a measured number that its winner serves too, as a share of it: there the same
 # numbers cut rows into somewhat shorter pieces.

@@ -83,7 +83,7 @@ def compiled(architecture: int | str, call: Callable[[], None]) -> list[tuple[st
     """
     from triton.runtime import driver
 
-    from papo_kernels.triton_impl import launch
+    from papo_kernels.backends.triton import launch
 
     kernels = []
 
@@ -110,14 +110,14 @@ def logits_of(v, dtype, n):
 
 
 def stats(v, dtype, n=100, softcap=0.0):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     targets = torch.zeros(n, dtype=torch.int64)
     triton_impl.token_stats_fwd(logits_of(v, dtype, n), targets, RowParams(0.9, softcap, v))
 
 
 def backward(v, dtype, n=100, squares=True):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     g, targets = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     state = torch.zeros(n, 6, dtype=torch.float64)
@@ -127,7 +127,7 @@ def backward(v, dtype, n=100, squares=True):
 
 
 def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     g, logits = torch.zeros(n), logits_of(v, dtype, n)
     triton_impl.policy_loss_fwd(
@@ -143,7 +143,7 @@ def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
 
 
 def scale(dtype):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     triton_impl.scale_(logits_of(LONG, dtype, 8), torch.ones(()))
 

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from papo.models import decoder_of
+from papo.model.load import decoder_of
 from papo.types import Completion, KeptIds, Problem
 from papo_kernels import token_stats
 

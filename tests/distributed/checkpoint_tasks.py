@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from papo import checkpoint
-from papo.config import OptimConfig
-from papo.engine import Engine
+from papo.config.options import OptimConfig
+from papo.dist import checkpoint
+from papo.dist.engine import Engine
 from papo.errors import PapoError
-from papo.objective import Policy
+from papo.policy.objective import Policy
 from tests.distributed import tasks
 from tests.distributed.tasks import (
     VOCABULARY,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from papo.config import DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig
+from papo.config import TrainConfig
+from papo.config.options import DeepSpeedConfig, ModelConfig, OptimConfig
 
 
 def deepspeed_dict(stage: int, dtype: str, **offload: str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from papo.config import OptimConfig, TrainConfig
-from papo.engine import Engine
-from papo.objective import Policy
-from papo.session import Session
-from papo.stats import attach, token_stats_of
-from papo.step import Update, update
-from papo.weighting import WeightController
+from papo.config import TrainConfig
+from papo.config.options import OptimConfig
+from papo.dist.engine import Engine
+from papo.policy.objective import Policy
+from papo.policy.weighting import WeightController
+from papo.train.session import Session
+from papo.train.stats import attach, token_stats_of
+from papo.train.step import Update, update
 from papo_kernels import PolarityWeighting, PolicyLossParams
 from tests.distributed import tasks
 from tests.distributed.configs import deepspeed_dict
@@ -62,7 +63,7 @@ WIDE = 32_768
 
 def wide_sequences(count: int) -> list[Any]:
     """64 tokens each: short rows, so that attention stays small beside the logits."""
-    from papo.batch import TrainingSequence
+    from papo.policy.batch import TrainingSequence
 
     g = torch.Generator().manual_seed(0)
     made = []

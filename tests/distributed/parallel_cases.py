@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
-from papo_kernels.parallel import parallel_linear_policy_loss, parallel_linear_token_stats
+from papo_kernels.head.shards import parallel_linear_policy_loss, parallel_linear_token_stats
 from tests.kernels.linear_cases import TOKEN_INPUTS, HeadCase, make_head_case
 
 # Rows of the weight per rank: uneven, a shard without rows, and (vocab_size 80) one of padding.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels.parallel import parallel_linear_policy_loss, parallel_linear_token_stats
+from papo_kernels.head.shards import parallel_linear_policy_loss, parallel_linear_token_stats
 from tests.distributed.parallel_cases import (
     LOSS,
     ROWS,

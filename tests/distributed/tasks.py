@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from papo import collectives, engine
-from papo.batch import TrainingSequence, collate
-from papo.config import OptimConfig
-from papo.engine import Engine
+from papo.config.options import OptimConfig
+from papo.dist import collectives, engine
+from papo.dist.engine import Engine
 from papo.errors import PapoError
-from papo.experience import with_token_weights
-from papo.objective import Policy
-from papo.stats import token_stats_of
-from papo.step import Update, update
-from papo.weighting import WeightController
+from papo.policy.batch import TrainingSequence, collate
+from papo.policy.objective import Policy
+from papo.policy.weighting import WeightController
+from papo.train.experience import with_token_weights
+from papo.train.stats import token_stats_of
+from papo.train.step import Update, update
 from papo_kernels import PolarityWeighting, PolicyLossParams
 from tests.trainer.tiny import small_llama
 
@@ -284,8 +284,8 @@ def run_first_ratio(dtype: str) -> list[float]:
     part = sequences(8)
     old = token_stats_of(e, part, 4, make_batch)
     part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
-    from papo.batch import micro_batches
-    from papo.objective import loss_of
+    from papo.policy.batch import micro_batches
+    from papo.policy.objective import loss_of
 
     ratios: list[float] = []
     for piece in micro_batches(part, 4, count=2):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from papo import checkpoint
+from papo.dist import checkpoint
 from papo.errors import PapoError
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance

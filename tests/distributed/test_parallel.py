@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from papo_kernels.parallel import parallel_linear_token_stats
+from papo_kernels.head.shards import parallel_linear_token_stats
 from tests.distributed.launch import finish, start
 from tests.kernels.linear_cases import make_head_case
 

@@ -19,8 +19,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from papo.checkpoint import completed
-from papo.metric_names import METRICS
+from papo.dist.checkpoint import completed
+from papo.record.metric_names import METRICS
 from tests.distributed.launch import ROOT, environment, finish, start
 from tests.trainer.tiny import build_model
 

@@ -26,7 +26,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from papo_kernels import backend, cuda_impl, tuning
+from papo_kernels.backends import choice as backend
+from papo_kernels.backends import cuda as cuda_impl
+from papo_kernels.backends import tuning
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("calls", "from_state", "resident", "resident_stats", "scale", "streamed")
@@ -206,7 +208,7 @@ def library() -> ctypes.CDLL:
 
 
 class Native:
-    """What papo_kernels._C offers cuda_impl, on the emulated machine."""
+    """What papo_kernels._C offers, on the emulated machine."""
 
     Matrix = Matrix
     RowParams = RowParams
@@ -295,8 +297,8 @@ def emulated(
 
     backend._choose.cache_clear()
     with (
-        mock.patch("papo_kernels._native.module", lambda: native),
-        mock.patch("papo_kernels.cuda_impl.BACKEND._launch", launch),
+        mock.patch("papo_kernels.backends.extension.module", lambda: native),
+        mock.patch("papo_kernels.backends.cuda.BACKEND._launch", launch),
         mock.patch.dict(backend._CANNOT, {"cuda": cannot}),
     ):
         yield native

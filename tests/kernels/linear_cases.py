@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from papo_kernels import PolarityWeighting, PolicyLossOutput, PolicyLossParams, TokenStats
-from papo_kernels.keep import KeepSet
+from papo_kernels.head.keep import KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
 from tests.cases import Case
 from tests.oracle import acc_dtype, assert_close, plain_policy_loss, plain_token_stats

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from papo_kernels import _native, policy_loss, token_stats
-from papo_kernels import backend as backends
+from papo_kernels import policy_loss, token_stats
+from papo_kernels.backends import choice as backends
+from papo_kernels.backends import extension as _native
 from tests.cases import make_case
 
 LOGITS, TARGETS = torch.zeros(2, 5), torch.tensor([0, 1])
@@ -173,7 +174,7 @@ def test_importing_loads_no_backend():
     code = """
 import sys, papo_kernels
 print([m for m in sys.modules if m.startswith("triton") or m in (
-    "papo_kernels._C", "papo_kernels.cpu_impl", "papo_kernels.reference")])
+    "papo_kernels._C", "papo_kernels.backends.cpu", "papo_kernels.reference")])
 """
     loaded = run(code)
     assert "papo_kernels" not in loaded, loaded

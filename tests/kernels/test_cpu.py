@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, _native, token_stats
+from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
+from papo_kernels.backends import extension as _native
 from tests.cases import make_case, make_loss_case
 
 PARAMS = PolicyLossParams(clip_high=0.28, dual_clip=2.0, kl_coef=0.04, entropy_coef=0.01)
@@ -176,7 +177,7 @@ def test_nothing_outside_the_rows_is_written(dtype):
     """Gradient in place over a slice of a larger buffer, at every alignment within a cache line."""
     n, v = 3, 77
     case = make_loss_case("normal", n, v, dtype=dtype, params=PARAMS)
-    from papo_kernels import cpu_impl
+    from papo_kernels.backends import cpu as cpu_impl
     from papo_kernels.types import RowParams
 
     row = RowParams(1.0, 0.0, v - 2)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.issue_model.build import ROOT, binary_tool
 from benchmarks.machine_code.cuda_kernels import ARCHITECTURES, kernel_name, resource_usage
-from papo_kernels import _native
+from papo_kernels.backends import extension
 
 INSTANCES = {"resident": 5, "stats": 3, "streamed": 5, "gradient": 5, "outputs": 1, "scale": 3}
 
@@ -19,12 +19,12 @@ INSTANCES = {"resident": 5, "stats": 3, "streamed": 5, "gradient": 5, "outputs":
 @pytest.fixture(scope="module")
 def usage():
     """(kernel, architecture, bytes of stack) of all that was compiled."""
-    extension = _native.loaded()
-    if extension is None or not extension.has_cuda:
+    built = extension.loaded()
+    if built is None or not built.has_cuda:
         pytest.skip("the extension was built without CUDA")
     if binary_tool("cuobjdump") is None:
         pytest.skip("no cuobjdump, in triton's package or on PATH")
-    found = resource_usage(Path(extension.__file__))
+    found = resource_usage(Path(built.__file__))
     return [(kernel_name(symbol), architecture, stack) for symbol, architecture, _, stack in found]
 
 

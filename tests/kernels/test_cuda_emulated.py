@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, cuda_impl, reference
+from papo_kernels import PolarityWeighting, PolicyLossParams, reference
+from papo_kernels.backends import cuda as cuda_impl
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 from tests.cases import LAYOUTS, LOGITS, Case, make_case, make_loss_case
 from tests.kernels import test_golden

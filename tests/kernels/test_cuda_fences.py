@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from papo_kernels import cuda_impl, tuning
+from papo_kernels.backends import cuda as cuda_impl
+from papo_kernels.backends import tuning
 from papo_kernels.types import RowParams
 from tests.cases import make_loss_case
 from tests.kernels.cuda_emulator import FLAGS, ROOT, emulated
@@ -54,7 +55,7 @@ def test_every_access_is_ordered(name):
     asked = tuning.ForcedTile("streamed" if tile is None else None, tile, stats)
     for seed in range(2):
         with (
-            mock.patch("papo_kernels.tuning.forced", lambda: asked),
+            mock.patch("papo_kernels.backends.tuning.forced", lambda: asked),
             emulated(resident=1 + seed, seed=seed) as native,
         ):
             native.lib.emulated_check_order(True)

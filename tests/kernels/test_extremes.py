@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from papo_kernels import PolarityWeighting, PolicyLossParams, token_stats
-from papo_kernels import backend as backends
+from papo_kernels.backends import choice as backends
 from papo_kernels.types import RowParams, TokenInputs, acc_dtype
 from tests.cases import make_case, make_loss_case
 from tests.oracle import assert_close, check_policy_loss, check_token_stats, plain_token_stats

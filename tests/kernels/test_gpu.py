@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats, tuning
+from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels.backends import tuning
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats, plain_token_stats
 
@@ -34,7 +35,7 @@ SMALL = (
 
 def require(name: str) -> None:
     """Skip where this machine cannot run backend `name`."""
-    from papo_kernels import _native
+    from papo_kernels.backends import extension as _native
 
     if name == "cuda" and not _native.has_cuda():
         pytest.skip("the extension was built without CUDA")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from papo_kernels.keep import KeepSet
+from papo_kernels.head.keep import KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
 
 N, D, V = 4, 6, 9

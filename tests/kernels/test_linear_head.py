@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from papo_kernels import keep as keep_module
 from papo_kernels import policy_loss, token_stats
-from papo_kernels.keep import KeepMask, KeepSet
+from papo_kernels.head import keep as keep_module
+from papo_kernels.head.keep import KeepMask, KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
 from tests.kernels.linear_cases import (
     check_head_policy_loss,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import memory_model
-from papo_kernels import PolicyLossParams, linear_chunks
-from papo_kernels.keep import KeepSet
+from papo_kernels import PolicyLossParams
+from papo_kernels.head import plan as linear_chunks
+from papo_kernels.head.keep import KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
 from tests.kernels.tracking import flops, memory, products
 

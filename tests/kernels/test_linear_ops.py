@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from papo_kernels import PolarityWeighting, PolicyLossParams
-from papo_kernels.keep import KeepSet
+from papo_kernels.head.keep import KeepSet
 from papo_kernels.linear import LoRAHead, linear_policy_loss, linear_token_stats
 from tests.kernels.linear_cases import make_head_case
 

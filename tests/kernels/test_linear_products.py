@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from papo_kernels import linear_chunks, linear_gradients, linear_passes, linear_products
+from papo_kernels.head import gradients as linear_gradients
+from papo_kernels.head import passes as linear_passes
+from papo_kernels.head import plan as linear_chunks
+from papo_kernels.head import products as linear_products
 from tests.kernels.linear_cases import make_head_case
 
 

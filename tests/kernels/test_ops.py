@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import papo_kernels  # noqa: F401  registers the operations
-from papo_kernels import PolarityWeighting, PolicyLossParams, ops, policy_loss, token_stats
+from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
+from papo_kernels.ops import token_stats as ops
 from tests.cases import make_loss_case
 
 pytestmark = pytest.mark.plumbing

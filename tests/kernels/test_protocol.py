@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from papo_kernels import PolicyLossParams
-from papo_kernels import backend as backends
+from papo_kernels.backends import choice as backends
 from papo_kernels.reference import merge_states
 from papo_kernels.types import RowParams, TokenInputs, WeightingInputs, acc_dtype
 from tests.cases import make_loss_case

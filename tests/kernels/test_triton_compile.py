@@ -50,7 +50,7 @@ def test_both_entry_points_scan_with_the_same_instructions():
 
 def test_nothing_but_the_variant_leads_to_a_compilation():
     """Rows, columns, temperature, alignment of row tensors, coefficients: a kernel each, once."""
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     def calls():
         for n, v, t, clip in (

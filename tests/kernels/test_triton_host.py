@@ -30,7 +30,7 @@ def host(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from benchmarks.bench_triton_host import Driver
-    from papo_kernels.triton_impl import launch
+    from papo_kernels.backends.triton import launch
 
     seen = SimpleNamespace(launches=[], slow=0)
 
@@ -72,13 +72,13 @@ def flat(values):
 
 
 def stats(logits, row=ROW, n=N):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     return triton_impl.token_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), row)
 
 
 def loss(logits, params=None, row=ROW, n=N, weighting=None):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     tokens = TokenInputs(*(torch.zeros(n) for _ in range(4)))
     targets = torch.zeros(n, dtype=torch.int64)
@@ -87,7 +87,7 @@ def loss(logits, params=None, row=ROW, n=N, weighting=None):
 
 
 def backward(logits, row=ROW, n=N):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     state, g = torch.zeros(n, 6, dtype=torch.float64), torch.zeros(n)
     targets = torch.zeros(n, dtype=torch.int64)
@@ -95,7 +95,7 @@ def backward(logits, row=ROW, n=N):
 
 
 def scale(logits):
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     return triton_impl.scale_(logits, torch.ones(()))
 
@@ -196,7 +196,7 @@ def test_outputs_share_no_memory(host):
 
 @pytest.mark.parametrize("change", [{"lanes": 100}, {"vectors": 3}, {"maxnreg": 81}, {"warps": 4}])
 def test_a_row_of_the_table_that_cannot_work_is_an_error(host, monkeypatch, change):
-    from papo_kernels import tuning
+    from papo_kernels.backends import tuning
 
     row = tuning.load()["triton"][0].config
     monkeypatch.setattr(tuning, "config", lambda *key: {**row, **change})

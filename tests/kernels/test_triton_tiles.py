@@ -49,7 +49,7 @@ EDGES = (
 
 
 def impl():
-    from papo_kernels import triton_impl
+    from papo_kernels.backends import triton as triton_impl
 
     return triton_impl
 

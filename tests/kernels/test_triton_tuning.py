@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams, tuning
+from papo_kernels import PolicyLossParams
+from papo_kernels.backends import tuning
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
 pytest.importorskip("triton")
-from papo_kernels.triton_impl import config, launch, policy_loss_fwd, token_stats_fwd
+from papo_kernels.backends.triton import config, launch, policy_loss_fwd, token_stats_fwd
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")

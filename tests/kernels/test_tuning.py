@@ -9,7 +9,9 @@ import shutil
 import pytest
 import torch
 
-from papo_kernels import PolicyLossParams, cuda_impl, tuning
+from papo_kernels import PolicyLossParams
+from papo_kernels.backends import cuda as cuda_impl
+from papo_kernels.backends import tuning
 from papo_kernels.types import RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.kernels.cuda_emulator import emulated

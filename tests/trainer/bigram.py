@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from papo.batch import TrainingSequence, collate
-from papo.config import OptimConfig
-from papo.step import Update, update
-from papo.weighting import WeightController
+from papo.config.options import OptimConfig
+from papo.policy.batch import TrainingSequence, collate
+from papo.policy.weighting import WeightController
+from papo.train.step import Update, update
 from papo_kernels import PolicyLossParams, policy_loss, token_stats
 
 VOCABULARY = 16

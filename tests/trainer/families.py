@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from papo.attention import shared_prompts
-from papo.batch import MicroBatch, TrainingSequence, collate
-from papo.objective import Policy, stats_of
+from papo.model.attention import shared_prompts
+from papo.policy.batch import MicroBatch, TrainingSequence, collate
+from papo.policy.objective import Policy, stats_of
 from papo_kernels import TokenStats
 
 V = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from papo.data import ProblemSource
-from papo.data_options import DataConfig
+from papo.config.data_options import DataConfig
+from papo.data.problems import ProblemSource
 from papo.types import Problem
 
 

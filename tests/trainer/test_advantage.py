@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.advantage import (
+from papo.policy.advantage import (
     STD_EPS,
     group_advantages,
     masked_counts,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.answers import after_thinking, extract, for_sympy, latex, normalize, only_number
-from papo.verifiers import Task, judge, judge_reference
+from papo.reward.answers import after_thinking, extract, for_sympy, latex, normalize, only_number
+from papo.reward.verifiers import Task, judge, judge_reference
 
 
 @pytest.fixture(autouse=True)

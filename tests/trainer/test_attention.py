@@ -11,10 +11,10 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from papo.attention import shared_prompts
-from papo.batch import collate
-from papo.models import recompute_activations
-from papo.objective import loss_of
+from papo.model.attention import shared_prompts
+from papo.model.load import recompute_activations
+from papo.policy.batch import collate
+from papo.policy.objective import loss_of
 from papo_kernels import PolicyLossParams
 from tests.trainer.families import PlainEngine, alone, build, sequences, trained
 

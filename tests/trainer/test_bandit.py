@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo.advantage import group_advantages
-from papo.phase import PhaseController
-from papo.weighting import BranchSums, WeightController, branch_sums
+from papo.policy.advantage import group_advantages
+from papo.policy.phase import PhaseController
+from papo.policy.weighting import BranchSums, WeightController, branch_sums
 from papo_kernels import policy_loss, token_stats
 
 # Prediction of the entropy change

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from papo.batch import TrainingSequence, collate, micro_batches, rows_of
+from papo.policy.batch import TrainingSequence, collate, micro_batches, rows_of
 from tests.trainer.families import token_logits
 from tests.trainer.tiny import small_llama
 

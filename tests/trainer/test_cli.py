@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from papo import cli
-from papo.cli import Progress, clock_text, config_from, main, step_line
+from papo.cli import config_from, main
 from papo.config import ConfigError
 from papo.errors import PapoError
+from papo.record.progress import Progress, clock_text, step_line
 from tests.trainer.tiny import MINIMAL
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +103,7 @@ def test_an_error_of_the_run_is_told_by_rank_0_and_fails_every_rank(
         raise PapoError("the disk is full:\nfree some")
 
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr("papo.loop.run", run)
+    monkeypatch.setattr("papo.train.loop.run", run)
     capsys.readouterr()  # what importing DeepSpeed says
     assert main(["--config", file]) == 1
     out, err = capsys.readouterr()
@@ -126,7 +127,7 @@ def test_a_bug_keeps_its_traceback(file: str, monkeypatch: pytest.MonkeyPatch) -
     def run(config: object) -> int:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("papo.loop.run", run)
+    monkeypatch.setattr("papo.train.loop.run", run)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["--config", file])
 
@@ -135,7 +136,7 @@ def test_ctrl_c_is_130(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(config: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("papo.loop.run", run)
+    monkeypatch.setattr("papo.train.loop.run", run)
     assert main(["--config", file]) == 130
 
 

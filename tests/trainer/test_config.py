@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from papo.config import PRESETS, ConfigError, TrainConfig, load_config
-from papo.config_text import known_keys, reference_page, sections_of
+from papo.config.text import known_keys, reference_page, sections_of
 from tests.trainer.tiny import MINIMAL
 
 ROOT = Path(__file__).resolve().parents[2]

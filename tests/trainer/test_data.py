@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papo.config import load_config
-from papo.data import ProblemSource
-from papo.data_options import DataConfig
+from papo.config.data_options import DataConfig
+from papo.data.problems import ProblemSource
 from papo.errors import PapoError
 from tests.trainer.problems import jsonl, lines, numbered, text
 from tests.trainer.tiny import build_tokenizer

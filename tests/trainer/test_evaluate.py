@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from papo import collectives
+from papo.dist import collectives
 from papo.errors import PapoError
-from papo.evaluate import evaluate
 from papo.rollout import SamplingParams
+from papo.train.evaluate import evaluate
 from papo.types import Completion, Problem, Reward
 
 PROBLEMS = [Problem(uid, (), "", {}, (1,)) for uid in range(3)]

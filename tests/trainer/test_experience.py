@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo import experience
 from papo.errors import PapoError
-from papo.experience import (
+from papo.train import experience
+from papo.train.experience import (
     _fair_share,
     collect,
     mini_batches,

@@ -7,19 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from papo.batch import IDLE, MicroBatch, collate
-from papo.config import LossConfig
-from papo.experience import score_groups, to_sequences, with_token_weights
-from papo.objective import Policy, loss_of, stats_of
-from papo.options import AdvantageConfig
+from papo.config.options import AdvantageConfig, LossConfig
+from papo.policy.batch import IDLE, MicroBatch, collate
+from papo.policy.objective import Policy, loss_of, stats_of
 from papo.rollout import HFSampler, SamplingParams
+from papo.train.experience import score_groups, to_sequences, with_token_weights
 from papo.types import Problem, Reward
-from papo_kernels import (
-    PolarityWeighting,
-    PolicyLossParams,
-    policy_loss,
-    token_stats,
-)
+from papo_kernels import PolarityWeighting, PolicyLossParams, policy_loss, token_stats
 from tests.trainer.families import token_logits
 from tests.trainer.tiny import small_llama
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from papo.errors import PapoError
-from papo.limits import check_ids, check_lengths
+from papo.model.limits import check_ids, check_lengths
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}

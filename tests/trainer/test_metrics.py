@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from papo.errors import PapoError
-from papo.experience import Collected, score_groups
-from papo.metric_names import METRICS, reference_page
-from papo.metrics import CompletionsWriter, JsonLines, MetricsWriter, read_rows
-from papo.step import TokenSums, Update
-from papo.telemetry import StageClock, completion_rows, rollout_metrics, update_metrics
+from papo.policy.weighting import BranchSums
+from papo.record.metric_names import METRICS, reference_page
+from papo.record.metrics import CompletionsWriter, JsonLines, MetricsWriter, read_rows
+from papo.record.telemetry import StageClock, completion_rows, rollout_metrics, update_metrics
+from papo.train.experience import Collected, score_groups
+from papo.train.step import TokenSums, Update
 from papo.types import Completion, Problem, Reward
-from papo.weighting import BranchSums
 from papo_kernels import policy_loss
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> 
 
 def test_the_page_lists_every_name_and_is_current() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
-    assert page == reference_page(), "run: python -m papo.metric_names > docs/metrics.md"
+    assert page == reference_page(), "run: python -m papo.record.metric_names > docs/metrics.md"
     table = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert table == list(METRICS)
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from papo import models
+from papo.config.options import ModelConfig
 from papo.errors import PapoError
-from papo.models import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
-from papo.options import ModelConfig
+from papo.model import load as models
+from papo.model.load import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
 from tests.trainer.families import build
 
 

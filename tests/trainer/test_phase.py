@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.phase import FLOOR, PhaseController
+from papo.policy.phase import FLOOR, PhaseController
 
 
 @dataclass(frozen=True)

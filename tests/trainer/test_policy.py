@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from papo.batch import collate
 from papo.errors import PapoError
-from papo.models import recompute_activations, recomputed_layers
-from papo.objective import loss_of
+from papo.model.load import recompute_activations, recomputed_layers
+from papo.policy.batch import collate
+from papo.policy.objective import loss_of
 from papo_kernels import PolicyLossOutput, PolicyLossParams
 from tests.trainer.families import PlainEngine, build, sequences, trained
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from papo.batch import TrainingSequence
-from papo.config import OptimConfig
-from papo.prediction import FEWEST, WINDOW, EntropyPrediction, UpdateEffect, rank_correlation
+from papo.config.options import OptimConfig
+from papo.policy.batch import TrainingSequence
+from papo.policy.prediction import FEWEST, WINDOW, EntropyPrediction, UpdateEffect, rank_correlation
 from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
 
 THROUGH, ALONE = "entropy/predicted_delta", "entropy/predicted_delta_instant"

@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from papo import objective, probe, step
-from papo.batch import collate
 from papo.config import TrainConfig
 from papo.errors import PapoError
+from papo.model import probe
+from papo.policy import objective
+from papo.policy.batch import collate
+from papo.policy.weighting import WeightController
 from papo.rollout import HFSampler
-from papo.weighting import WeightController
+from papo.train import step
 from papo_kernels import PolicyLossParams
 from tests.trainer.families import PlainEngine, V, alone, build, sequences
 

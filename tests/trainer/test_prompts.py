@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from papo.data import ProblemSource
-from papo.data_options import DataConfig
-from papo.prompts import PromptEncoder
+from papo.config.data_options import DataConfig
+from papo.data.problems import ProblemSource
+from papo.data.prompts import PromptEncoder
 from papo.rollout import HFSampler, SamplingParams
 from papo.types import Problem
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer, small_llama
@@ -46,13 +46,13 @@ def adding(pattern: str, chat_template: str | None = None):
 @pytest.mark.parametrize("value", [True, False])
 def test_thinking_is_an_argument_of_the_template(value, caplog):
     tokenizer = build_tokenizer(THINKING)
-    with caplog.at_level(logging.WARNING, logger="papo.prompts"):
+    with caplog.at_level(logging.WARNING, logger="papo.data.prompts"):
         assert encoded(tokenizer, enable_thinking=value).endswith("<think></think>") is not value
     assert not caplog.text
 
 
 def test_argument_that_the_template_does_not_know_is_said(caplog):
-    with caplog.at_level(logging.WARNING, logger="papo.prompts"):
+    with caplog.at_level(logging.WARNING, logger="papo.data.prompts"):
         encoded(build_tokenizer(THINKING), enable_thinkng=False)
     assert "data.chat_template_args.enable_thinkng=False: the chat template knows no such name" in (
         caplog.text
@@ -75,7 +75,7 @@ def test_thinking_reaches_the_problems(tmp_path):
 def test_end_that_the_tokenizer_appends_is_left_out_and_said_once(caplog):
     tokenizer = adding(f"$A {END}")
     encoder = PromptEncoder(tokenizer, 4)
-    with caplog.at_level(logging.WARNING, logger="papo.prompts"):
+    with caplog.at_level(logging.WARNING, logger="papo.data.prompts"):
         for _ in range(3):
             assert tokenizer.decode(encoder.encode(QUESTION)) == "2+2?"
     said = f"the tokenizer appends its end-of-sequence token '{END}' to prompts: left out"
@@ -85,13 +85,13 @@ def test_end_that_the_tokenizer_appends_is_left_out_and_said_once(caplog):
 def test_end_that_the_template_writes_is_kept_and_said(caplog):
     """As in DialoGPT's, whose turns end so and have no other mark."""
     tokenizer = build_tokenizer("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
-    with caplog.at_level(logging.WARNING, logger="papo.prompts"):
+    with caplog.at_level(logging.WARNING, logger="papo.data.prompts"):
         assert encoded(tokenizer) == f"2+2?{END}"
     assert f"prompts end in the end-of-sequence token '{END}', written by the chat" in caplog.text
 
 
 def test_end_of_a_turn_before_the_generation_prompt_is_nothing_to_say(caplog):
-    with caplog.at_level(logging.WARNING, logger="papo.prompts"):
+    with caplog.at_level(logging.WARNING, logger="papo.data.prompts"):
         text = encoded(build_tokenizer())
     assert text.count(END) == 1 and text.endswith("assistant\n") and not caplog.text
 

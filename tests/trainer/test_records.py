@@ -18,12 +18,12 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from papo import rows
 from papo.config import load_config
-from papo.config_text import ConfigError
-from papo.data_options import DataConfig
+from papo.config.data_options import DataConfig
+from papo.config.text import ConfigError
+from papo.data import rows
+from papo.data.records import Record, read
 from papo.errors import PapoError
-from papo.records import Record, read
 from tests.trainer.tiny import MINIMAL
 
 GSM8K = {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,072"}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from papo import collectives, references
-from papo.config import DataConfig
-from papo.data import ProblemSource
+from papo.config.data_options import DataConfig
+from papo.data import references
+from papo.data.problems import ProblemSource
+from papo.dist import collectives
 from papo.errors import PapoError
-from papo.reward import BadReference
+from papo.reward.pool import BadReference
 from tests.trainer.tiny import build_tokenizer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from papo.errors import PapoError
-from papo.report import Report, _series, plot, print_table, summary
+from papo.record.report import Report, _series, plot, print_table, summary
 
 BEFORE = {"accuracy": 0.125, "pass_at_k": 0.5, "truncated": 0.25, "problems": 4.0, "greedy": 0.0}
 AFTER = {"accuracy": 0.5, "pass_at_k": 0.75, "truncated": 0.0, "problems": 4.0, "greedy": 0.25}
@@ -83,7 +83,7 @@ def test_summary_and_plot_tell_how_well_entropy_changes_were_predicted(
     monkeypatch.setattr(
         Figure, "savefig", lambda self, path, **_: titles.extend(a.get_title() for a in self.axes)
     )
-    monkeypatch.setattr("papo.report.os.replace", lambda *_: None)
+    monkeypatch.setattr("papo.record.report.os.replace", lambda *_: None)
     plot(rows, tmp_path / "curves.png")
     assert [t for t in titles if "entropy change" in t] == [
         "entropy change of a step (Spearman 1.00)",

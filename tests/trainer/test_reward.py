@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from papo import reward, verifiers
 from papo.errors import PapoError
-from papo.reward import RewardPool
+from papo.reward import pool as reward
+from papo.reward import verifiers
+from papo.reward.pool import RewardPool
+from papo.reward.verifiers import Task, choose_verifier, judge, judge_reference, load_verifier
 from papo.types import Completion, Problem
-from papo.verifiers import Task, choose_verifier, judge, judge_reference, load_verifier
 from tests.trainer.scripted import end_process
 
 ROOT = Path(__file__).resolve().parents[2]

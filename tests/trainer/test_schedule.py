@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from papo.schedule import learning_rate, seed_of
+from papo.train.schedule import learning_rate, seed_of
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from papo import checkpoint, collectives
 from papo.config import TrainConfig
+from papo.dist import checkpoint, collectives
 from papo.errors import PapoError
-from papo.session import Session, check_backend, opens_thinking
+from papo.train.session import Session, check_backend, opens_thinking
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from papo.data import ProblemSource
+from papo.data.problems import ProblemSource
 from papo.errors import PapoError
 from tests.trainer.problems import jsonl, kept, lines, numbered, text
 from tests.trainer.tiny import build_tokenizer

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from papo.batch import TrainingSequence, micro_batches
-from papo.config import OptimConfig
-from papo.step import EntropyProbe, TokenSums, Update, mean_entropy, spread
-from papo.weighting import BranchSums
+from papo.config.options import OptimConfig
+from papo.policy.batch import TrainingSequence, micro_batches
+from papo.policy.weighting import BranchSums
+from papo.train.step import EntropyProbe, TokenSums, Update, mean_entropy, spread
 from papo_kernels import PolarityWeighting, policy_loss, token_stats
 from tests.trainer.bigram import VOCABULARY, Bigram, make_batch, run_update
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from papo import termination
-from papo.termination import Termination
+from papo.dist import termination
+from papo.dist.termination import Termination
 
 
 @pytest.fixture(autouse=True)

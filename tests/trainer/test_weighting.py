@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from papo.weighting import BranchSums, WeightController, branch_sums, shape_of
+from papo.policy.weighting import BranchSums, WeightController, branch_sums, shape_of
 
 
 @dataclass(frozen=True)

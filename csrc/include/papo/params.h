@@ -101,8 +101,8 @@ struct PolicyLossOut {
   bool* clipped;
 };
 
-// How rows are cut on a GPU, as papo_kernels/tuning.py reads it from the table or the environment.
-// Zeros are derived from the device. csrc/cuda/choice.h says what fits.
+// How rows are cut on a GPU, as papo_kernels/backends/tuning.py reads it from the table or the
+// environment. Zeros are derived from the device. csrc/cuda/choice.h says what fits.
 struct TileChoice {
   int kernel;  // kOnChip or kStreamed; 0: on chip where rows fit
   int cluster, warps, stages, ring, blocks;

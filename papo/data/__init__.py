@@ -1,0 +1,1 @@
+"""Problems: rows of files and data sets, made into prompts and answers."""

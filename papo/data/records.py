@@ -1,0 +1,218 @@
+"""The fields of a row that make a problem: its prompt, its reference answer, and what is left."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from papo.data.rows import open_rows
+from papo.errors import PapoError
+from papo.reward.answers import positional
+
+_SHOWN_KEYS = 20
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as a problem, before any option of the prompt.
+
+    Attributes:
+        messages: the chat as the row has it, `{"role": ..., "content": ...}` each, with whatever
+            else a message has (`tool_calls`, `name`); the last is the user's.
+        answer: the reference answer as text.
+        metadata: the row's other fields; with `answer_pattern` also that of the whole answer.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    answer: str
+    metadata: Mapping[str, Any]
+
+
+def read(config: Any, *, held_out: bool = False) -> Iterator[Record]:
+    """The problems of a file or of a dataset, to train on or held out, in order.
+
+    Args:
+        config: the config's `data` section, its source not `reasoning_gym`.
+
+    Raises:
+        PapoError: what cannot be read, with the file or dataset, the row and what was expected.
+    """
+    rows, schema = open_rows(config, held_out=held_out)
+    fields = _Fields(config, _precision(schema, config.answer_field))
+    for where, row in rows:
+        yield fields.record(row, where)
+
+
+def _precision(schema: Any, path: str) -> Callable[[float], Any]:
+    """The type of the numbers in the Arrow column at `path`: those of single or half precision have
+    fewer decimal digits than the Python floats that they become."""
+    if schema is None:
+        return float
+    kind = schema
+    for name in [path] if path in schema.names else path.split("."):
+        if hasattr(kind, "value_type"):  # a list, and a place in it
+            kind = kind.value_type
+            continue
+        fields = {field.name: field.type for field in kind} if hasattr(kind, "__iter__") else {}
+        if name not in fields:
+            return float
+        kind = fields[name]
+    return {"float": np.float32, "halffloat": np.float16}.get(str(kind), float)
+
+
+class _Fields:
+    """Which fields of a row are its prompt and its reference answer."""
+
+    def __init__(self, config: Any, precision: Callable[[float], Any]) -> None:
+        self._precision = precision
+        self._prompt = config.prompt_field
+        self._answer = config.answer_field
+        self._pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
+
+    def record(self, row: Any, where: str) -> Record:
+        """The problem in a row.
+
+        Raises:
+            PapoError: a field is missing or holds something else than it should.
+        """
+        if not isinstance(row, dict):
+            raise PapoError(f"{where}: expected an object, got {type(row).__name__}")
+        prompt = self._prompt_of(row, where)
+        answer = self._answer_of(row, where)
+        used = {prompt} if self._pattern else {prompt, self._answer}
+        metadata = {k: v for k, v in row.items() if k not in used}
+        return Record(_messages(_at(row, prompt), prompt, where), answer, metadata)
+
+    def _prompt_of(self, row: Mapping[str, Any], where: str) -> str:
+        if self._prompt is not None:
+            _require(row, self._prompt, where, "data.prompt_field")
+            return self._prompt
+        given = [name for name in ("prompt", "messages") if name in row]
+        if len(given) != 1:
+            raise PapoError(
+                f"{where}: expected either prompt or messages, got keys {sorted(row)}; name the "
+                "field with data.prompt_field"
+            )
+        return given[0]
+
+    def _answer_of(self, row: Mapping[str, Any], where: str) -> str:
+        _require(row, self._answer, where, "data.answer_field")
+        value = _at(row, self._answer)
+        text = _answer_text(value, self._precision)
+        if text is None:
+            raise PapoError(
+                f"{where}: {self._answer}={value!r:.80}: expected text or a finite number"
+            )
+        if self._pattern is None:
+            return text
+        match = self._pattern.search(text)
+        group = (match[1] or "").strip() if match else ""
+        if not group:
+            raise PapoError(
+                f"{where}: {self._answer}={value!r:.80}: data.answer_pattern="
+                f"{self._pattern.pattern!r} finds nothing in it"
+            )
+        return group
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a dotted path, `_MISSING` where nothing does.
+
+    A key that holds the dots itself wins; a number is a place in a list.
+    """
+    if isinstance(value, list):
+        first, _, rest = path.partition(".")
+        if not first.isdecimal() or int(first) >= len(value):
+            return _MISSING
+        return _at(value[int(first)], rest) if rest else value[int(first)]
+    if not isinstance(value, Mapping):
+        return _MISSING
+    if path in value:
+        return value[path]
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        head = ".".join(parts[:cut])
+        if head in value:
+            found = _at(value[head], ".".join(parts[cut:]))
+            if found is not _MISSING:
+                return found
+    return _MISSING
+
+
+def _require(row: Mapping[str, Any], path: str, where: str, option: str) -> None:
+    if _at(row, path) is not _MISSING:
+        return
+    keys = list(_paths(row))
+    near = difflib.get_close_matches(path, keys, n=1)
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    advice = f"; did you mean {near[0]}?" if near else ""
+    raise PapoError(
+        f"{where}: {path} is missing: {option} must be one of "
+        f"{', '.join(keys[:_SHOWN_KEYS])}{more}{advice}"
+    )
+
+
+def _paths(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in row.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _answer_text(value: Any, precision: Callable[[float], Any]) -> str | None:
+    """An answer as a person writes it: numbers without exponent, whole ones without a point; None
+    for what is no answer."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        return None
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        return None
+    return positional(str(precision(value) if isinstance(value, float) else value))
+
+
+def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
+    """The chat in a prompt; plain text is a message of the user's."""
+    shown = f"{name}={value!r:.80}"
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    ok = isinstance(value, list) and all(map(_is_message, value))
+    if not ok or not value:
+        raise PapoError(
+            f"{where}: {shown}: expected text or a list of {{role, content}}, both text"
+        )
+    last = value[-1]
+    if last["role"] != "user":
+        raise PapoError(
+            f"{where}: {name}: the last message's role is {last['role']!r}: expected user"
+        )
+    if not last["content"].strip():
+        raise PapoError(f"{where}: {shown}: expected text, got white space alone")
+    try:
+        "".join(m["role"] + (m.get("content") or "") for m in value).encode()
+    except UnicodeEncodeError as error:
+        raise PapoError(f"{where}: {shown}: half of a surrogate pair, which is no text") from error
+    # Columns give every message every key; null is a key that the message does not have.
+    order = ("role", "content")
+    return tuple(
+        {k: m[k] for k in (*order, *sorted(m.keys() - order)) if m.get(k) is not None}
+        for m in value
+    )
+
+
+def _is_message(value: Any) -> bool:
+    """Whether it has a role and text; an assistant that calls tools need not say anything."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))

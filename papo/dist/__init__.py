@@ -1,0 +1,1 @@
+"""What knows of ranks: DeepSpeed, collectives, checkpoints."""

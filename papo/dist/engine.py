@@ -1,0 +1,338 @@
+"""DeepSpeed around the policy: forward, backward, step, whole weights, optimizer state by name.
+
+The only file that imports deepspeed. ZeRO-0 to 3 look the same from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from papo.errors import PapoError
+
+if TYPE_CHECKING:
+    from papo.policy.objective import Policy
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class StepResult(NamedTuple):
+    """`grad_norm` before clipping, inf or NaN where the gradient is; `applied`: weights changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves weights and moments untouched when the step was found bad.
+
+    DeepSpeed calls `step` after it has reduced the gradients; the guard sits at the last place
+    before anything changes.
+    """
+
+    blocked = False
+
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none while `blocked`."""
+        return None if self.blocked else super().step(closure)
+
+
+def start(backend: str | None = None) -> None:
+    """Join the launcher's process group; a single rank where the environment describes none.
+
+    Raises:
+        PapoError: the rendezvous port is taken.
+    """
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An all-reduce for inference on CPUs that nothing here calls: DeepSpeed would compile it now.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend or ("nccl" if torch.cuda.is_available() else "gloo"),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    except (RuntimeError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            port = os.environ["MASTER_PORT"]
+            raise PapoError(
+                f"MASTER_PORT={port} is in use by another process: "
+                "start with `deepspeed --master_port <free port>`"
+            ) from error
+        raise
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+class Engine:
+    """The policy under DeepSpeed.
+
+    Args:
+        policy: its parameters are the model's.
+        ds_config: the dict DeepSpeed gets (`TrainConfig.deepspeed_dict`).
+        optim: the config's `optim` section; None for a frozen reference policy.
+    """
+
+    def __init__(self, policy: Policy, ds_config: dict[str, Any], optim: Any | None) -> None:
+        self.policy = policy
+        self.device = local_device()
+        self._stage = ds_config["zero_optimization"]["stage"]
+        self.adamw: GuardedAdamW | None = None
+        if optim is not None:
+            self.adamw = GuardedAdamW(
+                [p for p in policy.parameters() if p.requires_grad],
+                lr=optim.lr,
+                betas=optim.betas,
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+                fused=True,
+            )
+        self._view = _empty_twin(policy.causal_lm)
+        # DeepSpeed makes its float32 masters of bfloat16 weights. A checkpoint's further digits
+        # would be lost, and small updates with them: a master that starts on the bfloat16 grid has
+        # to walk out of its rounding interval before the policy changes at all.
+        exact = {
+            name: p.detach()
+            for name, p in self.trained_parameters()
+            if ds_config["bf16"]["enabled"] and p.dtype != torch.bfloat16
+        }
+        self._ds, self._zero, _, _ = deepspeed.initialize(
+            model=policy, optimizer=self.adamw, config=ds_config, dist_init_required=False
+        )
+        if self._stage == 3:
+            for parameter in policy.head.parameters_read:
+                deepspeed.zero.register_external_parameter(policy.head, parameter)
+        for name, parameter in self.trained_parameters():
+            if name in exact:
+                self._write_master(parameter, exact.pop(name).to(self.device, torch.float32))
+        self.train(optim is not None)
+
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        """`policy(*args)` with the weights gathered layer by layer."""
+        return self._ds(*args)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout and the like."""
+        self._ds.train(mode)
+
+    @property
+    def dropout(self) -> bool:
+        """Whether passes with gradient see another policy than those without."""
+        return self.policy.dropout
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of `loss`; `last` marks the step's last micro-batch.
+
+        DeepSpeed averages over ranks; the loss is a part of a global sum, so the average is undone
+        here.
+        """
+        self._ds.set_gradient_accumulation_boundary(last)
+        self._ds.backward(loss * self._ds.dp_world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float, *, blocked: bool) -> StepResult:
+        """Clip, update (unless `blocked` or the gradient is not finite) and clear the gradients."""
+        assert self.adamw is not None
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        norm = None
+        if not hasattr(
+            self._zero, "_global_grad_norm"
+        ):  # float32 without ZeRO: DeepSpeed clips but keeps no norm
+            grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(grads))
+            blocked = blocked or not math.isfinite(norm)
+        self.adamw.blocked = blocked
+        _return_freed_memory()
+        self._ds.step()
+        norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
+        return StepResult(norm, applied=not blocked and math.isfinite(norm))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.adamw.param_groups[0]["lr"]) if self.adamw else 0.0
+
+    @contextlib.contextmanager
+    def inference_model(self) -> Iterator[Any]:
+        """The causal LM with whole weights and no hooks, gathered once for the whole block.
+
+        The twin's parameters point at the gathered storage, so nothing is copied, and are emptied
+        at the end.
+        """
+        source = dict(self.policy.causal_lm.named_parameters())
+        gather = (
+            deepspeed.zero.GatheredParameters(list(source.values()))
+            if self._stage == 3
+            else contextlib.nullcontext()
+        )
+        with gather:
+            self._point_twin_at({name: p.data for name, p in source.items()})
+            self._view.eval()
+            try:
+                yield self._view
+            finally:
+                self._point_twin_at({name: torch.empty(0, device="meta") for name in source})
+        _return_freed_memory()
+
+    def _point_twin_at(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            module_name, _, leaf = name.rpartition(".")
+            module = self._view.get_submodule(module_name)
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        self._view.tie_weights()
+        for name, buffer in self.policy.causal_lm.named_buffers():
+            module_name, _, leaf = name.rpartition(".")
+            self._view.get_submodule(module_name)._buffers[leaf] = buffer
+
+    # State by parameter name: independent of ZeRO stage and number of ranks.
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of everything that is trained, in a fixed order."""
+        named = self.policy.causal_lm.named_parameters()
+        return [(name, p) for name, p in named if p.requires_grad]
+
+    @property
+    def trained_numel(self) -> int:
+        """How many numbers are trained, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trained_parameters())
+
+    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Whole float32 weight and moments of one parameter, on every rank (a collective)."""
+        weight = safe_get_full_fp32_param(parameter)
+        if weight is None:  # float32 without ZeRO: the parameter is its own master copy
+            state = self.adamw.state.get(parameter, {}) if self.adamw else {}
+            moments = {k: state[k] for k in MOMENTS if k in state}
+            return {"weight": parameter.detach(), **moments}
+        if not self._has_moments:
+            return {"weight": weight}
+        moments = {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}
+        return {"weight": weight, **moments}
+
+    def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Inverse of `read_state`: sets the compute copy, the master copy and the moments."""
+        weight = state["weight"].to(self.device)
+        if self._stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(weight)
+        else:
+            parameter.data.copy_(weight)
+        self._write_master(parameter, weight)
+        for key in MOMENTS:
+            moment = state[key].to(self.device)
+            if self._stage == 3:
+                safe_set_local_optimizer_state(parameter, self._shard(parameter, moment), key)
+            elif hasattr(parameter, "_hp_mapping"):
+                safe_set_full_optimizer_state(parameter, moment, key)
+            elif self.adamw is not None:
+                self.adamw.state[parameter][key].copy_(moment)
+
+    def _write_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """Set the float32 copy that the optimizer updates, where it is not the parameter itself."""
+        if self._stage == 3:
+            safe_set_local_fp32_param(parameter, self._shard(parameter, weight))
+        elif hasattr(parameter, "_hp_mapping"):
+            safe_set_full_fp32_param(parameter, weight)
+
+    @staticmethod
+    def _shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part of `whole`; DeepSpeed's "set full" reads past the end on the last."""
+        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+        size = partition.ds_numel
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        padded = nn.functional.pad(whole.flatten(), (0, size * world - whole.numel()))
+        return padded.narrow(0, rank * size, size)
+
+    @property
+    def _has_moments(self) -> bool:
+        return self.adamw is not None and any("exp_avg" in s for s in self.adamw.state.values())
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates AdamW has made (its bias correction depends on it)."""
+        steps = (
+            [int(s["step"]) for s in self.adamw.state.values() if "step" in s] if self.adamw else []
+        )
+        return max(steps, default=0)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, value: int) -> None:
+        assert self.adamw is not None
+        for state in self.adamw.state.values():
+            state["step"].fill_(value)
+
+
+def _return_freed_memory() -> None:
+    """Hand the heap's free pages back to the system.
+
+    A pass leaves holes that the next one, of another length, does not fill: without this, resident
+    memory creeps up by a tenth within some ten steps on a CPU.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
+    if trim is not None:
+        trim(0)
+
+
+def _empty_twin(causal_lm: Any) -> Any:
+    """The same architecture without weights, for `Engine.inference_model`.
+
+    Its generation config is a blank one: sampling must be the policy's own distribution, not one
+    with the repetition penalty that the model's files may ask for.
+    """
+    with torch.device("meta"):
+        twin = type(causal_lm)(causal_lm.config)
+    twin.generation_config = GenerationConfig()
+    return twin

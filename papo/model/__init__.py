@@ -1,0 +1,1 @@
+"""The language model: loading it, and what is checked of it."""

@@ -1,0 +1,160 @@
+"""The entropy change that a step predicts, through AdamW and from its own gradient alone, and how
+well both correlate with the measured one.
+
+Update k has the gradient g of sum token_weight * loss, and with it the prediction
+
+    p = sum token_weight * w * polarity          over the tokens that train, 0 where clipped
+
+which is linear in g: what the optimizer does to g, it does to p.
+
+    c = min(1, max_grad_norm / |g|)              clipping
+    m = b1 m + (1 - b1) c p                      first moment
+    v = b2 v + (1 - b2) (c |g|)^2                second moment, summed over the n parameters
+    predicted = lr (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k) / n) + eps)
+
+AdamW divides each parameter by the root of its own second moment, this by the root of their mean.
+Weight decay is not modelled, nor are the KL and entropy terms of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from papo.config.options import OptimConfig
+
+# Measured steps that the running correlation looks back on, and the fewest that show one.
+WINDOW = 50
+FEWEST = 8
+
+
+# What plots and tables call the two predictions.
+PREDICTIONS = {
+    "entropy/predicted_delta": "through the optimizer",
+    "entropy/predicted_delta_instant": "gradient alone",
+}
+
+
+class UpdateEffect(NamedTuple):
+    """What an applied update knew before it, and did.
+
+    Attributes:
+        instant: p, per unit of step in logit space.
+        grad_norm: before clipping.
+        lr: learning rate of the update.
+        measured: mean entropy after minus before in nats, None where it was not measured.
+    """
+
+    instant: float
+    grad_norm: float
+    lr: float
+    measured: float | None
+
+
+class EntropyPrediction:
+    """AdamW's averages of the prediction, and the last steps' predicted and measured changes.
+
+    A step's figures are sums over its updates. Skipped updates are not to be shown: AdamW's moments
+    do not move with them.
+
+    Args:
+        optim: the config's `optim` section.
+        parameters: how many numbers are trained.
+    """
+
+    def __init__(self, optim: OptimConfig, parameters: int) -> None:
+        self._optim = optim
+        self._parameters = parameters
+        self._updates = 0
+        self._first = 0.0
+        self._second = 0.0
+        self._points: list[tuple[float, float, float]] = []
+
+    def observe(self, updates: Sequence[UpdateEffect]) -> dict[str, float]:
+        """Take a step's applied updates, in order.
+
+        Returns:
+            The step's figures by the names of their metrics; the measured change and the
+            correlations only where all updates were measured.
+        """
+        predicted = sum(self._through_optimizer(u) for u in updates) if updates else math.nan
+        instant = sum(u.instant for u in updates) if updates else math.nan
+        figures = {
+            "entropy/predicted_delta": predicted,
+            "entropy/predicted_delta_instant": instant,
+        }
+        changes = [u.measured for u in updates if u.measured is not None]
+        if len(changes) < len(updates):
+            return figures
+        measured = sum(changes) if updates else math.nan
+        point = (predicted, instant, measured)
+        if all(map(math.isfinite, point)):
+            self._points = [*self._points, point][-WINDOW:]
+        through, alone, real = zip(*self._points, strict=True) if self._points else [()] * 3
+        return {
+            **figures,
+            "entropy/measured_delta": measured,
+            "entropy/prediction_correlation": rank_correlation(through, real),
+            "entropy/prediction_correlation_instant": rank_correlation(alone, real),
+        }
+
+    def _through_optimizer(self, update: UpdateEffect) -> float:
+        optim, (decay, square_decay) = self._optim, self._optim.betas
+        clip = 1.0
+        if update.grad_norm > optim.max_grad_norm:
+            clip = optim.max_grad_norm / update.grad_norm
+        # A prediction that is not finite says nothing; kept, it would spoil all that come after.
+        instant = update.instant if math.isfinite(update.instant) else 0.0
+        self._updates += 1
+        self._first = decay * self._first + (1.0 - decay) * clip * instant
+        norm = clip * update.grad_norm
+        self._second = square_decay * self._second + (1.0 - square_decay) * norm * norm
+        first = self._first / (1.0 - decay**self._updates)
+        second = self._second / (1.0 - square_decay**self._updates)
+        return update.lr * first / (math.sqrt(second / self._parameters) + optim.eps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, exact in JSON."""
+        return {
+            "updates": self._updates,
+            "first": self._first,
+            "second": self._second,
+            "points": [list(point) for point in self._points],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self._updates = int(state["updates"])
+        self._first = state["first"]
+        self._second = state["second"]
+        self._points = [(p, i, m) for p, i, m in state["points"]]
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks.
+
+    Pairs with a value that is not finite are left out. NaN with fewer than `FEWEST` pairs, and
+    where one side is constant.
+    """
+    pairs = torch.tensor([list(a), list(b)], dtype=torch.float64)
+    pairs = pairs[:, pairs.isfinite().all(0)]
+    if pairs.shape[1] < FEWEST:
+        return math.nan
+    return pearson(_ranks(pairs[0]), _ranks(pairs[1]))
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation of two float64 vectors; NaN where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if scale > 0.0 else math.nan
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]

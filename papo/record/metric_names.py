@@ -1,0 +1,206 @@
+"""Every figure a run writes: the one table of names, units and meanings.
+
+`python -m papo.record.metric_names` prints docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """`unit` is empty for counts and plain numbers; shares are of 1."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("", "Mean reward of everything sampled, masked rows left out."),
+    "reward/std": Metric("", "Standard deviation of the same rewards."),
+    "reward/accuracy": Metric(
+        "share", "Completions with a reward of `reward.success` or more, masked ones left out."
+    ),
+    "reward/zero_spread_groups": Metric(
+        "share",
+        "Groups whose rewards are all equal (largest minus smallest <= 1e-6): advantages 0, "
+        "nothing learnt.",
+    ),
+    "reward/errors": Metric("", "Completions whose verifier raised; scored 0."),
+    "reward/timeouts": Metric(
+        "", "Completions whose verifier was killed at `reward.timeout_s`; scored 0."
+    ),
+    "reward/invalid": Metric(
+        "", "Completions whose verifier returned None or no finite number; masked."
+    ),
+    "response/length": Metric(
+        "tokens", "Mean response length, the end-of-sequence token included."
+    ),
+    "response/truncated": Metric("share", "Completions that ran into `rollout.max_new_tokens`."),
+    "rollout/rounds": Metric(
+        "", "Sampling rounds of the step; above 1 with dynamic sampling alone."
+    ),
+    "entropy/mean": Metric(
+        "nats",
+        "Mean entropy of the policy at the sampling temperature, over the tokens that train; null "
+        "where there are none.",
+    ),
+    "entropy/predicted_delta": Metric(
+        "nats times a constant",
+        "The step's entropy change as polarity predicts it, passed through AdamW (docs/method.md): "
+        "the sum over the step's updates. Compare its sign and trend, not its size, with the "
+        "measured one. Null where no update was applied.",
+    ),
+    "entropy/predicted_delta_instant": Metric(
+        "nats per unit step",
+        "The same from this step's gradient alone, per unit of step in logit space: sum of token "
+        "weight times w times polarity over all tokens of the step, 0 where clipped.",
+    ),
+    "entropy/measured_delta": Metric(
+        "nats",
+        "Mean entropy after an update minus before it, over all its tokens (or "
+        "`metrics.measure_tokens` of them), summed over the step's updates.",
+    ),
+    "entropy/prediction_correlation": Metric(
+        "",
+        "Spearman's rank correlation of `entropy/predicted_delta` and `entropy/measured_delta` "
+        "over the last 50 measured steps; null before the 8th. `dH r` on screen.",
+    ),
+    "entropy/prediction_correlation_instant": Metric(
+        "", "The same of `entropy/predicted_delta_instant`."
+    ),
+    "phase/phi": Metric("", "Phase used by this step, in [-1, 1]; above 0 asks for more entropy."),
+    "phase/fast": Metric("nats", "Fast average of the mean entropy, this step included."),
+    "phase/slow": Metric("nats", "Slow average of the mean entropy, this step included."),
+    "phase/reference": Metric("nats", "Reference entropy H*."),
+    "weighting/lambda_phi": Metric(
+        "", "`weighting.strength` times the phase: how far the branches' weights move apart."
+    ),
+    "weighting/sigma": Metric("", "Running RMS of polarity used by this step."),
+    "weighting/scale": Metric(
+        "", "Pressure-conserving scale s used by this step; 1 without `weighting.conserve`."
+    ),
+    "polarity/expanding_share": Metric(
+        "share",
+        "Tokens of the step's first update that expand entropy (polarity above 0, outside the dead "
+        "zone, not clipped).",
+    ),
+    "polarity/contracting_share": Metric(
+        "share", "The same for tokens that contract it (polarity below 0)."
+    ),
+    "polarity/expanding_pressure_before": Metric(
+        "share", "The expanding branch's part of the summed absolute advantage, unweighted."
+    ),
+    "polarity/contracting_pressure_before": Metric(
+        "share", "The contracting branch's part of it, unweighted."
+    ),
+    "polarity/expanding_pressure_after": Metric(
+        "share", "The expanding branch's part after weighting."
+    ),
+    "polarity/contracting_pressure_after": Metric(
+        "share", "The contracting branch's part after weighting."
+    ),
+    "loss/policy": Metric(
+        "", "The policy loss. On-policy it is near 0 by construction: see below."
+    ),
+    "loss/advantage_abs": Metric(
+        "", "Mean absolute advantage per token; 0 means there is nothing to learn from."
+    ),
+    "loss/ratio": Metric("", "Mean importance ratio; 1 with one update per rollout."),
+    "loss/clip_low": Metric(
+        "share", "Tokens with negative advantage whose gradient is clipped away."
+    ),
+    "loss/clip_high": Metric(
+        "share", "Tokens with positive advantage whose gradient is clipped away."
+    ),
+    "loss/sampler_kl": Metric(
+        "nats",
+        "KL from the sampler to the policy on sampled tokens (k3): how far sampling and training "
+        "disagree.",
+    ),
+    "optim/grad_norm": Metric(
+        "",
+        "Gradient norm of the step's last update, before clipping; null where it is not finite.",
+    ),
+    "optim/lr": Metric("", "Learning rate of the step's last update."),
+    "optim/skipped": Metric(
+        "",
+        "Updates of the step that were skipped: loss or gradient was not finite, or no token was "
+        "left to train on.",
+    ),
+    "time/step": Metric("s", "The whole step, slowest rank (as all times)."),
+    "time/gather": Metric("s", "Gathering partitioned weights for sampling, once a step."),
+    "time/rollout": Metric("s", "Sampling."),
+    "time/reward": Metric("s", "Waiting for verifiers."),
+    "time/stats": Metric(
+        "s", "Forward passes of the old and the reference policy, where something needs them."
+    ),
+    "time/train": Metric(
+        "s",
+        "Forward, backward and optimizer; with `metrics.measure_tokens` or `model.dropout` also "
+        "the pass that measures entropy before the step.",
+    ),
+    "time/measure": Metric("s", "Forward pass after the update for the measured entropy change."),
+    "throughput/tokens_per_second": Metric(
+        "tokens/s", "Sampled tokens of all ranks over the time of the step."
+    ),
+    "memory/peak_rss": Metric("GiB", "Peak resident memory of the largest rank so far."),
+    "memory/peak_device": Metric(
+        "GiB", "Peak accelerator memory of the largest rank so far; absent on a CPU."
+    ),
+    "eval/accuracy": Metric(
+        "share",
+        "Held-out problems: samples at temperature 1 with a reward of `reward.success` or more, "
+        "masked ones left out, as in all that follow.",
+    ),
+    "eval/pass_at_k": Metric("share", "Held-out problems solved by at least one of the samples."),
+    "eval/greedy": Metric("share", "Held-out problems solved by greedy decoding."),
+    "eval/reward": Metric("", "Mean reward of the samples."),
+    "eval/reward_greedy": Metric("", "Mean reward of greedy decoding."),
+    "eval/invalid": Metric(
+        "",
+        "Held-out completions, samples and greedy ones, whose verifier returned None or no finite "
+        "number.",
+    ),
+    "eval/truncated": Metric("share", "Held-out samples that ran into `rollout.max_new_tokens`."),
+}
+
+
+def reference_page() -> str:
+    """The Markdown page of every name."""
+    rows = [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
+    return _PAGE.format(table="\n".join(rows))
+
+
+_PAGE = """# Metrics
+
+Made by `python -m papo.record.metric_names > docs/metrics.md` from its table; do not edit.
+
+Every step writes one row to `metrics.jsonl` in the run's folder, and the same names to TensorBoard
+(`tensorboard --logdir runs`). An evaluation writes a row of its own, with the step after which it
+ran. Figures cover all ranks; a figure that is not finite is written as null.
+
+| name | unit | meaning |
+|---|---|---|
+{table}
+
+## The loss is 0
+
+That is what a healthy on-policy run shows. Advantages are centred within each group and the ratio
+is 1, so the loss's value is minus the token mean of the advantages, near 0, while its gradient is
+not. Look at `optim/grad_norm`, `loss/advantage_abs` and `reward/mean` instead. Nothing is learnt
+only where `loss/advantage_abs` and `optim/grad_norm` are 0 as well: then
+`reward/zero_spread_groups` is 1, all groups were solved completely or not at all. Choose easier or
+harder problems, or set `dynamic_sampling.enabled`.
+
+## Completions
+
+`completions.jsonl` holds every sampled completion once: `step`, `group` (index of the prompt in the
+step), `uid` of the problem, `prompt`, `answer` (the reference), `text`, `length` in tokens,
+`truncated`, `reward` (null where masked), `status` (`ok`, `error`, `timeout`, `invalid`) and
+`advantage`.
+"""
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -1,0 +1,1 @@
+"""Verifiable rewards: answers, verifiers, and the workers that run them."""

@@ -1,0 +1,249 @@
+"""One call's passes over the chunks of its tokens: statistics, their gradient, the policy loss.
+
+`linear_ops.py` registers them with torch; `parallel.py` runs them on a shard of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from papo_kernels.backends import choice as backends
+from papo_kernels.ops.token_stats import check_target_values
+from papo_kernels.types import (
+    ELSEWHERE,
+    IGNORE_INDEX,
+    STATE_SIZE,
+    LossInputs,
+    RowParams,
+    TokenInputs,
+    acc_dtype,
+)
+
+from .gradients import Gradients
+from .keep import KeepMask
+from .plan import Needs, Selection, Workspace, active_rows, default_workspace, make_plan
+from .products import Head, write_logits
+
+
+class HeadInputs(NamedTuple):
+    """The tensors of a call, as the operations' schemas order them; `hidden` is ``[N, D]``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    keep_offsets: Tensor | None
+    keep_ids: Tensor | None
+
+    def needs(self) -> Needs:
+        """Which of them will be asked for a gradient."""
+        grad = torch.is_grad_enabled()
+        return Needs(*(grad and x is not None and x.requires_grad for x in self[:5]))
+
+
+class HeadOptions(NamedTuple):
+    """`row.vocab_size` counts the whole vocabulary, `chunk_bytes` 0 is the default workspace."""
+
+    row: RowParams
+    backend: str
+    lora_scaling: float
+    logits_dtype: torch.dtype
+    chunk_bytes: int
+
+
+class Shard(NamedTuple):
+    """The part of a split vocabulary that the weight holds.
+
+    Attributes:
+        first: id of the weight's first row.
+        columns: rows of the largest shard: all ranks cut the same chunks.
+        merge: the states ``[n, 6]`` of whole rows from this shard's, a collective.
+    """
+
+    first: int
+    columns: int
+    merge: Callable[[Tensor], Tensor]
+
+
+Step = Callable[[Selection, Tensor, Tensor | None], None]
+
+
+class HeadPass:
+    """The passes of one call. On a CPU a bad target or kept id raises before anything runs."""
+
+    def __init__(
+        self, inputs: HeadInputs, options: HeadOptions, targets: Tensor, shard: Shard | None = None
+    ) -> None:
+        self._inputs, self._options, self._shard = inputs, options, shard
+        check_gathered(inputs.weight, allow_empty=shard is not None)
+        vocab_size = options.row.vocab_size
+        check_target_values(targets, vocab_size)
+        self._first = shard.first if shard is not None else 0
+        held = inputs.weight.shape[0]
+        cut = max(0, min(held, vocab_size - self._first))
+        weight = inputs.weight[:cut]
+        self._head = Head(
+            weight if 1 in weight.stride() or cut == 0 else weight.contiguous(),
+            None if inputs.bias is None else inputs.bias[:cut],
+            inputs.lora_a,
+            None if inputs.lora_b is None else inputs.lora_b[:cut],
+            options.lora_scaling,
+        )
+        # A shard without rows stands as one masked column.
+        self._columns = max(1, cut)
+        self._row = options.row._replace(vocab_size=self._columns, sharded=shard is not None)
+        self._keep = None
+        if inputs.keep_offsets is not None and inputs.keep_ids is not None:
+            self._keep = KeepMask(inputs.keep_offsets, inputs.keep_ids, targets, vocab_size)
+        self._targets = targets
+        if shard is not None:
+            # What is no id at all (on a GPU nothing has refused it) stays one that kernels refuse.
+            known = (targets >= 0) & (targets < vocab_size)
+            outside = torch.where(known, ELSEWHERE, targets.clamp(max=ELSEWHERE - 1))
+            outside = torch.where(targets == IGNORE_INDEX, IGNORE_INDEX, outside)
+            local = targets - self._first
+            self._targets = torch.where((local >= 0) & (local < cut), local, outside)
+        device, dtype = inputs.hidden.device, options.logits_dtype
+        name = backends.choose(options.backend or None, device, dtype)
+        self._backend = backends.module(name)
+        self._narrowing = name != "cpu"
+
+    # ---- passes ----
+
+    def token_stats_fwd(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """logp, entropy, unit_polarity, lse ``[N]`` and the states ``[N, 6]`` of whole rows."""
+        hidden, dtype = self._inputs.hidden, acc_dtype(self._options.logits_dtype)
+        rows = hidden.shape[0]
+        outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(4)]
+        outputs.append(hidden.new_zeros((rows, STATE_SIZE), dtype=torch.float64))
+
+        def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
+            values = self._backend.token_stats_fwd(logits, self._targets[chunk], self._row)
+            for output, value in zip(outputs, values, strict=True):
+                output[chunk] = value
+
+        self._run(step, self._targets == IGNORE_INDEX, None)
+        if self._shard is not None:
+            outputs = self._finish(self._shard.merge(outputs[-1]))
+        logp, entropy, unit_polarity, lse, state = outputs
+        return logp, entropy, unit_polarity, lse, state
+
+    def token_stats_bwd(
+        self, state: Tensor, grads: tuple[Tensor | None, ...], needs: Needs
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight, bias, lora_a and lora_b for upstream gradients ``[N]`` of
+        logp, entropy and unit_polarity; the chunks' logits are computed again."""
+
+        def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
+            self._backend.token_stats_bwd(
+                logits,
+                self._targets[chunk],
+                state[chunk],
+                tuple(None if g is None else g[chunk] for g in grads),
+                self._row,
+                dlogits,
+            )
+
+        return self._run(step, self._targets == IGNORE_INDEX, needs)
+
+    def policy_loss(
+        self, inputs: LossInputs, needs: Needs
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """What `policy_loss_fwd` of a backend returns for all tokens, and the gradients of the loss
+        as `token_stats_bwd` does."""
+        tokens, params, weighting = inputs.tokens, inputs.params, inputs.weighting
+        hidden, dtype = self._inputs.hidden, acc_dtype(self._options.logits_dtype)
+        rows = hidden.shape[0]
+        outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(7)]
+        outputs.append(hidden.new_zeros(rows, dtype=torch.bool))
+
+        def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
+            targets, merged = self._targets[chunk], None
+            if self._shard is not None:
+                local = self._backend.token_stats_fwd(logits, targets, self._row)[-1]
+                merged = self._shard.merge(local)
+            values = self._backend.policy_loss_fwd(
+                logits,
+                targets,
+                TokenInputs(*(None if x is None else x[chunk] for x in tokens)),  # type: ignore[arg-type]
+                params,
+                weighting,
+                self._row,
+                dlogits,
+                merged,
+            )
+            for output, value in zip(outputs, values, strict=True):
+                output[chunk] = value
+
+        ignored = (self._targets == IGNORE_INDEX) | (tokens.token_weight == 0)
+        grads = self._run(step, ignored, needs if any(needs) else None)
+        return tuple(outputs), grads
+
+    # ---- what they share ----
+
+    def _run(self, step: Step, ignored: Tensor, needs: Needs | None) -> tuple[Tensor | None, ...]:
+        """`step` on every chunk's logits; where `needs` is given, it writes the logits' gradient
+        and the gradients of the head's inputs are formed of it."""
+        hidden, columns = self._inputs.hidden, self._columns
+        active, shard = active_rows(ignored), self._shard
+        dtype = self._options.logits_dtype
+        weight_sum = 0
+        if needs is not None and needs.weight:
+            held = hidden.shape[1] * (columns if shard is None else shard.columns)
+            weight_sum = held * (acc_dtype(dtype).itemsize - hidden.dtype.itemsize)
+        plan = make_plan(
+            active.total,
+            columns if shard is None else shard.columns,
+            hidden.shape[1],
+            (hidden.dtype, dtype),
+            needs is not None,
+            self._options.chunk_bytes or default_workspace(hidden.device),
+            weight_sum,
+        )
+        work = Workspace(hidden, active, plan, dtype, self._narrowing)
+        grads = None
+        if needs is not None:
+            full = self._inputs[1:5]
+            grads = Gradients(hidden, self._head, full, needs, plan.slabs, shard is not None)
+        for slab in work.over_slabs():
+            rows = hidden[slab]
+            for part, chunk in work.over_chunks(slab):
+                logits = work.logits(part.stop - part.start, columns)
+                write_logits(self._head, rows[part], logits)
+                if self._keep is not None and self._head.columns:
+                    self._keep.apply(logits, chunk, self._first)
+                if grads is None:
+                    step(chunk, logits, None)
+                else:
+                    step(chunk, logits, work.kernel_target(part, columns))
+                    work.keep_gradient(part, columns)
+            if grads is not None:
+                dlogits = work.dlogits(slice(0, rows.shape[0]), columns)
+                skipped = None if active.ignored is None else active.ignored[slab]
+                grads.add(slab, rows, dlogits, skipped)
+        return (None,) * len(Needs._fields) if grads is None else grads.results()
+
+    def _finish(self, state: Tensor) -> list[Tensor]:
+        """The statistics of whole rows from their merged states, which hold all that is needed."""
+        unread = self._inputs.hidden.new_empty(
+            (state.shape[0], 1), dtype=self._options.logits_dtype
+        )
+        targets = torch.where(self._targets == IGNORE_INDEX, IGNORE_INDEX, ELSEWHERE)
+        row = self._row._replace(vocab_size=1)
+        *outputs, _ = self._backend.token_stats_fwd(unread, targets, row, state)
+        return [*outputs, state]
+
+
+def check_gathered(weight: Tensor, allow_empty: bool = False) -> None:
+    """ZeRO-3 leaves a tensor of zero elements in place of a partitioned weight."""
+    if weight.numel() == 0 and not (allow_empty and weight.dim() == 2):
+        raise ValueError(
+            f"weight: expected [V, D] with V >= 1, got shape {tuple(weight.shape)}: zero elements. "
+            "A weight partitioned by DeepSpeed ZeRO-3 was used outside a gather; call inside "
+            "deepspeed.zero.GatheredParameters([weight]) or a module that reads it"
+        )

@@ -1,0 +1,1 @@
+"""The torch operations: schemas, fake implementations, autograd."""

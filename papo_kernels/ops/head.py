@@ -194,9 +194,7 @@ class _TokenStats(torch.autograd.Function):
         return None, None, *formed, None, None
 
 
-def run_head_token_stats(
-    operands: Operands, call: HeadCall, targets: Tensor
-) -> tuple[Tensor, ...]:
+def run_head_token_stats(operands: Operands, call: HeadCall, targets: Tensor) -> tuple[Tensor, ...]:
     """logp, entropy, unit_polarity and lse `[N]`."""
     outputs: tuple[Tensor, ...] = _TokenStats.apply(call, targets, *operands)
     return outputs

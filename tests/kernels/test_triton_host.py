@@ -74,13 +74,13 @@ def stats(logits, row=ROW, n=N):
     return TRITON.token_stats_fwd(logits, torch.zeros(n, dtype=torch.int64), row)
 
 
-def loss(logits, params=None, row=ROW, n=N, weighting=None):
+def loss(logits, objective=None, row=ROW, n=N, weighting=None):
     from papo_kernels.backends.triton import TRITON
 
     tokens = TokenInputs(*(torch.zeros(n) for _ in range(4)))
     targets = torch.zeros(n, dtype=torch.int64)
-    params = params or Objective()
-    return TRITON.policy_loss_fwd(logits, targets, tokens, params, weighting, row, logits)
+    objective = objective or Objective()
+    return TRITON.policy_loss_fwd(logits, targets, tokens, objective, weighting, row, logits)
 
 
 def backward(logits, row=ROW, n=N):

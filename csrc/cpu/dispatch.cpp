@@ -15,7 +15,7 @@ struct Choice {
 };
 
 // PAPO_CPU_ISA is an upper limit: the best set that the machine has, from the named one down. A
-// name that is unknown, or that the machine lacks, is refused by _native.py.
+// name that is unknown, or that the machine lacks, is refused by backends/extension.py.
 const RowKernels* choose() {
   const char* wanted = std::getenv("PAPO_CPU_ISA");
   bool allowed = wanted == nullptr || *wanted == '\0';

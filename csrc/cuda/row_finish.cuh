@@ -47,9 +47,12 @@ PAPO_DEVICE TokenNumbers load_numbers(const RowsCall& call, int64_t i) {
 
 // Writes the outputs of a row that contributes nothing.
 PAPO_DEVICE void write_nothing(const RowsCall& call, int64_t i) {
-  const RowStats<double> none = {};
-  if (call.task == RowTask::kStats) write_stats<float>(call.stats, i, RowScan{}, none);
-  if (call.task == RowTask::kPolicyLoss) write_loss(call.loss, i, none, TokenOut<float>{});
+  if (call.task == RowTask::kStats) {
+    write_stats<float>(call.stats, i, RowScan{}, RowStats<double>{});
+  }
+  if (call.task == RowTask::kPolicyLoss) {
+    write_loss(call.loss, i, RowStats<double>{}, TokenOut<float>{});
+  }
 }
 
 PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowScan& scan, double mu,

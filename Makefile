@@ -1,6 +1,6 @@
 # make train    set up .venv and train a real LLM with PAPO on the embedded default
 # make test     set up .venv and run the whole test suite
-# make test-fast  the kernels on reference and cpu, and the trainer, without processes: about a minute
+# make test-fast  the kernels on reference and cpu at small sizes, and the trainer, without processes
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
 # make drawings   draw docs/images again; needs Python alone

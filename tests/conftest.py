@@ -4,10 +4,10 @@
 (marked ``gpu``) and are shown as skipped without one. There the CUDA kernels run as ``emulated``,
 on three small devices of kernels/cuda_emulator.py. ``--backends a,b`` overrides.
 
-Fewer tests run in three ways. ``TRITON_INTERPRET=1``: triton alone, interpreted at about 50 ms a
-row. The emulated backends, in any run. Both get fewer rows and dtypes, and no test that would only
-repeat what another backend has shown. ``--fast``: reference and cpu, nothing that needs more than
-Python, and nothing that starts a process.
+Fewer tests run in three ways, all with fewer rows. ``TRITON_INTERPRET=1``: triton alone, which is
+interpreted at about 50 ms a row. The emulated backends, in any run. ``--fast``: reference and cpu,
+and nothing that needs more than Python or starts a process. What would only repeat what another
+backend or the whole suite shows is left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        "plumbing: of torch around a kernel; neither interpreted nor emulated",
+        "plumbing: of torch around a kernel; neither interpreted nor emulated nor in a fast run",
         "needs(*names): keys of NEEDS in tests/conftest.py, without which the test is skipped",
         "not_for(reason, **parameters): the case of these parameters is skipped",
     ):
@@ -132,9 +132,11 @@ def device(backend: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def sizes(backend: str) -> Callable[[T, T], T]:
-    """``sizes(full, small)``: the second where kernels are interpreted or emulated."""
-    return lambda full, small: small if _is_slow(backend) else full
+def sizes(backend: str, pytestconfig: pytest.Config) -> Callable[[T, T], T]:
+    """``sizes(full, small)``: the second in a fast run, and where kernels are interpreted or
+    emulated."""
+    is_small = _is_slow(backend) or _fast(pytestconfig)
+    return lambda full, small: small if is_small else full
 
 
 @pytest.fixture(scope="session")
@@ -268,10 +270,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def _left_out(item: pytest.Item) -> bool:
-    """Of a fast run: what needs more than Python. Of a slow backend: tests of no backend, and of
-    what happens around a kernel."""
+    """What needs more than Python, and what happens around a kernel, of a fast run; the latter, and
+    tests of no backend, of a slow backend."""
     if _fast(item.config):
-        return any(item.get_closest_marker(name) for name in ("gpu", "needs"))
+        return any(item.get_closest_marker(name) for name in ("gpu", "needs", "plumbing"))
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if backend in EMULATED:
         # The fused head calls the kernels alike on every device: one is enough.

@@ -176,7 +176,7 @@ def test_the_padding_of_the_workspace_holds_zeros(columns):
 @pytest.mark.parametrize("workspace", [1, 16])
 def test_the_byte_model_of_the_documentation(dtype, frozen, workspace):
     """`benchmarks.memory_model` against the allocations of a call."""
-    n, d, v = 1024, 64, 20_000
+    n, d, v = 512, 64, 20_000
     hidden, weight, targets = inputs(n, d, v, dtype)
     weight.requires_grad_(not frozen)
     model = memory_model.Model("test", v, d)

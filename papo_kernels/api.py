@@ -47,16 +47,16 @@ def token_stats(
     once: in the logits, or in the hidden states, the head's weight, bias and LoRA factors. Using
     lse in a loss raises in backward.
 
-    Of ``head(hidden)`` backward computes the logits of each chunk again. Beyond results it takes
-    the workspace and, for a half-precision weight whose tokens need several slabs, the memory of
-    its gradient once more.
+    For ``head(hidden)``, backward computes the logits of each chunk again. Beyond its results it
+    needs the workspace. A half-precision weight whose tokens need several slabs also needs the
+    memory of its gradient a second time.
 
     Args:
         logits: a tensor ``[..., V]``; or `Logits`, a tensor with a soft cap or padded columns; or
             ``head(hidden)``, the logits of a `Head`, which are never held whole.
         targets: ``[...]`` int64, the sampled tokens; -100: ignored, all outputs and the gradient 0.
-            Of a head's ignored rows only a GPU computes the logits, so as not to wait for their
-            number.
+            A GPU computes the logits of a head's ignored rows all the same: to leave them out it
+            would have to wait for their number.
         temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
         compute: backend and memory; None for `Compute()`.
 
@@ -106,15 +106,15 @@ def policy_loss(
     w = scale (1 + strength phase h(polarity / sigma)) with polarity = r A c carries no gradient;
     without `weighting`, w = 1.
 
-    The gradient is formed in the forward pass, where one is asked for, and multiplied by the
-    upstream scalar in backward (free where that is 1). Of ``head(hidden)`` it is formed chunk by
-    chunk, with three matrix products in all and none computed again; the head's weight is read in
-    the forward pass only, so that under ZeRO-3 it need not be gathered for backward.
+    Where a gradient is asked for, it is formed in the forward pass and multiplied by the upstream
+    scalar in backward (free where that is 1). For ``head(hidden)`` it is formed chunk by chunk, in
+    three matrix products, none of which is repeated. The head's weight is read in the forward pass
+    only, so under ZeRO-3 it need not be gathered for backward.
 
     Args:
         logits, targets, temperature, compute: as for `token_stats`. With half-precision hidden
             states the gradient of a head's logits is half precision too: for float16 a loss scale
-            belongs into `token_weight`, where it keeps small gradients from vanishing.
+            belongs in `token_weight`, where it keeps small gradients from vanishing.
         advantages: like `targets`, any real dtype.
         token_weight: like `targets`: the loss mask times the normalizer of the aggregation, e.g.
             mask / mask.sum() for a token mean. A token of weight 0 contributes exactly nothing,
@@ -163,7 +163,7 @@ def _head_call(
     compute: Compute,
     more: Callable[[PassOptions], T],
 ) -> tuple[Operands, HeadCall, T]:
-    """The checked call of a head, and what `more` makes of its options."""
+    """The checked call of a head, and what `more` returns for its options."""
     if logits.head.group is None:
         operands, options = prepare(logits, targets, temperature, compute)
         return operands, HeadCall(options, None), more(options)

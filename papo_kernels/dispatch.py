@@ -38,8 +38,8 @@ def kernel_or_operation(
 
 
 def filled(value: float, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """`value` as a 0-dim tensor on the device of `like`, without a host sync; not to be written to:
-    eager calls share it."""
+    """`value` as a 0-dim tensor on the device of `like`, without a host sync. Eager calls share it,
+    so it must not be written to."""
     device = like.device
     if not is_plain(like):
         # A sum, unlike full(), leaves the number a variable of a traced graph.
@@ -47,7 +47,8 @@ def filled(value: float, dtype: torch.dtype, like: Tensor) -> Tensor:
     if device.type == "cpu":
         return _filled(value, dtype, device, 0)
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        # What another stream fills may not be there yet; and a captured graph outlives the cache.
+        # One a stream: what another stream fills may not be there yet. None in a capture: a graph
+        # outlives the cache.
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         return _filled(value, dtype, device, stream)
     return torch.full((), value, dtype=dtype, device=device)

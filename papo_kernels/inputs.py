@@ -99,7 +99,7 @@ def loss_inputs(
 
 
 def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` detached, contiguous `[N]`, in `dtype`; itself where it is all that."""
+    """`value` as a detached, contiguous `[N]` tensor of `dtype`; itself if it is one already."""
     if value.dim() != 1:
         value = value.reshape(-1)
     if value.requires_grad:

@@ -87,12 +87,12 @@ class Head:
             gradient 0.
         group: the ranks that the rows of the weight are spread over (Megatron's vocabulary
             parallelism), rank r's rows before those of rank r + 1. `weight`, `bias` and `lora.b`
-            are then this rank's rows, of any number, 0 included; `lora.a` is whole. None: one rank
-            holds them all; ``torch.distributed.group.WORLD`` is None until the group exists.
-        shards: with `group`: how many rows each rank has, where that is known. It saves an exchange
-            of integers in every call, and with it the wait for a GPU; arguments are then checked on
-            each rank alone, and ``Compute.chunk_bytes`` is needed where the ranks' GPUs have
-            different memory.
+            then hold this rank's rows, any number of them, 0 included; `lora.a` is whole. None: one
+            rank holds them all; ``torch.distributed.group.WORLD`` is None until the group exists.
+        shards: with `group`: how many rows each rank has, where that is known. Without it every
+            call exchanges integers, for which it waits for the GPU. With it each rank checks its
+            arguments alone, and ``Compute.chunk_bytes`` is needed where the ranks' GPUs differ in
+            memory.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of its range.
@@ -131,8 +131,8 @@ class Head:
         the model's config asks for.
 
         Raises:
-            TypeError: `model` has no output embeddings, or they are more than a linear layer, such
-                as an adapter's: make ``Head(weight, lora=LoRA(...))`` of them.
+            TypeError: `model` has no output embeddings, or they are more than a linear layer, as
+                with an adapter: make ``Head(weight, lora=LoRA(...))`` from their parts.
         """
         projection = getattr(model, "get_output_embeddings", lambda: None)()
         if not isinstance(projection, torch.nn.Linear):
@@ -181,8 +181,8 @@ class Compute:
             where that is more.
         logits_dtype: of a head's logits; None: float32 (float64 for float64). For half-precision
             hidden states the other choice is their own dtype, which rounds every logit to 8
-            (bfloat16) or 11 bits: on a CPU, whose half-precision products only give half precision,
-            it saves the float32 product.
+            (bfloat16) or 11 bits. It is faster on a CPU, where a product of half-precision numbers
+            is half precision, and float32 logits take a float32 product.
         inplace: `policy_loss` overwrites the logits it is given with their gradient instead of
             allocating it. They must not be a leaf or a view, and belong to this loss alone: another
             use in a loss, or a second backward, raises. No effect under no_grad, nor under

@@ -84,7 +84,7 @@ class Objective:
 
     Args:
         clip_low: the ratio is clipped from below at 1 - clip_low; in [0, 1].
-        clip_high: and from above at 1 + clip_high; >= 0, inf for no upper bound.
+        clip_high: the ratio is clipped from above at 1 + clip_high; >= 0, inf for no bound.
         dual_clip: C > 1: where the advantage is negative the loss is at most C |A|. None: off.
         kl_coef: coefficient of the k3 estimate of KL(policy || reference); >= 0, needs `ref_logp`
             unless 0.
@@ -120,7 +120,7 @@ class PolarityWeighting:
 
     Args:
         strength: in [0, 1), so that no token's weight reaches 0. 0 gives exactly `scale`.
-        phase: in [-1, 1]; > 0 favours tokens that expand entropy. A float or a 0-dim tensor on the
+        phase: in [-1, 1]; > 0 favors tokens that expand entropy. A float or a 0-dim tensor on the
             logits' device.
         shape: "sign", h = sign(polarity), 0 where |unit polarity| <= dead_zone; or "tanh", h =
             tanh(polarity / sigma).
@@ -128,8 +128,8 @@ class PolarityWeighting:
         scale: a factor on every weight, > 0. A float or a 0-dim tensor.
         dead_zone: for "sign", >= 0.
 
-    A tensor's value is not checked: reading it would synchronise the device. A compiled graph is
-    good for every phase, sigma and scale, floats and tensors; the rest are its constants.
+    A tensor's value is not checked: reading it would synchronize the device. A compiled graph
+    serves every phase, sigma and scale, float or tensor; the other fields are its constants.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of its range.
@@ -170,8 +170,8 @@ class RowParams(NamedTuple):
     columns.
 
     `softcap` 0.0 means none. Columns from vocab_size on are padding: never read, p = 0, gradient 0.
-    `sharded`: they are a shard of the vocabulary, and a target may be ELSEWHERE, which is else out
-    of range.
+    `sharded`: the columns are a shard of the vocabulary. A target may then be ELSEWHERE, which in
+    whole rows is out of range.
     """
 
     temperature: float

@@ -60,7 +60,7 @@ T* at(int array) {
   return reinterpret_cast<T*>(address(array));
 }
 
-// The arrays of a call; issue_model/launches.py has the same order.
+// The arrays of a call; ARRAYS in issue_model/model.py has the same order.
 enum Array {
   kLogits, kDlogits, kTargets, kState, kLogp, kEntropy, kPolarity, kLse, kStateOut, kAdvantages,
   kTokenWeight, kOldLogp, kTokenLoss, kWeight, kRatio, kClipped

@@ -1,7 +1,7 @@
 """What the ranks say to each other. With engine.py, the only file that imports torch.distributed.
 
-Without a process group, as in tests and tools, the one rank there is talks to itself. With one,
-every rank must call the same functions in the same order.
+Without a process group, as in tests and tools, there is one rank. With a group, every rank must
+call the same functions in the same order.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_lists(items: Sequence[T]) -> list[T]:
-    """The ranks' lists, one behind the other in rank order, on every rank."""
+    """The lists of all ranks joined in rank order, on every rank."""
     return [item for part in gather_objects(list(items)) for item in part]
 
 

@@ -12,7 +12,7 @@ _LAUNCHER = "deepspeed.launcher.launch"
 
 
 class Termination:
-    """Watches for both from its construction on, in the main thread."""
+    """Watches for both from the moment it is made, which must be in the main thread."""
 
     def __init__(self) -> None:
         self._signalled = threading.Event()
@@ -32,7 +32,7 @@ class Termination:
 def _deepspeed_command() -> psutil.Process | None:
     """The `deepspeed` process behind the launcher that started this rank, if one did.
 
-    It passes no signal on: without this, the ranks would run on unseen when it is terminated.
+    It does not forward signals: if it is terminated, the ranks would go on training unnoticed.
     """
     try:
         launcher = psutil.Process(os.getppid())

@@ -53,7 +53,7 @@ def score_groups(
     """Rewards to advantages, group by group.
 
     Args:
-        completions: whole groups, one behind the other; `rewards` are theirs.
+        completions: whole groups, one after the other; `rewards` are theirs.
         advantage: the config's `advantage` section.
     """
     if not completions:
@@ -97,7 +97,7 @@ class GroupAdvantages(NamedTuple):
 def group_advantages(
     rewards: Tensor, *, normalize_std: bool, tolerance: float = 1e-6
 ) -> GroupAdvantages:
-    """Advantages relative to the group: R - mean, over the group's standard deviation if asked for.
+    """Advantages relative to the group: R - mean, divided by its standard deviation if asked for.
 
     GRPO (arXiv 2402.03300) divides, Dr.GRPO (arXiv 2503.20783) does not. The standard deviation is
     the unbiased one (n - 1) plus 1e-6.

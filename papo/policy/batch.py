@@ -43,8 +43,8 @@ class TrainingSequence:
     kept: KeptIds | None = None
 
 
-# Contributes exactly nothing: for a rank that has nothing to do while others have. It holds all
-# that a loss may ask for, since such a rank has no real sequence that would tell.
+# Contributes exactly nothing, for a rank that has run out of sequences before the others. It has
+# every field that a loss may ask for: such a rank has no real sequence to show which are needed.
 IDLE = TrainingSequence(
     (0,),
     (0,),
@@ -104,7 +104,7 @@ class MicroBatch:
 
 
 def rows_of(sequences: Sequence[TrainingSequence], max_row_tokens: int) -> list[list[int]]:
-    """Indices of neighbours with the same prompt, in rows of at most `max_row_tokens`.
+    """Indices of neighbors with the same prompt, in rows of at most `max_row_tokens`.
 
     A dense mask makes attention quadratic in the row's length: past some length, sharing the prompt
     costs more than it saves. `max_row_tokens` is that length; with 0 nothing is shared.

@@ -36,7 +36,7 @@ class Scoring(nn.Module):
     Args:
         head: of the language model, whose parameters it holds.
         temperature: of sampling; logp, entropy and polarity are all at this temperature.
-        compute: how; its `logits_dtype` is chosen here.
+        compute: backend and memory; its `logits_dtype` is set here.
         full_logits: logits in float32. None: where the device multiplies half-precision numbers
             into float32 (CUDA); a CPU would have to widen them first, at several times the cost.
     """
@@ -90,8 +90,8 @@ class Policy(nn.Module):
     Args:
         causal_lm: a transformers causal LM.
         temperature: sampling temperature; logp, entropy and polarity are all at this temperature.
-        dropout: keep the model's dropout, and whatever else it does in training alone, in passes
-            with gradient.
+        dropout: in passes with gradient, keep the model's dropout and whatever else it does only in
+            training mode.
         compute: backend and workspace of the head, None for `Compute()`.
         full_logits: as for `Scoring`.
     """

@@ -1,6 +1,6 @@
-"""The entropy change that a step predicts, through AdamW and from its own gradient alone.
+"""The entropy change predicted for a step: through AdamW, and from its gradient alone.
 
-Both predictions are held against the measured change: their rank correlation over the last steps.
+Both predictions are compared with the measured change, by rank correlation over the last steps.
 
 Update k has the gradient g of sum token_weight * loss, and with it the prediction
 

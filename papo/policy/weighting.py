@@ -142,7 +142,7 @@ def branch_sums(
 
 
 class WeightController:
-    """What it takes to weight the next update.
+    """The running quantities that the next update is weighted with.
 
     Args:
         config: the config's `weighting` section.
@@ -182,8 +182,8 @@ class WeightController:
     def kernel_weighting(self, phase: float) -> PolarityWeighting | None:
         """Weighting for the loss kernel, None where it is not to weight.
 
-        With strength 0 the step is then the baseline's bit for bit; where the weights are
-        `from_rollout`, the advantages hold them already.
+        It is not to with strength 0, where the step is the baseline's bit for bit, nor where the
+        weights are `from_rollout`: the advantages hold them already.
         """
         config = self._config
         if config.strength == 0.0 or self.from_rollout:

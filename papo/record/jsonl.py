@@ -63,7 +63,7 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; `append` opens it again."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of a write that has failed, and was told, before
+            with contextlib.suppress(OSError):  # of an earlier write that failed, as was reported
                 self._file.close()
             self._file = None
 

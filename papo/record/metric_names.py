@@ -189,9 +189,9 @@ ran. Figures cover all ranks; a figure that is not finite is written as null.
 That is what a healthy on-policy run shows. Advantages are centered within each group and the ratio
 is 1, so the loss's value is minus the token mean of the advantages, near 0, while its gradient is
 not. Look at `optim/grad_norm`, `loss/advantage_abs` and `reward/mean` instead. Nothing is learned
-only where `loss/advantage_abs` and `optim/grad_norm` are 0 as well: then
-`reward/zero_spread_groups` is 1: every group was solved completely or not at all. Choose easier or
-harder problems, or set `dynamic_sampling.enabled`.
+only where `loss/advantage_abs` and `optim/grad_norm` are 0 as well. `reward/zero_spread_groups` is
+then 1, because every group was solved completely or not at all. Choose easier or harder problems,
+or set `dynamic_sampling.enabled`.
 
 ## Completions
 

@@ -28,7 +28,7 @@ class Progress:
         self._durations: deque[float] = deque(maxlen=10)
 
     def start(self, total: int, done: int = 0) -> None:
-        """Begin a run of `total` steps, `done` of which a resumed run has behind it."""
+        """Begin a run of `total` steps; a resumed run has `done` of them behind it."""
         self._total = total
         self._began = time.monotonic()
         if not self._enabled or not sys.stdout.isatty():

@@ -27,7 +27,7 @@ def check_backend(name: str | None) -> None:
         choose(name, local_device(), torch.float32)
     except (ValueError, RuntimeError, ImportError) as error:
         option = "" if name is None else f"loss.backend={name!r}: "
-        raise PapoError(f"{option}{error}; without it the fastest one that can is taken") from error
+        raise PapoError(f"{option}{error}; without it the fastest that can is used") from error
 
 
 def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
@@ -56,8 +56,7 @@ def policy(config: TrainConfig) -> Policy:
 
 
 def engines(config: TrainConfig) -> tuple[Engine, Engine | None]:
-    """The policy's engine, and where the KL term is on that of the frozen reference; a
-    collective."""
+    """The policy's engine and, where the KL term is on, the frozen reference's; a collective."""
     ds_config = config.deepspeed_dict(collectives.world_size())
     engine = Engine(policy(config), ds_config, config.optim)
     if config.loss.kl_coef == 0.0:

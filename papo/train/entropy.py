@@ -21,8 +21,8 @@ class EntropyProbe:
 
     Attributes:
         pieces: as many on every rank.
-        before: their tokens' mean entropy before, in nats over all ranks. None where the update's
-            own forward pass gives it: they are its pieces, and nothing drops out.
+        before: mean entropy of their tokens before the update, in nats over all ranks. None where
+            the update's own forward pass measures it: the pieces are its own, and dropout is off.
     """
 
     passes: Passes

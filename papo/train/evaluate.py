@@ -36,7 +36,7 @@ class Evaluator:
     seed: int
 
     def evaluate(self, model: Any, problems: Sequence[Problem]) -> dict[str, float]:
-        """Figures over all ranks' problems; a collective, though ranks sample without talking.
+        """Figures over all ranks' problems; a collective. The ranks sample independently.
 
         Masked completions count neither as right nor as wrong: they are left out of every mean, and
         a problem whose samples are all masked is left out of pass@k.

@@ -71,7 +71,7 @@ class Loop:
         return 0
 
     def _stops(self) -> str:
-        """Why a rank has to leave early, empty where none has; a collective."""
+        """Why a rank has to stop early, empty if none has to; a collective."""
         return max(collectives.gather_objects(self._termination.reason))
 
     def _train_step(self) -> None:
@@ -98,7 +98,7 @@ class Loop:
         s.write(self.step, metrics, collected)
 
     def _rounds(self, model: Any, clock: StageClock) -> Iterator[list[ScoredGroup]]:
-        """This rank's share of one sampling round after the other."""
+        """This rank's share of each sampling round, sampled and scored when it is asked for."""
         config, rollout, rank = self.config, self.config.rollout, collectives.rank()
         n, params = rollout.completions_per_prompt, SamplingParams.of(rollout)
         share = rollout.prompts_per_step // collectives.world_size()

@@ -38,8 +38,8 @@ _NEW_TOKENS = 6
 # The longer prompt exceeds an attention window of up to this many tokens; more would cost too much.
 _LONGEST_WINDOW = 64
 # Difference of log-probs that rounding explains, as a multiple of the largest logit. With SmolLM2 a
-# right path stays below 0.003 in bfloat16 and 4e-7 in float32. In both, a token that sees another
-# completion or position makes it 0.01 and more.
+# correct path stays below 0.003 in bfloat16 and 4e-7 in float32. In both, a token that sees another
+# completion, or has another position, makes it 0.01 or more.
 _ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-15}
 _ANYWAY = "take another model, or set model.probe=false to go on anyway"
 
@@ -224,8 +224,8 @@ def _trained(
 def rows_fault(engine: ForwardEngine, shared: MicroBatch, apart: MicroBatch, noise: float) -> str:
     """Why completions cannot share rows, empty if they can; a collective.
 
-    The probe's own sequences are short. A window that they do not fill, or anything else that a
-    model does only at some length, shows here.
+    The probe's own sequences are short. A window that they do not fill shows here, and so does
+    anything else that a model does only from some length on.
 
     Args:
         shared, apart: the same completions with and without shared rows.

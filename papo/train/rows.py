@@ -15,8 +15,8 @@ class RowCheck:
     """Compares log-probs in shared rows with those in rows of their own, once in a run.
 
     Args:
-        passes: its batcher gives each completion its own row from the check on, where that is
-            needed.
+        passes: where rows turn out not to be shared safely, its batcher gives each completion its
+            own row from the check on.
         noise: KL to the sampler (nats) that rounding explains.
         wanted: False where nothing is to be checked.
     """

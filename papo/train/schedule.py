@@ -29,5 +29,5 @@ def seed_of(seed: int, *purpose: object) -> int:
 
 
 def due(every: int, step: int) -> bool:
-    """Whether what is done every so many steps is done after `step`; with 0 it never is."""
+    """Whether something that is done every `every` steps is due after `step`; never with 0."""
     return every > 0 and step % every == 0

@@ -149,8 +149,8 @@ class Session:
         self.results = Report(self.run_dir, enabled=lead)
 
     def check_rows(self, sequences: Sequence[TrainingSequence]) -> None:
-        """Give each completion its own row from now on, where sharing rows turns out to change the
-        first that could; a collective."""
+        """Check the first rows that completions could share. Where sharing changes their log-probs,
+        each completion has its own row from now on. A collective."""
         fault = self._row_check.check(sequences)
         if fault:
             self.say(f"completions no longer share their prompt's row: {fault}")
@@ -187,7 +187,7 @@ class Session:
             )
 
     def _create_optimizer_state(self) -> None:
-        """One update of rate 0 that weighs nothing: then the moments exist, to be filled."""
+        """Make the optimizer's moments, to be filled, by an idle update at learning rate 0."""
         out = loss_of(self.engine, self.batcher.batch([IDLE]), Objective(), None)
         self.engine.backward(out.loss, last=True)
         self.engine.step(0.0, blocked=False)

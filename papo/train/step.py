@@ -37,7 +37,7 @@ class Updater:
     """Makes a run's updates.
 
     Attributes:
-        controller: says what h is, for the branches' sums.
+        controller: computes h for the branches' sums.
     """
 
     engine: TrainingEngine
@@ -84,10 +84,9 @@ class Updater:
         return Update(sums, branches, result.grad_norm, lr, reason)
 
     def _branch_sums(self, out: PolicyLossOutput, batch: MicroBatch) -> dict[str, Tensor]:
-        """Branch sums of a micro-batch, before and after weighting wherever the weights were
-        applied.
+        """Branch sums of a micro-batch, before and after weighting, wherever that happened.
 
-        Weights from the old policy are in the advantages already (`batch.factor`): they are taken
+        Weights from the old policy (`batch.factor`) are in the advantages already. They are divided
         out again for what is "before".
         """
         factor = torch.ones_like(out.weight) if batch.factor is None else batch.factor

@@ -14,7 +14,7 @@ from .protocol import Backend
 log = logging.getLogger("papo_kernels")
 
 
-# Imported when first asked for: importing papo_kernels needs neither a compiler nor triton.
+# Each is imported when first asked for: to import papo_kernels takes neither compiler nor triton.
 def _reference() -> Backend:
     from .reference import REFERENCE
 

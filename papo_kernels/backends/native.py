@@ -37,8 +37,8 @@ class NativeBackend:
     """A `Backend` whose kernels are in the extension.
 
     Args:
-        launch: where the kernels for these logits run, as the extension's ``Launch``. Its last
-            argument is how many of the columns count, 0 where rows are not summed.
+        launch: the extension's ``Launch`` for these logits: where their kernels run. Its last
+            argument is the number of columns that count, or 0 where rows are not summed.
         why_unavailable: as in `Backend`.
     """
 
@@ -86,8 +86,8 @@ class NativeBackend:
             dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         self.capabilities.check(logits, dlogits)
         native = extension.module()
-        # They come from autograd in whatever layout, expanded scalars included. Named until the
-        # call returns: the kernels hold bare pointers.
+        # Autograd's gradients have any layout, expanded scalars included. The name keeps them alive
+        # until the call returns: the kernels hold bare pointers.
         acc = acc_dtype(logits.dtype)
         upstream = [None if g is None else g.to(acc).contiguous() for g in grads]
         native.token_stats_bwd(
@@ -117,7 +117,7 @@ class NativeBackend:
         like = tokens.advantages
         outputs = [torch.empty_like(like) for _ in range(7)]
         outputs.append(torch.empty_like(like, dtype=torch.bool))
-        # Named until the call returns: the kernels hold bare pointers.
+        # The name keeps them alive until the call returns: the kernels hold bare pointers.
         scalars = _weighting_scalars(weighting, like.dtype)
         native.policy_loss(
             _matrix(native, logits),

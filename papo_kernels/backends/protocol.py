@@ -151,5 +151,5 @@ class Backend(Protocol):
         """
 
     def scale_(self, dlogits: Tensor, factor: Tensor) -> None:
-        """``dlogits *= factor`` for a 0-dim `factor` on the same device; a factor of 1 leaves every
-        bit alone."""
+        """``dlogits *= factor`` for a 0-dim `factor` on the same device; a factor of 1 changes no
+        bit."""

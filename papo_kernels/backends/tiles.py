@@ -35,7 +35,7 @@ def choose_tile(
     """The extension's ``TileChoice`` for rows of `columns` logits.
 
     Raises:
-        ValueError: the device cannot do it, with the limit that stands against it.
+        ValueError: the device cannot do it; the message names the limit.
     """
     config = tuning.config("cuda", device, dtype, columns)
     tile = forced.tile or (config["tile"] if forced.kernel is None else None)

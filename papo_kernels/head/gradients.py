@@ -15,7 +15,7 @@ from papo_kernels.types import acc_dtype
 from .plan import Needs, Selection
 from .products import Projection, low_rank, product
 
-# Of a float32 sum that is kept in two halves: large enough on a GPU for an efficient product.
+# Of a tile of a float32 sum that is kept in two halves. On a GPU it makes an efficient product.
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 8 * 2**20, 64 * 2**20
 
 
@@ -49,9 +49,17 @@ class _Sum:
 class _SplitSum:
     """The gradient of a half-precision parameter ``[R, C]``, summed over slabs in float32.
 
-    The upper two bytes of every float32 lie in the buffer of the result, the lower two in one of
-    its size, so that the sum costs half of what a float32 buffer would beside the result. A tile of
-    rows at a time is joined, added to and split again.
+    The sum is kept as two planes of 16 bits. The upper one is the result's own buffer, so the sum
+    costs half of what a float32 buffer beside the result would.
+
+        one float32     | s eeeeeeee mmmmmmm | mmmmmmmmmmmmmmmm |
+                           upper 16 bits        lower 16 bits
+                                |                    |
+        between slabs    result [R, C]        lower plane [R, C]
+                                |                    |
+        in add_product          +----- one tile -----+     joined to float32 for a tile of rows,
+                                      += a b               added to, split again
+        in result()     result = the tile, rounded once to half precision
 
     Args:
         rows: how many receive a gradient; those after them are padding.

@@ -1,7 +1,7 @@
 """Sampling filters (top-k, top-p, min-p): logits outside a token's kept ids become -inf.
 
-What is sampled with a filter is drawn from the renormalized distribution over the kept ids; logp,
-entropy, polarity and their gradients are then those of that distribution, in every backend.
+A sampler with a filter draws from the distribution renormalized over the kept ids. logp, entropy,
+polarity and their gradients are then those of that distribution, on every backend.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KeepMask:
         offsets, ids: of the `KeepSet`, on the device of the logits.
         targets: ``[N]`` int64 sampled ids; rows of -100 need not keep anything.
         vocab_size: ids from there on are out of range.
-        checked: the ids have been checked, where that is done.
+        checked: an earlier `KeepMask` of these ids has been made, and has not raised.
 
     Raises:
         ValueError: offsets that are not those of N rows over `ids`. On a CPU also an id out of
@@ -119,7 +119,7 @@ class KeepMask:
             flat = part.as_strided(span, (1,))
             kept = torch.where(inside, flat[place], -torch.inf)
             part.fill_(-torch.inf)
-            # The largest: an id of another shard is clamped onto a column that may be kept.
+            # The maximum: an id of another shard is clamped onto a column that may itself be kept.
             flat.scatter_reduce_(0, place, kept, "amax")
             if not self._checked:
                 self._spoil(part, targets[first:stop], ids, row_of)

@@ -105,7 +105,7 @@ class Passes:
             None if operands.lora_b is None else operands.lora_b[:cut],
             options.lora_scaling,
         )
-        # A shard without rows stands as one masked column.
+        # A shard without rows is treated as one masked column.
         self._columns = max(1, cut)
         self._row = options.row._replace(vocab_size=self._columns, sharded=shard is not None)
         self._keep = None
@@ -114,7 +114,8 @@ class Passes:
             self._keep = KeepMask(*kept, targets, vocab_size, checked)
         self._targets = targets
         if shard is not None:
-            # What is no id at all (on a GPU nothing has refused it) stays one that kernels refuse.
+            # A value that is no id at all stays out of range, so that the kernels refuse it: on a
+            # GPU nothing has so far.
             known = (targets >= 0) & (targets < vocab_size)
             outside = torch.where(known, ELSEWHERE, targets.clamp(max=ELSEWHERE - 1))
             outside = torch.where(targets == IGNORE_INDEX, IGNORE_INDEX, outside)
@@ -198,8 +199,8 @@ class Passes:
     # ---- what they share ----
 
     def _run(self, step: Step, ignored: Tensor, needs: Needs | None) -> tuple[Tensor | None, ...]:
-        """`step` on every chunk's logits; where `needs` is given, it writes the logits' gradient
-        and the gradients of the head's inputs are formed of it."""
+        """Call `step` on every chunk's logits. With `needs`, `step` writes their gradient as well,
+        and the gradients of the head's inputs are formed from it."""
         hidden, columns = self._operands.hidden, self._columns
         active, shard = active_rows(ignored), self._shard
         dtype = self._options.logits_dtype

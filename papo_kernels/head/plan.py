@@ -19,8 +19,8 @@ _ALIGN = 64  # elements: rows of logits start on cache lines and vector loads
 _CHUNKS_PER_SLAB = 8
 _TILE_ROWS = 128  # of a matrix product on a GPU
 _CPU_WORKSPACE = 256 * 2**20
-# A GPU's workspace: every slab of tokens reads and writes the weight's gradient in float32, so
-# slabs of a few thousand tokens are what keeps that below a few per cent of the products.
+# A GPU's workspace. Every slab of tokens reads and writes the weight's gradient in float32. With
+# slabs of a few thousand tokens that takes no more than a few percent of the products' time.
 _GPU_WORKSPACE_SHARE = 32
 
 
@@ -50,7 +50,7 @@ class Active(NamedTuple):
 
     Attributes:
         rows: their indices, or the number of all rows where none is left out.
-        ignored: `[N]` bool, which of them do not count all the same; None where all do.
+        ignored: `[N]` bool, which of them do not count nevertheless; None where all count.
     """
 
     rows: Tensor | int
@@ -62,8 +62,8 @@ class Active(NamedTuple):
 
 
 def active_rows(ignored: Tensor) -> Active:
-    """All rows but the ignored ones. A GPU would wait for their number, so there it is all rows:
-    the kernels skip the ignored ones."""
+    """All rows but the ignored ones. On a GPU all rows, of which the kernels skip the ignored ones:
+    to leave them out, the host would have to wait for their number."""
     if ignored.device.type != "cpu":
         return Active(ignored.shape[0], ignored)
     rows = (~ignored).nonzero()[:, 0]
@@ -83,10 +83,10 @@ def _even(total: int, most: int) -> int:
 class Plan(NamedTuple):
     """How a call's rows go through its workspace.
 
-    A slab is the rows whose gradient of the logits is held together, for the two products that
-    follow; a chunk is the part of a slab whose logits are. They differ where float32 logits have a
-    half-precision gradient, which then has a buffer of its own; otherwise the gradient replaces the
-    logits and a slab is one chunk.
+    A chunk is the rows whose logits are held at once. A slab is the rows whose gradient of the
+    logits is held at once, for the two products that follow: one chunk or several. It is several
+    where float32 logits have a half-precision gradient, in a buffer of its own. Otherwise the
+    gradient replaces the logits, and a slab is one chunk.
     """
 
     slab_rows: int
@@ -112,9 +112,9 @@ def make_plan(
         dtypes: of hidden states and logits.
         backward: whether gradients of the logits are formed.
         budget: bytes that the buffers may take; one row is held whatever it takes.
-        sum_bytes: what several slabs cost besides, the lower halves of the float32 sum of a
-            half-precision weight's gradient. One slab is planned where it fits the budget and this
-            together: it needs no sum, which makes it both smaller and faster.
+        sum_bytes: what several slabs cost on top of it: the lower halves of the float32 sum of a
+            half-precision weight's gradient. One slab needs no sum, so one is planned where it fits
+            `budget` + `sum_bytes`: it is both smaller and faster.
     """
     operand, dtype = dtypes
     pitch = -(-max(1, columns) // _ALIGN) * _ALIGN

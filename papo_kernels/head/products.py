@@ -68,8 +68,8 @@ def _tiles(extent: int, other: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b, exact to the dtype of `out`: where the device cannot multiply
-    narrower operands into it they are widened, tile by tile of the longest extent."""
+    """out = a b, or out += a b, exact to the dtype of `out`. Where the device cannot multiply
+    narrower operands into it, they are widened a tile at a time along the longest extent."""
     if _direct(a, b, out, add):
         return
     wide, (m, k), n = out.dtype, a.shape, b.shape[1]
@@ -88,7 +88,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def write_logits(head: Projection, hidden: Tensor, logits: Tensor) -> None:
-    """The head's logits of `hidden [n, D]` into `logits [n, V]`, which may be wider."""
+    """Write the logits of `hidden [n, D]` to `logits [n, V]`, whose dtype may be wider."""
     if head.columns == 0:
         logits.fill_(-torch.inf)  # a shard without rows: one column that is no token
         return

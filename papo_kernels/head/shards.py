@@ -7,11 +7,13 @@ the same results, those of the whole head to float32 rounding. Gradients: of the
 its own rank; of hidden, and of the LoRA factor A, the full one on every rank.
 
 A call is a collective: every rank makes it, and goes backward through it, with the same arguments
-but for `weight`, `bias` and `lora.b`, and the same upstream gradients. It exchanges a dozen
-integers, so that every rank knows the split and raises the same errors (not where `shards` tells);
-row states, 48 bytes per token, in one all-gather (in the loss, whose gradients are formed as it
-goes, in one per chunk of tokens); and, where there are gradients, the partial gradient of hidden in
-float32, in one all-reduce, which the loss makes in its forward pass.
+but for `weight`, `bias` and `lora.b`, and the same upstream gradients. The ranks exchange
+
+- a dozen integers, so that all know the split and raise the same errors; not with `shards`;
+- row states, 48 bytes per token: in one all-gather for statistics, in one per chunk of tokens for
+  the loss, which forms its gradients as it goes;
+- where there are gradients, the partial gradient of hidden in float32, in one all-reduce. The loss
+  makes it in its forward pass.
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ def agree(
     compute: Compute,
     more: Callable[[PassOptions], T],
 ) -> tuple[Split, Operands, PassOptions, T]:
-    """The checked call, and what `more` makes of its options; raises on every rank what raises on
-    one. A collective, unless the head's `shards` are known."""
+    """The checked call, and what `more` returns for its options. An error of one rank is raised on
+    every rank. A collective, unless the head's `shards` are known."""
     hidden, head, _ = logits
     group, shards = head.group, head.shards
     if not (dist.is_available() and dist.is_initialized()):

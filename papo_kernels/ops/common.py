@@ -68,8 +68,8 @@ def run_scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
 
 
 def scaled(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:
-    """Gradients formed in the forward pass times the upstream scalar, in place where this is their
-    last use: a graph that is kept may come back for them, and a traced one must not write to what
+    """Gradients formed in the forward pass times the upstream scalar, in place if this is their
+    last use. A graph that is kept may come back for them, and a traced one must not write to what
     its forward part returns."""
     results: list[Tensor | None] = []
     for grad in grads:

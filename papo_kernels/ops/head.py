@@ -42,8 +42,8 @@ GRADIENT_SCHEMA = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dlora_a,
 
 
 class HeadCall(NamedTuple):
-    """What a call does not differentiate: how to compute, and the split of the vocabulary, None
-    where one rank holds it all."""
+    """The arguments of a call that are not differentiated: its options, and the split of the
+    vocabulary, None where one rank holds it all."""
 
     options: PassOptions
     split: Split | None
@@ -86,7 +86,7 @@ def _fake_gradients(operands: Operands, needs: list[bool]) -> tuple[Tensor, ...]
 
 
 def _unflattened(arguments: Sequence[Any]) -> tuple[Operands, HeadCall, Tensor]:
-    """Of the arguments hidden to chunk_bytes of an operation."""
+    """Operands, call and targets from an operation's arguments, `hidden` to `chunk_bytes`."""
     *tensors, targets, temperature, softcap, vocab_size, backend = arguments[:12]
     row = RowParams(temperature, softcap, vocab_size)
     options = PassOptions(row, backend, *arguments[12:])
@@ -176,7 +176,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(*operands, targets, state)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        # Where `refuse_lse` has to let a gradient of lse pass, there is none.
+        # `refuse_lse` cannot refuse a traced graph's gradient of lse: here there is none.
         if run is _stats_operation:
             ctx.mark_non_differentiable(stats[3])
         return tuple(stats)

@@ -136,12 +136,12 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
 class FormedLoss(torch.autograd.Function):
     """A loss whose gradients were formed along with it.
 
-    In place, the one input becomes an output, as that of any in-place operation does. So a later
-    use of it brings a gradient to that output, which is refused, and a copy that was saved earlier
-    fails autograd's own version check.
+    In place, the one input is also an output, as it is of any in-place operation. A later use of
+    the input therefore sends a gradient to that output, where it is refused. An earlier use that
+    saved the input fails autograd's own version check.
 
     Args:
-        grads: of the loss, one for each of `inputs`; None where that needs none.
+        grads: of the loss, one for each of `inputs`; None for an input that needs none.
         inplace: the gradient is in the storage of the one input.
     """
 

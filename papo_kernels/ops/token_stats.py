@@ -108,7 +108,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, state)
         ctx.row, ctx.backend = row, backend
         ctx.set_materialize_grads(False)
-        # Where `refuse_lse` has to let a gradient of lse pass, there is none.
+        # `refuse_lse` cannot refuse a traced graph's gradient of lse: here there is none.
         if run is _operation:
             ctx.mark_non_differentiable(stats[3])
         return tuple(stats)

@@ -117,7 +117,7 @@ inline void run_all() {
   Machine& m = machine();
   std::vector<size_t> order;
   for (size_t i = 0; i < m.fibers.size(); i += 32) order.push_back(i);
-  // Some launches favour a few warps over the others, so that roles drift apart.
+  // Some launches favor a few warps over the others, so that roles drift apart.
   const unsigned skip = m.random() % 4;
   for (;;) {
     bool progress = false, left = false;

@@ -75,7 +75,7 @@ def test_resume_continues_exactly(results, case: int) -> None:
         assert got["steps"] == 3 and got["cursor"] == 5
         if saved_by == loaded_by:
             assert got["weights"] == saved["weights"]
-        else:  # sums are taken in another order; bf16 weights may round to their neighbour
+        else:  # sums are taken in another order; bf16 weights may round to their neighbor
             assert distance(got["weights"], saved["weights"]) < (1e-5 if dtype == "fp32" else 4e-3)
 
 

@@ -227,7 +227,7 @@ def test_whole_parts_masked(masked_sampled, backend, device, sizes):
 
 
 def test_ignored_rows_are_never_read(backend, device):
-    """-100 gives 0 and no gradient, even over NaN; its neighbours are as without it."""
+    """-100 gives 0 and no gradient, even over NaN; its neighbors are as without it."""
     case = make_case("normal", 9, 70, device=device)
     clean = case.token_stats(case.logits, backend)
     poisoned = case.logits.clone()

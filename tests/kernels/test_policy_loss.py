@@ -357,7 +357,7 @@ def test_no_rows(backend, device, dtypes):
 
 @pytest.mark.plumbing
 def test_microbatches_add_up(backend, device):
-    """With a global normaliser in token_weight, loss and gradient of parts sum to the whole's."""
+    """With a global normalizer in token_weight, loss and gradient of parts sum to the whole's."""
     weighting = PolarityWeighting(0.5, 0.5)
     case = make_loss_case("normal", 24, 64, device=device, weighting=weighting)
     whole = case.logits.detach().clone().requires_grad_()

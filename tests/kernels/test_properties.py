@@ -236,7 +236,7 @@ def test_weights_are_bounded_and_follow_the_sign(backend, device, weighting, see
     assert w.max() <= weighting.scale * (1.0 + swing + rounding)
     assert w.min() > 0, "both branches survive"
     tilt = (w / weighting.scale - 1.0) * weighting.phase
-    assert (tilt * polarity >= -1e-6).all(), "the phase's sign favours polarity of its own sign"
+    assert (tilt * polarity >= -1e-6).all(), "the phase's sign favors polarity of its own sign"
     assert out.weight[~used].eq(0).all()
 
 

@@ -1,4 +1,4 @@
-"""The maths of one row as Triton helpers: its statistics and the coefficients of its gradient.
+"""The math of one row as Triton helpers: its statistics and the coefficients of its gradient.
 
 The formulas of ``csrc/include/papo/{row_state,row_grad}.h`` in the same notation, so the two can be
 read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
@@ -101,7 +101,7 @@ class RowStats(NamedTuple):
 class RowGrad(NamedTuple):
     """``dz_j = e_j (a0 + a1 s_j + e_j (b0 + b1 s_j))`` before the soft cap's slope, with ``e_j =
     2^y_j``, ``y_j = (z_j - z_ref) log2(e) / temperature`` and ``s_j = y_j - centre``, near whose
-    zero an element's gradient changes its sign; ``target`` is all of the sampled token's."""
+    zero an element's gradient changes its sign. ``target`` is the sampled token's, complete."""
 
     z_ref: tl.tensor
     centre: tl.tensor

@@ -8,8 +8,16 @@ Fine-Tuning", arXiv 2605.11775.
 """
 
 from .api import policy_loss, token_stats
-from .source import Compute, Head, KeepSet, LazyLogits, Logits, LoRA
-from .types import Objective, PolarityWeighting, PolicyLossOutput, TokenStats
+from .head.head import Head, LazyLogits, LoRA
+from .head.keep import KeepSet
+from .types import (
+    Compute,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    PolicyLossOutput,
+    TokenStats,
+)
 
 __all__ = [
     "Compute",

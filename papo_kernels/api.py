@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from .checks import check_type
-from .head.checks import prepare
-from .head.passes import Operands, PassOptions
+from .head.checks import loss_inputs, prepare
+from .head.head import LazyLogits
+from .head.passes import Operands
 from .head.shards import agree
-from .inputs import flat, held_logits, loss_inputs, shaped
+from .inputs import LossArguments, flat, held_logits, shaped
 from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
 from .ops.policy_loss import run_policy_loss
 from .ops.token_stats import run_token_stats
-from .source import Compute, LazyLogits, Logits
 from .types import (
+    Compute,
+    Logits,
     LossInputs,
     Objective,
     PolarityWeighting,
@@ -74,7 +72,7 @@ def token_stats(
         compute = _DEFAULT_COMPUTE
     check_type("compute", compute, Compute)
     if isinstance(logits, LazyLogits):
-        operands, call, _ = _head_call(logits, targets, temperature, compute, _no_more)
+        operands, call, _ = _head_call(logits, targets, temperature, compute, None)
         stats = run_head_token_stats(operands, call, flat(targets, torch.int64))
     else:
         values, row = held_logits(logits, targets, temperature)
@@ -136,24 +134,18 @@ def policy_loss(
         compute = _DEFAULT_COMPUTE
     check_type("compute", compute, Compute)
     tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
+    arguments = LossArguments(targets, tokens, objective, weighting)
     if isinstance(logits, LazyLogits):
-        more = functools.partial(_head_loss, targets, tokens, objective, weighting)
-        operands, call, inputs = _head_call(logits, targets, temperature, compute, more)
-        # Of a split head only the ranks together know how many columns there are.
-        inputs = inputs._replace(row=call.options.row)
+        operands, call, inputs = _head_call(logits, targets, temperature, compute, arguments)
+        assert inputs is not None
         loss, *parts = run_head_policy_loss(operands, call, inputs)
     else:
         values, row = held_logits(logits, targets, temperature)
-        backend, dtype = compute.backend or "", acc_dtype(values.dtype)
-        inputs = loss_inputs(
-            targets, tokens, objective, weighting, row, dtype, backend, "the logits"
-        )
+        dtype = acc_dtype(values.dtype)
+        inputs = arguments.checked(row, dtype, compute.backend or "", "the logits")
         inplace = compute.inplace and _overwritable(values)
         loss, *parts = run_policy_loss(values, inputs, inplace)
     return PolicyLossOutput(loss, *shaped(parts, targets))
-
-
-T = TypeVar("T")
 
 
 def _head_call(
@@ -161,32 +153,14 @@ def _head_call(
     targets: Tensor,
     temperature: float,
     compute: Compute,
-    more: Callable[[PassOptions], T],
-) -> tuple[Operands, HeadCall, T]:
-    """The checked call of a head, and what `more` returns for its options."""
+    loss: LossArguments | None,
+) -> tuple[Operands, HeadCall, LossInputs | None]:
+    """The checked call of a head, on one rank or on several."""
     if logits.head.group is None:
         operands, options = prepare(logits, targets, temperature, compute)
-        return operands, HeadCall(options, None), more(options)
-    split, operands, options, made = agree(logits, targets, temperature, compute, more)
-    return operands, HeadCall(options, split), made
-
-
-def _no_more(options: PassOptions) -> None:
-    return None
-
-
-def _head_loss(
-    targets: Tensor,
-    tokens: TokenInputs,
-    objective: Objective | None,
-    weighting: PolarityWeighting | None,
-    options: PassOptions,
-) -> LossInputs:
-    dtype = acc_dtype(options.logits_dtype)
-    source = "the hidden states, weight, bias and lora"
-    return loss_inputs(
-        targets, tokens, objective, weighting, options.row, dtype, options.backend, source
-    )
+        return operands, HeadCall(options, None), loss_inputs(loss, options)
+    operands, options, inputs, split = agree(logits, targets, temperature, compute, loss)
+    return operands, HeadCall(options, split), inputs
 
 
 def _overwritable(logits: Tensor) -> bool:

@@ -9,7 +9,9 @@ import numbers
 import torch
 from torch import Tensor
 
-from .types import FLOAT_DTYPES
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
+FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -43,29 +45,41 @@ def check_positive(name: str, value: float, expected: str = "a finite number > 0
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_finite(name: str, value: float) -> None:
+def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    return float(value)
+
+
+def check_finite(name: str, value: object) -> None:
+    if not -math.inf < check_number(name, value) < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
-def check_vocab_size(vocab_size: int | None) -> None:
-    if vocab_size is None:
+def check_at_least(name: str, value: object, low: float) -> None:
+    # Compared, not math.isfinite: what torch.compile keeps symbolic stays so.
+    if not low <= check_number(name, value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= {low:g}, got {value!r}")
+
+
+def check_above(name: str, value: object, low: float) -> None:
+    if not low < check_number(name, value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number > {low:g}, got {value!r}")
+
+
+def check_vocab_size(vocab_size: object) -> None:
+    if vocab_size is None or isinstance(vocab_size, torch.SymInt):
         return
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size: expected an int or None, got {type(vocab_size).__name__}")
 
 
-def counted_columns(
-    columns: int, vocab_size: int | None, counted: str = "columns of logits"
-) -> int:
+def counted_columns(columns: int, vocab_size: int | None, counted: str) -> int:
     """How many of the `columns` to read; `counted` says what they are.
 
     Raises:
-        TypeError, ValueError: a `vocab_size` of the wrong type or out of range.
+        ValueError: a `vocab_size` out of range.
     """
-    check_vocab_size(vocab_size)
     if vocab_size is None:
         return columns
     if not 1 <= vocab_size <= columns:

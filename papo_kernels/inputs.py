@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from .checks import (
     check_targets,
     check_token_input,
     check_type,
+    check_vocab_size,
     counted_columns,
 )
 from .dispatch import filled
-from .source import Logits
 from .types import (
+    Logits,
     LossInputs,
     Objective,
     PolarityWeighting,
@@ -30,72 +32,61 @@ from .types import (
 _DEFAULT_OBJECTIVE = Objective()
 
 
-def row_params(
-    columns: int,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int | None,
-    counted: str = "columns of logits",
-) -> RowParams:
-    """The checked options of rows of `columns`; `counted` says what those are."""
-    check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap, "None or a finite number > 0")
-    read = counted_columns(columns, vocab_size, counted)
-    return RowParams(float(temperature), float(softcap or 0.0), read)
-
-
 def held_logits(
     logits: Tensor | Logits, targets: Tensor, temperature: float
 ) -> tuple[Tensor, RowParams]:
     """The checked tensor `[..., V]`, and how its rows become distributions."""
     values, softcap, vocab_size = logits if isinstance(logits, Logits) else (logits, None, None)
     check_float("logits", values)
-    row = row_params(values.shape[-1], temperature, softcap, vocab_size)
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap, "None or a finite number > 0")
+    check_vocab_size(vocab_size)
+    columns = counted_columns(values.shape[-1], vocab_size, "columns of logits")
     check_targets("logits", values, targets)
-    return values, row
+    return values, RowParams(float(temperature), float(softcap or 0.0), columns)
 
 
-def loss_inputs(
-    targets: Tensor,
-    tokens: TokenInputs,
-    objective: Objective | None,
-    weighting: PolarityWeighting | None,
-    row: RowParams,
-    dtype: torch.dtype,
-    backend: str | None,
-    source: str,
-) -> LossInputs:
-    """The arguments of a policy loss, checked and flattened to rows.
+class LossArguments(NamedTuple):
+    """What `policy_loss` takes beside the logits, as it takes it."""
 
-    Args:
-        tokens: shaped like `targets`, of any real dtype; made `dtype`.
-        source: what the loss is differentiable in, for messages.
-    """
-    advantages, token_weight, old_logp, ref_logp = tokens
-    if objective is None:
-        objective = _DEFAULT_OBJECTIVE
-    check_type("objective", objective, Objective)
-    check_token_input("advantages", advantages, targets, source)
-    check_token_input("token_weight", token_weight, targets, source)
-    if old_logp is not None:
-        check_token_input("old_logp", old_logp, targets, source)
-        old_logp = flat(old_logp, dtype)
-    if ref_logp is not None:
-        check_token_input("ref_logp", ref_logp, targets, source)
-        ref_logp = flat(ref_logp, dtype)
-    elif objective.kl_coef:
-        raise ValueError(
-            f"ref_logp: expected a tensor, since objective.kl_coef is {objective.kl_coef}"
+    targets: Tensor
+    tokens: TokenInputs
+    objective: Objective | None
+    weighting: PolarityWeighting | None
+
+    def checked(self, row: RowParams, dtype: torch.dtype, backend: str, source: str) -> LossInputs:
+        """The same, checked and flattened to rows.
+
+        Args:
+            dtype: of the sums; the tokens' inputs are made it.
+            source: what the loss is differentiable in, for messages.
+        """
+        targets, tokens, objective, weighting = self
+        if objective is None:
+            objective = _DEFAULT_OBJECTIVE
+        check_type("objective", objective, Objective)
+        advantages, token_weight, old_logp, ref_logp = tokens
+        check_token_input("advantages", advantages, targets, source)
+        check_token_input("token_weight", token_weight, targets, source)
+        if old_logp is not None:
+            check_token_input("old_logp", old_logp, targets, source)
+            old_logp = flat(old_logp, dtype)
+        if ref_logp is not None:
+            check_token_input("ref_logp", ref_logp, targets, source)
+            ref_logp = flat(ref_logp, dtype)
+        elif objective.kl_coef:
+            raise ValueError(
+                f"ref_logp: expected a tensor, since objective.kl_coef is {objective.kl_coef}"
+            )
+        return LossInputs(
+            flat(targets, torch.int64),
+            TokenInputs(flat(advantages, dtype), flat(token_weight, dtype), old_logp, ref_logp),
+            objective,
+            None if weighting is None else _weighting_inputs(weighting, dtype, targets),
+            row,
+            backend,
         )
-    return LossInputs(
-        flat(targets, torch.int64),
-        TokenInputs(flat(advantages, dtype), flat(token_weight, dtype), old_logp, ref_logp),
-        objective,
-        None if weighting is None else _weighting_inputs(weighting, dtype, targets),
-        row,
-        backend or "",
-    )
 
 
 def flat(value: Tensor, dtype: torch.dtype) -> Tensor:

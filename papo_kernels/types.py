@@ -9,13 +9,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_above, check_at_least, check_finite, check_number
+
 IGNORE_INDEX = -100
 ELSEWHERE = -1  # a sampled token that lies in another shard of the vocabulary
 STATE_SIZE = 6  # float64 row_max, Z, T, Z2, T2 and target_u of a row
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
-FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
 WEIGHT_SHAPES = ("sign", "tanh")
+
+
+class Logits(NamedTuple):
+    """Logits that are held, with what a model does to them before the softmax.
+
+    A plain tensor stands for ``Logits(tensor)``.
+
+    Attributes:
+        values: ``[..., V]`` float16, bfloat16, float32, or float64 (reference and cpu backends).
+            -inf masks a token: p = 0, gradient 0. Read without a copy where the leading dimensions
+            flatten to one stride and the last has stride 1.
+        softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
+        vocab_size: columns from there on are padding: never read, p = 0, gradient 0.
+    """
+
+    values: Tensor
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a call is computed. No option changes a result but by rounding.
+
+    Args:
+        backend: "reference", "cpu", "triton" or "cuda"; None: ``PAPO_BACKEND`` or else the fastest
+            that serves the logits.
+        chunk_bytes: the workspace of a head's logits; None: 256 MiB, or 1/32 of a GPU's memory
+            where that is more.
+        logits_dtype: of a head's logits; None: float32 (float64 for float64). For half-precision
+            hidden states the other choice is their own dtype, which rounds every logit to 8
+            (bfloat16) or 11 bits. It is faster on a CPU, where a product of half-precision numbers
+            is half precision, and float32 logits take a float32 product.
+        inplace: `policy_loss` overwrites the logits it is given with their gradient instead of
+            allocating it. They must not be a leaf or a view, and belong to this loss alone: another
+            use in a loss, or a second backward, raises. No effect under no_grad, nor under
+            torch.compile, which places its buffers itself.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of its range.
+    """
+
+    backend: str | None = None
+    chunk_bytes: int | None = None
+    logits_dtype: torch.dtype | None = None
+    inplace: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.chunk_bytes
+        if size is None:
+            return
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"chunk_bytes: expected an int or None, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"chunk_bytes: expected at least 1, got {size}")
 
 
 class TokenStats(NamedTuple):
@@ -62,22 +116,6 @@ class PolicyLossOutput(NamedTuple):
     clipped: Tensor
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    return float(value)
-
-
-def _check_range(name: str, value: object, low: float, *, open_low: bool = False) -> None:
-    number = _number(name, value)
-    above = number > low if open_low else number >= low
-    # Compared, not math.isfinite: what torch.compile keeps symbolic stays so.
-    if not (above and number < math.inf):
-        raise ValueError(
-            f"{name}: expected a finite number {'>' if open_low else '>='} {low:g}, got {value!r}"
-        )
-
-
 @dataclass(frozen=True)
 class Objective:
     """The surrogate's options.
@@ -102,15 +140,15 @@ class Objective:
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_range("clip_low", self.clip_low, 0.0)
+        check_at_least("clip_low", self.clip_low, 0.0)
         if self.clip_low > 1.0:
             raise ValueError(f"clip_low: expected a number in [0, 1], got {self.clip_low!r}")
         if self.clip_high != math.inf:
-            _check_range("clip_high", self.clip_high, 0.0)
+            check_at_least("clip_high", self.clip_high, 0.0)
         if self.dual_clip is not None:
-            _check_range("dual_clip", self.dual_clip, 1.0, open_low=True)
-        _check_range("kl_coef", self.kl_coef, 0.0)
-        _check_range("entropy_coef", self.entropy_coef, -math.inf, open_low=True)
+            check_above("dual_clip", self.dual_clip, 1.0)
+        check_at_least("kl_coef", self.kl_coef, 0.0)
+        check_finite("entropy_coef", self.entropy_coef)
 
 
 @dataclass(frozen=True)
@@ -143,7 +181,7 @@ class PolarityWeighting:
     dead_zone: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not 0.0 <= _number("strength", self.strength) < 1.0:
+        if not 0.0 <= check_number("strength", self.strength) < 1.0:
             raise ValueError(f"strength: expected a number in [0, 1), got {self.strength!r}")
         if self.shape not in WEIGHT_SHAPES:
             raise ValueError(f"shape: expected one of {WEIGHT_SHAPES}, got {self.shape!r}")
@@ -158,11 +196,11 @@ class PolarityWeighting:
                 if not value.is_floating_point():
                     raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
             elif name == "phase":
-                if not -1.0 <= _number(name, value) <= 1.0:
+                if not -1.0 <= check_number(name, value) <= 1.0:
                     raise ValueError(f"phase: expected a number in [-1, 1], got {value!r}")
             else:
-                _check_range(name, value, 0.0, open_low=True)
-        _check_range("dead_zone", self.dead_zone, 0.0)
+                check_above(name, value, 0.0)
+        check_at_least("dead_zone", self.dead_zone, 0.0)
 
 
 class RowParams(NamedTuple):

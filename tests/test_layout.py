@@ -27,7 +27,7 @@ TRAIN = ROOT / "train.py"
 # before it. The package's __init__ is its front door and may import all of it.
 ORDER = {
     "papo_kernels": (
-        *("types", "checks", "source", "dispatch", "inputs", "reference"),
+        *("checks", "types", "dispatch", "inputs", "reference"),
         *("backends", "head", "ops", "api"),
     ),
     "papo": (

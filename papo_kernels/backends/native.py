@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from papo_kernels.checks import GPU_DTYPES, HALF_DTYPES
 from papo_kernels.types import (
-    GPU_DTYPES,
-    HALF_DTYPES,
     STATE_SIZE,
     Objective,
     RowParams,

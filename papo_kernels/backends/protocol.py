@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from papo_kernels.types import FLOAT_DTYPES, Objective, RowParams, TokenInputs, WeightingInputs
+from papo_kernels.checks import FLOAT_DTYPES
+from papo_kernels.types import Objective, RowParams, TokenInputs, WeightingInputs
 
 MOST_GPU_COLUMNS = 2**30  # the GPU kernels count columns in 32 bits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from papo_kernels import reference
-from papo_kernels.types import HALF_DTYPES
+from papo_kernels.checks import HALF_DTYPES
 
 from .protocol import Capabilities
 

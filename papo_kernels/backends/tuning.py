@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from papo_kernels.types import GPU_DTYPES
+from papo_kernels.checks import GPU_DTYPES
 
 from .protocol import MOST_GPU_COLUMNS, dtype_names
 

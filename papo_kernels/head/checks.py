@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,14 @@ from papo_kernels.checks import (
     check_type,
     counted_columns,
 )
-from papo_kernels.source import Compute, Head, KeepSet, LazyLogits, LoRA
-from papo_kernels.types import RowParams, acc_dtype
+from papo_kernels.inputs import LossArguments
+from papo_kernels.types import Compute, LossInputs, RowParams, acc_dtype
 
+from .head import LazyLogits, LoRA
+from .keep import KeepSet
 from .passes import Operands, PassOptions
+
+UNKNOWN = -1
 
 
 def prepare(
@@ -31,20 +33,25 @@ def prepare(
     """The operands and options of a call.
 
     Args:
-        rows: of the whole weight, where the head holds one rank's shard of it.
+        rows: of the whole weight, where the head holds one rank's shard of it; UNKNOWN where the
+            ranks have yet to tell, so that `vocab_size` cannot be checked.
     """
     hidden, head, keep = logits
     check_float("hidden", hidden)
+    weight, bias, lora = head.weight, head.bias, head.lora
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        hidden, head = hidden.to(dtype), _cast(head, dtype)
-    weight, bias, lora = head.weight, head.bias, head.lora
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        lora = None if lora is None else lora._replace(a=lora.a.to(dtype), b=lora.b.to(dtype))
     check_gathered(weight, shard=rows is not None)
     _check_weight(hidden, weight)
     check_positive("temperature", temperature)
-    total = weight.shape[0] if rows is None else rows
-    columns = counted_columns(total, head.vocab_size, "rows of weight")
+    columns = 0
+    if rows != UNKNOWN:
+        total = weight.shape[0] if rows is None else rows
+        columns = counted_columns(total, head.vocab_size, "rows of weight")
     check_targets("hidden", hidden, targets)
     if bias is not None:
         _check_like_weight("bias", bias, weight, (weight.shape[0],))
@@ -73,6 +80,15 @@ def prepare(
     return operands, options
 
 
+def loss_inputs(loss: LossArguments | None, options: PassOptions) -> LossInputs | None:
+    """The checked arguments of a loss, None for statistics."""
+    if loss is None:
+        return None
+    dtype = acc_dtype(options.logits_dtype)
+    source = "the hidden states, weight, bias and lora"
+    return loss.checked(options.row, dtype, options.backend, source)
+
+
 def check_gathered(weight: Tensor, shard: bool = False) -> None:
     """ZeRO-3 leaves a tensor of zero elements in place of a partitioned weight. A `shard` of a
     vocabulary may have no rows."""
@@ -82,16 +98,6 @@ def check_gathered(weight: Tensor, shard: bool = False) -> None:
             "A weight partitioned by DeepSpeed ZeRO-3 was used outside a gather; call inside "
             "deepspeed.zero.GatheredParameters([weight]) or a module that reads it"
         )
-
-
-def _cast(head: Head, dtype: torch.dtype) -> Head:
-    lora = head.lora
-    return replace(
-        head,
-        weight=head.weight.to(dtype),
-        bias=None if head.bias is None else head.bias.to(dtype),
-        lora=None if lora is None else lora._replace(a=lora.a.to(dtype), b=lora.b.to(dtype)),
-    )
 
 
 def _check_weight(hidden: Tensor, weight: Tensor) -> None:

@@ -7,6 +7,7 @@ polarity and their gradients are then those of that distribution, on every backe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ from torch import Tensor
 from papo_kernels.types import IGNORE_INDEX
 
 _GROUP = 2**19  # ids handled together: their indices and values take about 20 MiB
+
+
+class KeepSet(NamedTuple):
+    """The ids that each token's sampling filter (top-k, top-p, min-p) kept, as compressed rows.
+
+    Attributes:
+        offsets: ``[N + 1]`` int64, nondecreasing, from 0 to nnz: token i kept
+            ``ids[offsets[i] : offsets[i + 1]]``, in any order; N counts the tokens of `targets` in
+            row-major order.
+        ids: ``[nnz]`` int64 in [0, vocab_size), the sampled id of each token among its own.
+    """
+
+    offsets: Tensor
+    ids: Tensor
 
 
 class KeepMask:

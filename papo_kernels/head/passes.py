@@ -1,6 +1,6 @@
 """One call's passes over the chunks of its tokens: statistics, their gradient, the policy loss.
 
-`ops/head.py` calls them, on the whole vocabulary or, with `shards.py`, on one rank's shard of it.
+`ops/head.py` calls them, on the whole vocabulary or, with `split.py`, on one rank's shard of it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .gradients import Gradients
 from .keep import KeepMask
 from .plan import Needs, Selection, Workspace, active_rows, default_workspace, make_plan
 from .products import Projection, write_logits
+from .split import Split
 
 
 class Operands(NamedTuple):
@@ -56,20 +57,6 @@ class PassOptions(NamedTuple):
     chunk_bytes: int
 
 
-class Shard(NamedTuple):
-    """The part of a split vocabulary that the weight holds.
-
-    Attributes:
-        first: id of the weight's first row.
-        columns: rows of the largest shard: all ranks cut the same chunks.
-        merge: the states ``[n, 6]`` of whole rows from this shard's, a collective.
-    """
-
-    first: int
-    columns: int
-    merge: Callable[[Tensor], Tensor]
-
-
 Step = Callable[[Selection, Tensor, Tensor | None], None]
 
 
@@ -78,7 +65,7 @@ class Passes:
 
     Args:
         targets: ``[N]`` int64 ids of the whole vocabulary.
-        shard: None where the weight holds all of it.
+        split: None where the weight holds all of it.
         checked: an earlier pass over the same targets and kept ids has not raised.
     """
 
@@ -87,14 +74,14 @@ class Passes:
         operands: Operands,
         options: PassOptions,
         targets: Tensor,
-        shard: Shard | None = None,
+        split: Split | None = None,
         checked: bool = False,
     ) -> None:
-        self._operands, self._options, self._shard = operands, options, shard
+        self._operands, self._options, self._split = operands, options, split
         vocab_size = options.row.vocab_size
         if not checked:
             check_target_values(targets, vocab_size)
-        self._first = shard.first if shard is not None else 0
+        self._first = split.first if split is not None else 0
         held = operands.weight.shape[0]
         cut = max(0, min(held, vocab_size - self._first))
         weight = operands.weight[:cut]
@@ -107,13 +94,13 @@ class Passes:
         )
         # A shard without rows is treated as one masked column.
         self._columns = max(1, cut)
-        self._row = options.row._replace(vocab_size=self._columns, sharded=shard is not None)
+        self._row = options.row._replace(vocab_size=self._columns, sharded=split is not None)
         self._keep = None
         if operands.keep_offsets is not None and operands.keep_ids is not None:
             kept = (operands.keep_offsets, operands.keep_ids)
             self._keep = KeepMask(*kept, targets, vocab_size, checked)
         self._targets = targets
-        if shard is not None:
+        if split is not None:
             # A value that is no id at all stays out of range, so that the kernels refuse it: on a
             # GPU nothing has so far.
             known = (targets >= 0) & (targets < vocab_size)
@@ -140,8 +127,8 @@ class Passes:
                 output[chunk] = value
 
         self._run(step, self._targets == IGNORE_INDEX, None)
-        if self._shard is not None:
-            outputs = self._finish(self._shard.merge(outputs[-1]))
+        if self._split is not None:
+            outputs = self._finish(self._split.merge(outputs[-1]))
         logp, entropy, unit_polarity, lse, state = outputs
         return logp, entropy, unit_polarity, lse, state
 
@@ -176,9 +163,9 @@ class Passes:
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
             targets, merged = self._targets[chunk], None
-            if self._shard is not None:
+            if self._split is not None:
                 local = self._backend.token_stats_fwd(logits, targets, self._row)[-1]
-                merged = self._shard.merge(local)
+                merged = self._split.merge(local)
             values = self._backend.policy_loss_fwd(
                 logits,
                 targets,
@@ -202,15 +189,17 @@ class Passes:
         """Call `step` on every chunk's logits. With `needs`, `step` writes their gradient as well,
         and the gradients of the head's inputs are formed from it."""
         hidden, columns = self._operands.hidden, self._columns
-        active, shard = active_rows(ignored), self._shard
-        dtype = self._options.logits_dtype
+        active, dtype = active_rows(ignored), self._options.logits_dtype
+        widest = columns  # of all shards
+        if self._split is not None:
+            widest = self._split.columns(self._options.row.vocab_size)
         weight_sum = 0
         if needs is not None and needs.weight:
-            held = hidden.shape[1] * (columns if shard is None else shard.columns)
-            weight_sum = held * (acc_dtype(dtype).itemsize - hidden.dtype.itemsize)
+            lower_halves = acc_dtype(dtype).itemsize - hidden.dtype.itemsize
+            weight_sum = hidden.shape[1] * widest * lower_halves
         plan = make_plan(
             active.total,
-            columns if shard is None else shard.columns,
+            widest,
             hidden.shape[1],
             (hidden.dtype, dtype),
             needs is not None,
@@ -221,7 +210,7 @@ class Passes:
         grads = None
         if needs is not None:
             full = self._operands[1:5]
-            grads = Gradients(hidden, self._head, full, needs, plan.slabs, shard is not None)
+            grads = Gradients(hidden, self._head, full, needs, plan.slabs, self._split is not None)
         for slab in work.over_slabs():
             rows = hidden[slab]
             for part, chunk in work.over_chunks(slab):

@@ -1,82 +1,23 @@
-"""A head whose rows are spread over ranks: the split, what is summed over it, and one checked call.
-
-Every rank of the group holds the same hidden states, targets and per-token inputs, and its own rows
-of the head's weight (Megatron's vocabulary parallelism): rank r's rows follow those of rank r - 1.
-Any split will do, shards without rows and shards of nothing but padding among them. All ranks get
-the same results, those of the whole head to float32 rounding. Gradients: of the weight's shard on
-its own rank; of hidden, and of the LoRA factor A, the full one on every rank.
-
-A call is a collective: every rank makes it, and goes backward through it, with the same arguments
-but for `weight`, `bias` and `lora.b`, and the same upstream gradients. The ranks exchange
-
-- a dozen integers, so that all know the split and raise the same errors; not with `shards`;
-- row states, 48 bytes per token: in one all-gather for statistics, in one per chunk of tokens for
-  the loss, which forms its gradients as it goes;
-- where there are gradients, the partial gradient of hidden in float32, in one all-reduce. The loss
-  makes it in its forward pass.
-"""
+"""One checked call of a head whose rows are spread over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from papo_kernels.backends import choose
-from papo_kernels.checks import counted_columns
-from papo_kernels.source import Compute, LazyLogits
+from papo_kernels.checks import FLOAT_DTYPES, counted_columns
+from papo_kernels.inputs import LossArguments
+from papo_kernels.types import Compute, LossInputs
 
-from .checks import prepare
-from .passes import Operands, PassOptions, Shard
+from .checks import UNKNOWN, loss_inputs, prepare
+from .head import LazyLogits
+from .passes import Operands, PassOptions
 from .plan import default_workspace
-
-T = TypeVar("T")
-
-
-# ---- the split ----------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """Where this rank's rows lie."""
-
-    group: dist.ProcessGroup | None
-    rows: tuple[int, ...]  # of every rank's shard
-    rank: int
-
-    def shard(self, vocab_size: int) -> Shard:
-        first = sum(self.rows[: self.rank])
-        starts = [sum(self.rows[:r]) for r in range(len(self.rows))]
-        columns = max(
-            min(held, vocab_size - start) for start, held in zip(starts, self.rows, strict=True)
-        )
-        return Shard(first, columns, self._merge)
-
-    def _merge(self, state: Tensor) -> Tensor:
-        # Here, since importing papo_kernels loads no backend.
-        from papo_kernels.reference import merge_states
-
-        states = state.new_empty((len(self.rows) * state.shape[0], state.shape[1]))
-        dist.all_gather_into_tensor(states, state.contiguous(), group=self.group)
-        return merge_states(states.view(len(self.rows), *state.shape))
-
-    def reduce(self, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
-        """`grads` (of hidden, weight, bias, lora_a, lora_b) with those of hidden and lora_a summed
-        over the ranks, in one collective."""
-        hidden, weight, bias, lora_a, lora_b = grads
-        partial = [g for g in (hidden, lora_a) if g is not None]
-        if len(partial) == 1:
-            dist.all_reduce(partial[0], group=self.group)
-        elif partial:
-            joined = torch.cat([g.view(-1) for g in partial])
-            dist.all_reduce(joined, group=self.group)
-            for g, part in zip(partial, joined.split([g.numel() for g in partial]), strict=True):
-                g.copy_(part.view_as(g))
-        hidden, lora_a = (None if g is None else g.to(dtype) for g in (hidden, lora_a))
-        return [hidden, weight, bias, lora_a, lora_b]
+from .split import Split
 
 
 def agree(
@@ -84,10 +25,12 @@ def agree(
     targets: Tensor,
     temperature: float,
     compute: Compute,
-    more: Callable[[PassOptions], T],
-) -> tuple[Split, Operands, PassOptions, T]:
-    """The checked call, and what `more` returns for its options. An error of one rank is raised on
-    every rank. A collective, unless the head's `shards` are known."""
+    loss: LossArguments | None,
+) -> tuple[Operands, PassOptions, LossInputs | None, Split]:
+    """What `prepare` and `loss_inputs` return, and the split.
+
+    An error of one rank is raised on every rank. A collective, unless the head's `shards` are known.
+    """
     hidden, head, _ = logits
     group, shards = head.group, head.shards
     if not (dist.is_available() and dist.is_initialized()):
@@ -105,16 +48,15 @@ def agree(
                 f"{head.weight.shape[0]}, got {rows}"
             )
         operands, options = prepare(logits, targets, temperature, compute, sum(rows))
-        return Split(group, rows, rank), operands, options, more(options)
+        return operands, options, loss_inputs(loss, options), Split(group, rows, rank)
 
     error: Exception | None = None
     facts = dict.fromkeys(_FACTS, 0)
     try:
         # No rank knows the number of all rows yet: vocab_size is compared with it below.
-        unread = logits._replace(head=replace(head, vocab_size=None))
-        operands, options = prepare(unread, targets, temperature, compute, 1)
+        operands, options = prepare(logits, targets, temperature, compute, UNKNOWN)
         choose(options.backend or None, hidden.device, options.logits_dtype)
-        made = more(options)
+        inputs = loss_inputs(loss, options)
         facts = _facts(operands, options, targets, head.vocab_size)
     except (TypeError, ValueError) as caught:
         error = caught
@@ -127,10 +69,10 @@ def agree(
             raise ValueError(f"{name}: expected the same on every rank, got {list(values)}")
     rows = of_ranks["rows of weight"]
     columns = counted_columns(sum(rows), head.vocab_size, "rows of weight on all ranks")
-    options = options._replace(
-        row=options.row._replace(vocab_size=columns), chunk_bytes=min(of_ranks["workspace bytes"])
-    )
-    return Split(group, rows, rank), operands, options, made
+    row, workspace = options.row._replace(vocab_size=columns), min(of_ranks["workspace bytes"])
+    options = options._replace(row=row, chunk_bytes=workspace)
+    inputs = None if inputs is None else inputs._replace(row=row)
+    return operands, options, inputs, Split(group, rows, rank)
 
 
 _LOCAL = ("rows of weight", "workspace bytes")
@@ -146,7 +88,6 @@ _FACTS = (
     "number of kept ids",
     "sum of targets",
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _facts(
@@ -157,8 +98,8 @@ def _facts(
         options.chunk_bytes or default_workspace(operands.hidden.device),
         operands.weight.shape[1],
         operands.hidden.shape[0],
-        _DTYPES.index(operands.hidden.dtype),
-        _DTYPES.index(options.logits_dtype),
+        FLOAT_DTYPES.index(operands.hidden.dtype),
+        FLOAT_DTYPES.index(options.logits_dtype),
         -1 if vocab_size is None else vocab_size,
         sum(needed << i for i, needed in enumerate(operands.needs())),
         0 if operands.lora_a is None else operands.lora_a.shape[0],

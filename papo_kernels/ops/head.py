@@ -18,7 +18,7 @@ from papo_kernels.dispatch import kernel_or_operation
 from papo_kernels.head.checks import check_gathered
 from papo_kernels.head.passes import Operands, Passes, PassOptions
 from papo_kernels.head.plan import Needs
-from papo_kernels.head.shards import Split
+from papo_kernels.head.split import Split
 from papo_kernels.types import LossInputs, RowParams
 
 from .common import ROW_SCHEMA, refuse_double_backward, refuse_lse
@@ -49,8 +49,7 @@ class HeadCall(NamedTuple):
     split: Split | None
 
     def passes(self, operands: Operands, targets: Tensor, checked: bool = False) -> Passes:
-        shard = None if self.split is None else self.split.shard(self.options.row.vocab_size)
-        return Passes(operands, self.options, targets, shard, checked)
+        return Passes(operands, self.options, targets, self.split, checked)
 
     def way(
         self, operands: Operands, kernel: Callable[..., Any], operation: Callable[..., Any]

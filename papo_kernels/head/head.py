@@ -1,7 +1,4 @@
-"""Where logits come from: a tensor that holds them, or hidden states and the model's head.
-
-What is constant over a run, the head and the way of computing, is an object that is made once.
-"""
+"""A language model's head, made once for a run, and the logits that calling it stands for."""
 
 from __future__ import annotations
 
@@ -13,30 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_positive, check_type, check_vocab_size
+from papo_kernels.checks import check_finite, check_positive, check_type, check_vocab_size
+
+from .keep import KeepSet
 
 # What model configs call the number that logits are multiplied by (Cohere, Falcon-H1) or divided by
 # (Granite).
 _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-
-
-class Logits(NamedTuple):
-    """Logits that are held, with what a model does to them before the softmax.
-
-    A plain tensor stands for ``Logits(tensor)``.
-
-    Attributes:
-        values: ``[..., V]`` float16, bfloat16, float32, or float64 (reference and cpu backends).
-            -inf masks a token: p = 0, gradient 0. Read without a copy where the leading dimensions
-            flatten to one stride and the last has stride 1.
-        softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
-        vocab_size: columns from there on are padding: never read, p = 0, gradient 0.
-    """
-
-    values: Tensor
-    softcap: float | None = None
-    vocab_size: int | None = None
 
 
 class LoRA(NamedTuple):
@@ -51,20 +32,6 @@ class LoRA(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: float = 1.0
-
-
-class KeepSet(NamedTuple):
-    """The ids that each token's sampling filter (top-k, top-p, min-p) kept, as compressed rows.
-
-    Attributes:
-        offsets: ``[N + 1]`` int64, nondecreasing, from 0 to nnz: token i kept
-            ``ids[offsets[i] : offsets[i + 1]]``, in any order; N counts the tokens of `targets` in
-            row-major order.
-        ids: ``[nnz]`` int64 in [0, vocab_size), the sampled id of each token among its own.
-    """
-
-    offsets: Tensor
-    ids: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,40 +135,3 @@ class LazyLogits(NamedTuple):
     hidden: Tensor
     head: Head
     keep: KeepSet | None = None
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How a call is computed. No option changes a result but by rounding.
-
-    Args:
-        backend: "reference", "cpu", "triton" or "cuda"; None: ``PAPO_BACKEND`` or else the fastest
-            that serves the logits.
-        chunk_bytes: the workspace of a head's logits; None: 256 MiB, or 1/32 of a GPU's memory
-            where that is more.
-        logits_dtype: of a head's logits; None: float32 (float64 for float64). For half-precision
-            hidden states the other choice is their own dtype, which rounds every logit to 8
-            (bfloat16) or 11 bits. It is faster on a CPU, where a product of half-precision numbers
-            is half precision, and float32 logits take a float32 product.
-        inplace: `policy_loss` overwrites the logits it is given with their gradient instead of
-            allocating it. They must not be a leaf or a view, and belong to this loss alone: another
-            use in a loss, or a second backward, raises. No effect under no_grad, nor under
-            torch.compile, which places its buffers itself.
-
-    Raises:
-        TypeError, ValueError: an option of the wrong type or out of its range.
-    """
-
-    backend: str | None = None
-    chunk_bytes: int | None = None
-    logits_dtype: torch.dtype | None = None
-    inplace: bool = False
-
-    def __post_init__(self) -> None:
-        size = self.chunk_bytes
-        if size is None:
-            return
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"chunk_bytes: expected an int or None, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"chunk_bytes: expected at least 1, got {size}")

@@ -1,0 +1,69 @@
+"""A head whose rows are spread over ranks: where they lie, and what the ranks exchange.
+
+Every rank of the group holds the same hidden states, targets and per-token inputs, and its own rows
+of the head's weight (Megatron's vocabulary parallelism): rank r's rows follow those of rank r - 1.
+Any split will do, shards without rows and shards of nothing but padding among them. All ranks get
+the same results, those of the whole head to float32 rounding. Gradients: of the weight's shard on
+its own rank; of hidden, and of the LoRA factor A, the full one on every rank.
+
+A call is a collective: every rank makes it, and goes backward through it, with the same arguments
+but for `weight`, `bias` and `lora.b`, and the same upstream gradients. The ranks exchange
+
+- a dozen integers, so that all know the split and raise the same errors; not with `shards`;
+- row states, 48 bytes per token: in one all-gather for statistics, in one per chunk of tokens for
+  the loss, which forms its gradients as it goes;
+- where there are gradients, the partial gradient of hidden in float32, in one all-reduce. The loss
+  makes it in its forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Split(NamedTuple):
+    """Where this rank's rows lie."""
+
+    group: dist.ProcessGroup | None
+    rows: tuple[int, ...]  # of every rank's shard
+    rank: int
+
+    @property
+    def first(self) -> int:
+        """Id of this rank's first row."""
+        return sum(self.rows[: self.rank])
+
+    def columns(self, vocab_size: int) -> int:
+        """Rows of the largest shard that are not padding: all ranks cut the same chunks."""
+        starts = [sum(self.rows[:r]) for r in range(len(self.rows))]
+        return max(
+            min(held, vocab_size - start) for start, held in zip(starts, self.rows, strict=True)
+        )
+
+    def merge(self, state: Tensor) -> Tensor:
+        """The states ``[n, 6]`` of whole rows from this shard's; a collective."""
+        # Here, since importing papo_kernels loads no backend.
+        from papo_kernels.reference import merge_states
+
+        states = state.new_empty((len(self.rows) * state.shape[0], state.shape[1]))
+        dist.all_gather_into_tensor(states, state.contiguous(), group=self.group)
+        return merge_states(states.view(len(self.rows), *state.shape))
+
+    def reduce(self, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+        """`grads` (of hidden, weight, bias, lora_a, lora_b) with those of hidden and lora_a summed
+        over the ranks, in one collective."""
+        hidden, weight, bias, lora_a, lora_b = grads
+        partial = [g for g in (hidden, lora_a) if g is not None]
+        if len(partial) == 1:
+            dist.all_reduce(partial[0], group=self.group)
+        elif partial:
+            joined = torch.cat([g.view(-1) for g in partial])
+            dist.all_reduce(joined, group=self.group)
+            for g, part in zip(partial, joined.split([g.numel() for g in partial]), strict=True):
+                g.copy_(part.view_as(g))
+        hidden, lora_a = (None if g is None else g.to(dtype) for g in (hidden, lora_a))
+        return [hidden, weight, bias, lora_a, lora_b]

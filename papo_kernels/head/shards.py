@@ -29,7 +29,7 @@ def agree(
 ) -> tuple[Operands, PassOptions, LossInputs | None, Split]:
     """What `prepare` and `loss_inputs` return, and the split.
 
-    An error of one rank is raised on every rank. A collective, unless the head's `shards` are known.
+    A collective, unless the head's `shards` are known: an error of one rank is raised on every rank.
     """
     hidden, head, _ = logits
     group, shards = head.group, head.shards

@@ -22,14 +22,14 @@ CHUNK = 16384  # csrc/cpu/row_kernels.h
 # The kernel suite's core, run in a process that was told to use one instruction set.
 ISA_CHECK = """
 import torch
-from papo_kernels import PolarityWeighting, Objective
+from papo_kernels import Compute, Objective, PolarityWeighting, token_stats
 from papo_kernels.backends import extension
 from papo_kernels.backends.native import CPU
 from tests.cases import LOGITS, make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
 assert extension.cpu_isa() == {isa!r}, extension.cpu_isa()
-params = Objective(0.2, 0.28, 2.0, 0.04, 0.01)
+objective = Objective(0.2, 0.28, 2.0, 0.04, 0.01)
 weighting = PolarityWeighting(0.5, 0.7, "tanh", sigma=0.1)
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for kind in LOGITS:

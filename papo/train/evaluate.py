@@ -35,7 +35,7 @@ class Evaluator:
     success: float
     seed: int
 
-    def evaluate(self, model: Any, problems: Sequence[Problem]) -> dict[str, float]:
+    def evaluate(self, model: PreTrainedModel, problems: Sequence[Problem]) -> dict[str, float]:
         """Figures over all ranks' problems; a collective. The ranks sample independently.
 
         Masked completions count neither as right nor as wrong: they are left out of every mean, and

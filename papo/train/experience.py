@@ -10,8 +10,9 @@ import torch
 
 from papo.dist import collectives
 from papo.errors import PapoError
-from papo.policy.advantage import ScoredGroup, masked_counts, sequence_token_weights
+from papo.policy.advantage import ScoredGroup
 from papo.policy.batch import TrainingSequence
+from papo.policy.objective import masked_counts, sequence_token_weights
 
 if TYPE_CHECKING:
     from papo.config import DynamicSamplingConfig, LossConfig

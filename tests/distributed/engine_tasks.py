@@ -9,7 +9,7 @@ import torch
 
 from papo.config import OptimConfig, TrainConfig, WeightingConfig
 from papo.dist.engine import Engine
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
 from papo.train import build

@@ -17,7 +17,7 @@ from papo.dist import collectives, engine
 from papo.dist.engine import Engine
 from papo.errors import PapoError
 from papo.policy.batch import Batcher, TrainingSequence
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
 from papo.train.entropy import EntropyProbe

@@ -13,11 +13,12 @@ import torch
 import yaml
 
 from papo.config import TrainConfig
+from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.errors import PapoError
 from papo.record import run_folder
 from papo.train import build
-from papo.train.build import check_backend, opens_thinking
+from papo.train.build import check_backend
 from papo.train.session import Session
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 

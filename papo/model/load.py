@@ -13,6 +13,7 @@ from papo.errors import PapoError, first_line
 from papo.model.quiet import quiet
 from papo.model.smollm2 import SMOLLM2, converted_smollm2
 from papo.model.weights import weight_faults
+from papo_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
 
     Raises:
         PapoError: it does not load, its weights are not all in the file and finite, or papo cannot
-            find its hidden states.
+            find its hidden states or compute its logits.
     """
     from transformers import AutoModelForCausalLM
 
@@ -124,15 +125,28 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
             f"model.attn_implementation='sdpa': expected eager for {type(model).__name__}, whose "
             "attention scores have a soft cap"
         )
+    _check_parts(model, config.path)
     faults = weight_faults(model, report, path)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
-    if decoder_of(model) is model.get_output_embeddings():
-        raise PapoError(
-            f"model.path={config.path!r}: {type(model).__name__} gives its head as its decoder, so "
-            "papo cannot find its hidden states; take another model"
-        )
     return model
+
+
+def _check_parts(model: PreTrainedModel, path: str) -> None:
+    """Refuse a model whose hidden states or head the fused loss cannot take."""
+    whose, head = f"model.path={path!r}: {type(model).__name__}", model.get_output_embeddings()
+    try:
+        Head.of(model)
+    except TypeError as error:
+        raise PapoError(
+            f"{whose} has output embeddings of type {type(head).__name__}; expected an nn.Linear: "
+            "merge an adapter into it first, or take another model"
+        ) from error
+    if decoder_of(model) is head:
+        raise PapoError(
+            f"{whose} gives its head as its decoder, so papo cannot find its hidden states; take "
+            "another model"
+        )
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> PapoError:

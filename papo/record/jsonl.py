@@ -25,8 +25,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIO | None = None
-        if path.exists():
-            self._rewrite(line for line, _ in self._rows())
+        self._rewrite(line for line, _ in _rows(path))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows and hand them to the operating system: they survive the process.
@@ -49,7 +48,7 @@ class JsonLines:
         Raises:
             PapoError: the file cannot be written; it is as it was.
         """
-        self._rewrite(line for line, row in self._rows() if row["step"] <= step)
+        self._rewrite(line for line, row in _rows(self.path) if row["step"] <= step)
 
     def drop(self, same: RowId) -> None:
         """Drop the rows with this id.
@@ -57,10 +56,7 @@ class JsonLines:
         Raises:
             PapoError: as for `keep_up_to`.
         """
-        self._rewrite(line for line, row in self._rows() if row_id(row) != same)
-
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        return _rows(self.path.read_bytes()) if self.path.exists() else iter(())
+        self._rewrite(line for line, row in _rows(self.path) if row_id(row) != same)
 
     def _rewrite(self, lines: Iterable[str]) -> None:
         """Make `lines` the file's content."""
@@ -83,9 +79,7 @@ class JsonLines:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The finished rows of a file, none where there is no file."""
-    if not path.exists():
-        return []
-    return [row for _, row in _rows(path.read_bytes())]
+    return [row for _, row in _rows(path)]
 
 
 def row_id(row: Mapping[str, Any]) -> RowId:
@@ -93,10 +87,12 @@ def row_id(row: Mapping[str, Any]) -> RowId:
     return row["step"], frozenset(row)
 
 
-def _rows(data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The finished lines that hold a row, and their rows."""
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The finished lines of a file that hold a row, and their rows."""
+    if not path.exists():
+        return
     # `splitlines` would also cut a completion's text, at U+2028 and others.
-    *finished, _cut_off = data.decode("utf-8", errors="replace").split("\n")
+    *finished, _cut_off = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     for line in finished:
         row = _row(line)
         if row is not None:

@@ -166,15 +166,38 @@ def _row_gradient(grad: Tensor, rows: _Rows, like: Tensor) -> Tensor:
     return full
 
 
+def polarity_shape(
+    polarity: Tensor,
+    unit_polarity: Tensor,
+    shape: str,
+    sigma: float | Tensor,
+    dead_zone: float | Tensor,
+) -> Tensor:
+    """h of `PolarityWeighting`, in the shape and dtype of `polarity`.
+
+    Args:
+        polarity, unit_polarity: float, of one shape.
+        shape: "sign" or "tanh".
+        sigma, dead_zone: numbers or 0-dim tensors.
+    """
+    if shape == "tanh":
+        return torch.tanh(polarity / sigma)
+    return torch.where(unit_polarity.abs() <= dead_zone, 0.0, polarity.sign())
+
+
+def polarity_weight(
+    h: Tensor, strength: float, phase: float | Tensor, scale: float | Tensor
+) -> Tensor:
+    """w of `PolarityWeighting`, in the shape and dtype of `h`; `phase` and `scale` are numbers or
+    0-dim tensors."""
+    return scale * (1.0 + strength * phase * h)
+
+
 def _weight(w: WeightingInputs | None, polarity: Tensor, unit_polarity: Tensor) -> Tensor:
     if w is None:
         return torch.ones_like(polarity)
-    phase, sigma, scale = w.phase.double(), w.sigma.double(), w.scale.double()
-    if w.shape == "sign":
-        h = torch.where(unit_polarity.abs() <= w.dead_zone, 0.0, polarity.sign())
-    else:
-        h = torch.tanh(polarity / sigma)
-    return scale * (1.0 + w.strength * phase * h)
+    h = polarity_shape(polarity, unit_polarity, w.shape, w.sigma.double(), w.dead_zone)
+    return polarity_weight(h, w.strength, w.phase.double(), w.scale.double())
 
 
 class _TokenLoss(NamedTuple):

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from papo.data.records import Record
+from papo.data.examples import Example
 from papo.errors import PapoError
 
 
-def generate(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Record]:
+def generate(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Example]:
     """An endless stream of a reasoning-gym dataset's problems.
 
     `metadata` holds what the dataset's own `score_answer` needs: the dataset's name, its parameters
@@ -55,7 +55,7 @@ def generate(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Record
         entry = dataset[index]
         index += 1
         answer = entry["answer"]
-        yield Record(
+        yield Example(
             messages=({"role": "user", "content": entry["question"]},),
             answer="" if answer is None else str(answer),
             metadata={"dataset": name, "params": dict(params), "entry": entry},

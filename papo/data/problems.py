@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from papo.data.examples import Example, read
 from papo.data.generated import generate
 from papo.data.prompts import PromptEncoder
-from papo.data.records import Record, read
 from papo.data.rows import name_of
 from papo.errors import PapoError
 from papo.types import Problem
@@ -162,24 +162,24 @@ class ProblemSource:
             log.info("%s has no more than %d distinct problems", c.dataset, len(found))
         return held_out, train
 
-    def _new_prompts(self, records: Iterable[Record], limit: int) -> Iterator[_Item]:
+    def _new_prompts(self, examples: Iterable[Example], limit: int) -> Iterator[_Item]:
         """The first `limit` problems with distinct prompts that are not too long.
 
         Generated problems have no end: the search stops after many in a row bring nothing new.
         """
         seen: set[bytes] = set()
         kept = stale = 0
-        for record in records:
+        for example in examples:
             if kept == limit or stale > max(1000, 5 * len(seen)):
                 return
             stale += 1
-            messages = self._with_options(record.messages)
+            messages = self._with_options(example.messages)
             prompt = _digest(messages)
             if prompt in seen:
                 continue
             seen.add(prompt)
             stale = 0
-            item = self._item(record, messages, prompt)
+            item = self._item(example, messages, prompt)
             if item is not None:
                 kept += 1
                 yield item
@@ -231,35 +231,35 @@ class ProblemSource:
             f"of which {keeps} leaves none to train on; hold out less or use more data"
         )
 
-    def _distinct(self, records: Iterable[Record], what: str) -> list[_Item]:
+    def _distinct(self, examples: Iterable[Example], what: str) -> list[_Item]:
         """The problems of a file or of a dataset, without repeated and overlong ones; log lines say
         what was dropped and which prompts have several answers."""
         rows: set[bytes] = set()
         answers: dict[bytes, str] = {}
         items = []
-        count, contrary, example = 0, 0, ""
-        for record in records:
+        count, contrary, first = 0, 0, ""
+        for example in examples:
             count += 1
-            messages = self._with_options(record.messages)
-            row = _digest(messages, record.answer, _json(record.metadata))
+            messages = self._with_options(example.messages)
+            row = _digest(messages, example.answer, _json(example.metadata))
             if row in rows:
                 continue
             rows.add(row)
             prompt = _digest(messages)
-            earlier = answers.setdefault(prompt, record.answer)
-            if earlier != record.answer:
+            earlier = answers.setdefault(prompt, example.answer)
+            if earlier != example.answer:
                 contrary += 1
                 asked = messages[-1]["content"]
-                example = example or f"{asked!r:.80}: {earlier!r:.40} and {record.answer!r:.40}"
-            item = self._item(record, messages, prompt)
+                first = first or f"{asked!r:.80}: {earlier!r:.40} and {example.answer!r:.40}"
+            item = self._item(example, messages, prompt)
             if item is not None:
                 items.append(item)
         if not count:
             raise PapoError(f"{what}: has no rows")
-        self._report(what, count - len(rows), contrary, example)
+        self._report(what, count - len(rows), contrary, first)
         return items
 
-    def _report(self, what: str, equal: int, contrary: int, example: str) -> None:
+    def _report(self, what: str, equal: int, contrary: int, first: str) -> None:
         self.dropped_equal += equal
         self.other_answers += contrary
         if equal:
@@ -269,7 +269,7 @@ class ProblemSource:
                 "%s: %d rows repeat a prompt with another answer, all are kept; the first is %s",
                 what,
                 contrary,
-                example,
+                first,
             )
 
     def _with_options(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
@@ -282,7 +282,7 @@ class ProblemSource:
         return tuple(full)
 
     def _item(
-        self, record: Record, messages: tuple[Mapping[str, Any], ...], prompt: bytes
+        self, example: Example, messages: tuple[Mapping[str, Any], ...], prompt: bytes
     ) -> _Item | None:
         """The item; None where the prompt is too long, which is counted."""
         ids = self._encoder.encode(messages)
@@ -291,10 +291,10 @@ class ProblemSource:
             return None
         return _Item(
             prompt,
-            _digest(record.messages),
+            _digest(example.messages),
             messages,
-            record.answer,
-            record.metadata,
+            example.answer,
+            example.metadata,
             array("i", ids),
         )
 

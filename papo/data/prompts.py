@@ -107,3 +107,8 @@ class PromptEncoder:
         if line not in self._warned:
             self._warned.add(line)
             log.warning(line)
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends with `<think>`, as some chat templates make it."""
+    return str(tokenizer.decode(list(prompt_ids[-8:]))).rstrip().endswith("<think>")

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,6 +27,9 @@ from papo.dist import collectives
 from papo.dist.engine import MOMENTS, Engine
 from papo.errors import PapoError
 from papo.model.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2
 SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
@@ -221,7 +224,7 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return meta
 
 
-def export(folder: Path, engine: Engine, tokenizer: Any) -> None:
+def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write an ordinary Hugging Face folder with the weights that sampled; a collective.
 
     Raises:

@@ -21,8 +21,12 @@ from transformers import GenerationConfig
 from papo.errors import PapoError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from papo.config import OptimConfig
-    from papo.policy.objective import Policy
+    from papo.policy.batch import LossInputs, ModelInputs
+    from papo.policy.module import Policy
+    from papo_kernels import Objective, PolarityWeighting
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 with warnings.catch_warnings():
@@ -164,9 +168,15 @@ class Engine:
                 self._write_master(parameter, exact.pop(name).to(self.device, torch.float32))
         self.train(optim is not None)
 
-    def forward(self, *args: Any) -> tuple[Tensor, ...]:
-        """`policy(*args)` with the weights gathered layer by layer."""
-        return self._ds(*args)
+    def forward(
+        self,
+        batch: ModelInputs,
+        tokens: LossInputs | None = None,
+        objective: Objective | None = None,
+        weighting: PolarityWeighting | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`Policy.forward` with the weights gathered layer by layer."""
+        return self._ds(batch, tokens, objective, weighting)
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like."""
@@ -204,7 +214,7 @@ class Engine:
         return StepResult(norm, applied=not blocked and math.isfinite(norm))
 
     @contextlib.contextmanager
-    def inference_model(self) -> Iterator[Any]:
+    def inference_model(self) -> Iterator[PreTrainedModel]:
         """The causal LM with whole weights and no hooks, gathered once for the whole block.
 
         The twin's parameters point at the gathered storage, so nothing is copied, and are emptied
@@ -323,7 +333,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _empty_twin(causal_lm: Any) -> Any:
+def _empty_twin(causal_lm: PreTrainedModel) -> PreTrainedModel:
     """The same architecture without weights, for `Engine.inference_model`.
 
     Its generation config is a blank one: sampling must be the policy's own distribution, not one

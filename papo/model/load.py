@@ -3,8 +3,6 @@ carries as a GGUF file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from papo.errors import PapoError, first_line
 from papo.model.quiet import quiet
 from papo.model.smollm2 import SMOLLM2, converted_smollm2
 from papo.model.weights import weight_faults
+from papo_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +94,7 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
 
     Raises:
         PapoError: it does not load, its weights are not all in the file and finite, or papo cannot
-            find its hidden states.
+            find its hidden states or compute its logits.
     """
     from transformers import AutoModelForCausalLM
 
@@ -126,15 +125,28 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
             f"model.attn_implementation='sdpa': expected eager for {type(model).__name__}, whose "
             "attention scores have a soft cap"
         )
+    _check_parts(model, config.path)
     faults = weight_faults(model, report, path)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
-    if decoder_of(model) is model.get_output_embeddings():
-        raise PapoError(
-            f"model.path={config.path!r}: {type(model).__name__} gives its head as its decoder, so "
-            "papo cannot find its hidden states; take another model"
-        )
     return model
+
+
+def _check_parts(model: PreTrainedModel, path: str) -> None:
+    """Refuse a model whose hidden states or head the fused loss cannot take."""
+    whose, head = f"model.path={path!r}: {type(model).__name__}", model.get_output_embeddings()
+    try:
+        Head.of(model)
+    except TypeError as error:
+        raise PapoError(
+            f"{whose} has output embeddings of type {type(head).__name__}; expected an nn.Linear: "
+            "merge an adapter into it first, or take another model"
+        ) from error
+    if decoder_of(model) is head:
+        raise PapoError(
+            f"{whose} gives its head as its decoder, so papo cannot find its hidden states; take "
+            "another model"
+        )
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> PapoError:
@@ -146,63 +158,6 @@ def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:
     decoder: Any = causal_lm.get_decoder()
     # It is the causal LM itself where the class's prefix is not the attribute's name (Llama 4).
     return causal_lm.get_submodule("model") if decoder is causal_lm else decoder
-
-
-def recompute_activations(causal_lm: PreTrainedModel, *, dropout: bool) -> None:
-    """Make the layers recompute their activations in the backward pass.
-
-    Args:
-        dropout: keep the layers' dropout.
-
-    Raises:
-        PapoError: the model cannot do so.
-    """
-    # Renamed in transformers 5.23, which Python 3.10 does not get.
-    enable = getattr(causal_lm, "activation_checkpointing_enable", None)
-    try:
-        (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
-    except ValueError as error:
-        raise PapoError(f"model.activation_checkpointing=True: {error}") from error
-    if dropout:
-        return
-    layers: list[Any] = [*recomputed_layers(causal_lm)]
-    if not layers:
-        raise PapoError(
-            f"model.activation_checkpointing=True: {type(causal_lm).__name__} recomputes only "
-            "with dropout; expected model.dropout=true beside it"
-        )
-    for layer in layers:
-        checkpoint = layer._gradient_checkpointing_func
-        layer._gradient_checkpointing_func = partial(_recomputed, layer, checkpoint)
-
-
-def recomputed_layers(causal_lm: nn.Module) -> list[nn.Module]:
-    """The layers whose activations are recomputed; none before `recompute_activations`."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [
-        module
-        for module in causal_lm.modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-    ]
-
-
-def _recomputed(
-    layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
-) -> Any:
-    """`checkpoint(function, *args)` with `function` run in evaluation mode.
-
-    A layer recomputes only in training mode, and in training mode its dropout is on as well.
-    """
-
-    def evaluated(*args: Any) -> Any:
-        training, layer.training = layer.training, False
-        try:
-            return function(*args)
-        finally:
-            layer.training = training
-
-    return checkpoint(evaluated, *args)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

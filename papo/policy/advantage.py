@@ -1,5 +1,4 @@
-"""From rewards to advantages: relative to the group, with DAPO's soft length penalty; and the token
-weights of the aggregations.
+"""From rewards to advantages: relative to the group, with DAPO's soft length penalty.
 
 Pure functions: whatever spans ranks arrives as an argument. A group is a row, so no group is ever
 split across a normalizer.
@@ -149,54 +148,3 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     if not 1 <= buffer <= max_length:
         raise ValueError(f"buffer: expected 1 to {max_length} (the maximum length), got {buffer}")
     return -((lengths - (max_length - buffer)).to(torch.float32) / buffer).clamp(0.0, 1.0)
-
-
-def masked_counts(lengths: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What `mask` leaves, 0-dim each: `global_tokens` and `global_sequences`.
-
-    Summed over the ranks, they are the arguments of these names of `sequence_token_weights`, whose
-    numerator and denominator thereby share one mask.
-    """
-    return {
-        "global_tokens": torch.where(mask, lengths, 0).sum(),
-        "global_sequences": mask.sum(),
-    }
-
-
-def sequence_token_weights(
-    lengths: Tensor,
-    mask: Tensor,
-    *,
-    aggregation: str,
-    constant_length: int | None,
-    global_tokens: float,
-    global_sequences: float,
-) -> Tensor:
-    """The weight in the loss of each token of a sequence, mask times normalizer: one per sequence.
-
-    `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's
-    length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr.GRPO).
-
-    Args:
-        lengths: int or float [S], response tokens. mask: bool [S], False contributes nothing.
-        global_tokens, global_sequences: `masked_counts` summed over every rank and accumulation
-            step of the update.
-
-    Returns:
-        float64 [S]; all zeros (never 0/0) for a batch in which nothing is left.
-
-    Raises:
-        ValueError: an unknown aggregation, or `constant` without a positive length.
-    """
-    if aggregation == "token":
-        tokens = torch.full_like(lengths, global_tokens, dtype=torch.float64)
-    elif aggregation == "sequence":
-        tokens = global_sequences * lengths.double()
-    elif aggregation == "constant":
-        if constant_length is None or constant_length < 1:
-            raise ValueError(f"constant_length: expected a positive length, got {constant_length}")
-        length = global_sequences * constant_length
-        tokens = torch.full_like(lengths, length, dtype=torch.float64)
-    else:
-        raise ValueError(f"aggregation: expected token, sequence or constant, got {aggregation!r}")
-    return torch.where(mask, 1.0 / tokens.clamp(min=1.0), 0.0)

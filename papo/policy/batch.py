@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,28 @@ IDLE = TrainingSequence(
 )
 
 
+class ModelInputs(TypedDict):
+    """What of a `MicroBatch` gives the logits of its tokens."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor | None
+    logit_index: Tensor
+    targets: Tensor
+    keep_offsets: Tensor | None
+    keep_ids: Tensor | None
+
+
+class LossInputs(TypedDict):
+    """What of a `MicroBatch` only the loss reads: arguments of `papo_kernels.policy_loss`."""
+
+    advantages: Tensor
+    token_weight: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Tensors of one forward pass: B rows of T positions, N response tokens.
@@ -96,6 +118,28 @@ class MicroBatch:
     def live(self) -> Tensor:
         """bool [N], the tokens that train."""
         return self.token_weight > 0
+
+    def model_inputs(self) -> ModelInputs:
+        """Its fields of these names."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "segment_ids": self.segment_ids,
+            "logit_index": self.logit_index,
+            "targets": self.targets,
+            "keep_offsets": self.keep_offsets,
+            "keep_ids": self.keep_ids,
+        }
+
+    def loss_inputs(self) -> LossInputs:
+        """Its fields of these names."""
+        return {
+            "advantages": self.advantages,
+            "token_weight": self.token_weight,
+            "old_logp": self.old_logp,
+            "ref_logp": self.ref_logp,
+        }
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""

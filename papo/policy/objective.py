@@ -1,143 +1,76 @@
-"""The policy as one module, so that one engine call is one pass: backbone, fused head and loss.
-
-The backbone gives hidden states; only the positions that predict a response token reach the head,
-whose logits exist a chunk of tokens at a time.
-"""
+"""From the config's `loss` section to the kernels' surrogate (the clip, KL and entropy terms), and
+the token weights of its aggregations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from papo.model.attention import shared_prompts
-from papo.model.load import decoder_of, recomputed_layers
-from papo_kernels import (
-    Compute,
-    Head,
-    KeepSet,
-    Objective,
-    PolarityWeighting,
-    PolicyLossOutput,
-    TokenStats,
-    policy_loss,
-    token_stats,
-)
+from papo_kernels import Objective
+
+if TYPE_CHECKING:
+    from papo.config import LossConfig
 
 
-class Scoring(nn.Module):
-    """Statistics, or the loss, of hidden states.
+def objective_of(loss: LossConfig) -> Objective:
+    """The surrogate that the config's `loss` section describes."""
+    return Objective(
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        kl_coef=loss.kl_coef,
+        entropy_coef=loss.entropy_coef,
+    )
 
-    A module of its own because the engine registers the head's parameters with it, so that ZeRO-3's
-    hooks gather them around it and around nothing else.
+
+def masked_counts(lengths: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What `mask` leaves, 0-dim each: `global_tokens` and `global_sequences`.
+
+    Summed over the ranks, they are the arguments of these names of `sequence_token_weights`, whose
+    numerator and denominator thereby share one mask.
+    """
+    return {
+        "global_tokens": torch.where(mask, lengths, 0).sum(),
+        "global_sequences": mask.sum(),
+    }
+
+
+def sequence_token_weights(
+    lengths: Tensor,
+    mask: Tensor,
+    *,
+    aggregation: str,
+    constant_length: int | None,
+    global_tokens: float,
+    global_sequences: float,
+) -> Tensor:
+    """The weight in the loss of each token of a sequence, mask times normalizer: one per sequence.
+
+    `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's
+    length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr.GRPO).
 
     Args:
-        head: of the language model, whose parameters it holds.
-        temperature: of sampling; logp, entropy and polarity are all at this temperature.
-        compute: backend and memory; its `logits_dtype` is set here.
-        full_logits: logits in float32. None: where the device multiplies half-precision numbers
-            into float32 (CUDA); a CPU would have to widen them first, at several times the cost.
+        lengths: int or float [S], response tokens. mask: bool [S], False contributes nothing.
+        global_tokens, global_sequences: `masked_counts` summed over every rank and accumulation
+            step of the update.
+
+    Returns:
+        float64 [S]; all zeros (never 0/0) for a batch in which nothing is left.
+
+    Raises:
+        ValueError: an unknown aggregation, or `constant` without a positive length.
     """
-
-    def __init__(
-        self, head: Head, temperature: float, compute: Compute, full_logits: bool | None
-    ) -> None:
-        super().__init__()
-        self._head = head
-        self._temperature = temperature
-        self._compute = compute
-        self._full_logits = full_logits
-
-    @property
-    def parameters_read(self) -> list[nn.Parameter]:
-        """The head's weight and, where there is one, its bias."""
-        held = (self._head.weight, self._head.bias)
-        return [p for p in held if isinstance(p, nn.Parameter)]
-
-    def forward(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        tokens: Mapping[str, Any] | None,
-        objective: Objective | None,
-        weighting: PolarityWeighting | None,
-        keep: KeepSet | None = None,
-    ) -> TokenStats | PolicyLossOutput:
-        """The statistics, or with `tokens` (the loss's per-token inputs by name) the loss.
-
-        `keep`: the ids that the sampler drew from, None for all.
-        """
-        # Some backbones leave their residual in float32 (Mamba).
-        hidden = hidden.to(self._head.weight.dtype)
-        full = hidden.is_cuda if self._full_logits is None else self._full_logits
-        how: dict[str, Any] = {
-            "temperature": self._temperature,
-            "compute": replace(self._compute, logits_dtype=None if full else hidden.dtype),
-        }
-        logits = self._head(hidden, keep=keep)
-        if tokens is None:
-            return token_stats(logits, targets, **how)
-        return policy_loss(
-            logits, targets, **tokens, objective=objective, weighting=weighting, **how
-        )
-
-
-class Policy(nn.Module):
-    """A causal LM whose forward pass gives token statistics or the policy loss of a micro-batch.
-
-    Args:
-        causal_lm: a transformers causal LM.
-        temperature: sampling temperature; logp, entropy and polarity are all at this temperature.
-        dropout: in passes with gradient, keep the model's dropout and whatever else it does only in
-            training mode.
-        compute: backend and workspace of the head, None for `Compute()`.
-        full_logits: as for `Scoring`.
-    """
-
-    causal_lm: Any
-    scoring: Scoring
-
-    def __init__(
-        self,
-        causal_lm: Any,
-        *,
-        temperature: float,
-        dropout: bool = False,
-        compute: Compute | None = None,
-        full_logits: bool | None = None,
-    ) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-        self.dropout = dropout
-        head = Head.of(causal_lm)
-        self.scoring = Scoring(head, temperature, compute or Compute(), full_logits)
-
-    def train(self, mode: bool = True) -> Policy:
-        """Switch between passes with gradient and without; dropout only where it is kept."""
-        super().train(mode and self.dropout)
-        self.training = mode
-        for layer in recomputed_layers(self.causal_lm):
-            layer.training = mode
-        return self
-
-    def forward(
-        self,
-        batch: dict[str, Any],
-        tokens: Mapping[str, Any] | None = None,
-        objective: Objective | None = None,
-        weighting: PolarityWeighting | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Fields of `TokenStats` (no `tokens`) or of `PolicyLossOutput`, per token `[N]`."""
-        with shared_prompts(batch["segment_ids"], batch["position_ids"]):
-            hidden = decoder_of(self.causal_lm)(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                position_ids=batch["position_ids"],
-                use_cache=False,
-            ).last_hidden_state
-        selected = hidden.flatten(0, 1).index_select(0, batch["logit_index"])
-        cut = batch["keep_offsets"] is not None
-        keep = KeepSet(batch["keep_offsets"], batch["keep_ids"]) if cut else None
-        return self.scoring(selected, batch["targets"], tokens, objective, weighting, keep)
+    if aggregation == "token":
+        tokens = torch.full_like(lengths, global_tokens, dtype=torch.float64)
+    elif aggregation == "sequence":
+        tokens = global_sequences * lengths.double()
+    elif aggregation == "constant":
+        if constant_length is None or constant_length < 1:
+            raise ValueError(f"constant_length: expected a positive length, got {constant_length}")
+        length = global_sequences * constant_length
+        tokens = torch.full_like(lengths, length, dtype=torch.float64)
+    else:
+        raise ValueError(f"aggregation: expected token, sequence or constant, got {aggregation!r}")
+    return torch.where(mask, 1.0 / tokens.clamp(min=1.0), 0.0)

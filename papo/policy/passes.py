@@ -8,25 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from papo.policy.batch import MicroBatch
+from papo.policy.batch import LossInputs, MicroBatch, ModelInputs
 from papo_kernels import Objective, PolarityWeighting, PolicyLossOutput, TokenStats
-
-MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "segment_ids",
-    "logit_index",
-    "targets",
-    "keep_offsets",
-    "keep_ids",
-)
-LOSS_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp")
 
 
 class ForwardEngine(Protocol):
@@ -36,8 +24,14 @@ class ForwardEngine(Protocol):
     def dropout(self) -> bool:
         """Whether passes with gradient see another policy than those without."""
 
-    def forward(self, *args: Any) -> tuple[Tensor, ...]:
-        """`papo.policy.objective.Policy.forward`."""
+    def forward(
+        self,
+        batch: ModelInputs,
+        tokens: LossInputs | None = None,
+        objective: Objective | None = None,
+        weighting: PolarityWeighting | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`papo.policy.module.Policy.forward`."""
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like."""
@@ -56,7 +50,7 @@ def evaluating(engine: ForwardEngine) -> Iterator[None]:
 def stats_of(engine: ForwardEngine, batch: MicroBatch) -> TokenStats:
     """Statistics of a micro-batch's tokens, float32 [N] each, without gradient."""
     with torch.no_grad():
-        return TokenStats(*engine.forward(_named(batch, MODEL_INPUTS)))
+        return TokenStats(*engine.forward(batch.model_inputs()))
 
 
 def loss_of(
@@ -66,9 +60,5 @@ def loss_of(
     weighting: PolarityWeighting | None,
 ) -> PolicyLossOutput:
     """Policy loss of a micro-batch; `loss` is the sum of token_weight times the token's loss."""
-    model_inputs, loss_inputs = _named(batch, MODEL_INPUTS), _named(batch, LOSS_INPUTS)
-    return PolicyLossOutput(*engine.forward(model_inputs, loss_inputs, objective, weighting))
-
-
-def _named(batch: MicroBatch, names: tuple[str, ...]) -> dict[str, Tensor | None]:
-    return {name: getattr(batch, name) for name in names}
+    inputs = batch.model_inputs(), batch.loss_inputs()
+    return PolicyLossOutput(*engine.forward(*inputs, objective, weighting))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from papo_kernels import PolarityWeighting
+from papo_kernels.reference import polarity_shape, polarity_weight
 
 if TYPE_CHECKING:
     from papo.config import WeightingConfig
@@ -89,23 +90,6 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def shape_of(
-    polarity: Tensor, unit_polarity: Tensor, *, shape: str, sigma: float, dead_zone: float
-) -> Tensor:
-    """h(polarity / sigma): sign with a dead zone where |c| <= dead_zone, or tanh.
-
-    The eager twin of the kernels' h, for statistics. All tensors have one shape.
-    """
-    if shape == "tanh":
-        return torch.tanh(polarity / sigma)
-    return torch.where(unit_polarity.abs() <= dead_zone, 0.0, torch.sign(polarity))
-
-
-def weights_of(h: Tensor, *, strength: float, phase: float, scale: float) -> Tensor:
-    """w = scale (1 + strength phase h): the eager twin of the kernels' weights. Shape of `h`."""
-    return scale * (1.0 + strength * phase * h)
-
-
 def branch_sums(
     polarity: Tensor, advantages: Tensor, weight: Tensor, live: Tensor, clipped: Tensor, h: Tensor
 ) -> dict[str, Tensor]:
@@ -117,7 +101,7 @@ def branch_sums(
         polarity, advantages, weight: float [N].
         live: bool [N], tokens that train; what the others hold, NaN included, is ignored.
         clipped: bool [N], tokens whose gradient is clipped away.
-        h: float [N], `shape_of`.
+        h: float [N], `WeightController.shape_of`.
     """
     square = torch.where(live, polarity.double(), 0.0).square()
     advantage = torch.where(live, advantages.double(), 0.0).abs()
@@ -209,9 +193,8 @@ class WeightController:
         """
         # The old policy is the sampler's: its ratio is 1 and its polarity A c.
         h = self.shape_of(advantage * unit_polarity, unit_polarity)
-        strength = self._config.strength
-        w = weights_of(h, strength=strength, phase=phase, scale=self.scale(phase))
-        return w.to(torch.float32)
+        weights = polarity_weight(h, self._config.strength, phase, self.scale(phase))
+        return weights.to(torch.float32)
 
     def metrics(self, phase: float) -> dict[str, float]:
         """What weights an update at `phase`."""
@@ -224,13 +207,7 @@ class WeightController:
     def shape_of(self, polarity: Tensor, unit_polarity: Tensor) -> Tensor:
         """h with the current sigma."""
         config = self._config
-        return shape_of(
-            polarity,
-            unit_polarity,
-            shape=config.shape,
-            sigma=self.sigma,
-            dead_zone=config.dead_zone,
-        )
+        return polarity_shape(polarity, unit_polarity, config.shape, self.sigma, config.dead_zone)
 
     def update(self, sums: BranchSums) -> None:
         """Take the sums of a global batch. Nothing changes where it had no tokens or a sum is not

@@ -37,7 +37,7 @@ class CompletionsWriter:
     def truncate_after(self, step: int) -> None:
         """Drop the rows of steps after `step`; -1 drops everything."""
         if self._lines is not None:
-            self._lines.keep(lambda row: row["step"] <= step)
+            self._lines.keep_up_to(step)
 
     def close(self) -> None:
         """Close the file."""

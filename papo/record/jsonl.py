@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from papo.errors import PapoError
+from papo.record.files import cannot_write, replace_file
+
+RowId = tuple[int, frozenset[str]]
 
 
 class JsonLines:
@@ -24,8 +25,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIO | None = None
-        if path.exists():
-            self.keep(lambda row: True)
+        self._rewrite(line for line, _ in _rows(path))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows and hand them to the operating system: they survive the process.
@@ -42,21 +42,30 @@ class JsonLines:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep the rows for which `wanted` is true; the file is replaced whole or not at all."""
-        if not self.path.exists():
+    def keep_up_to(self, step: int) -> None:
+        """Drop the rows of steps after `step`; -1 drops everything.
+
+        Raises:
+            PapoError: the file cannot be written; it is as it was.
+        """
+        self._rewrite(line for line, row in _rows(self.path) if row["step"] <= step)
+
+    def drop(self, same: RowId) -> None:
+        """Drop the rows with this id.
+
+        Raises:
+            PapoError: as for `keep_up_to`.
+        """
+        self._rewrite(line for line, row in _rows(self.path) if row_id(row) != same)
+
+    def _rewrite(self, lines: Iterable[str]) -> None:
+        """Make `lines` the file's content."""
+        after = "".join(lines).encode()
+        if not self.path.exists() or after == self.path.read_bytes():
             return
         self.close()
-        before = self.path.read_bytes()
-        after = "".join(
-            line for line in _lines(before) if (row := _row(line)) is not None and wanted(row)
-        ).encode()
-        if after == before:
-            return
-        partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            partial.write_bytes(after)
-            os.replace(partial, self.path)
+            replace_file(self.path, after)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -70,15 +79,24 @@ class JsonLines:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The finished rows of a file, none where there is no file."""
+    return [row for _, row in _rows(path)]
+
+
+def row_id(row: Mapping[str, Any]) -> RowId:
+    """What makes a row the same row: its step and its names."""
+    return row["step"], frozenset(row)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The finished lines of a file that hold a row, and their rows."""
     if not path.exists():
-        return []
-    return [row for line in _lines(path.read_bytes()) if (row := _row(line)) is not None]
-
-
-def _lines(data: bytes) -> list[str]:
-    """The finished lines. `splitlines` would also cut a completion's text, at U+2028 and others."""
-    *finished, _cut_off = data.decode("utf-8", errors="replace").split("\n")
-    return [line + "\n" for line in finished]
+        return
+    # `splitlines` would also cut a completion's text, at U+2028 and others.
+    *finished, _cut_off = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    for line in finished:
+        row = _row(line)
+        if row is not None:
+            yield line + "\n", row
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -88,10 +106,3 @@ def _row(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return row if isinstance(row, dict) and "step" in row else None
-
-
-def cannot_write(path: Path, error: OSError) -> PapoError:
-    """The one line for a file of the run's folder that cannot be written."""
-    return PapoError(
-        f"cannot write {path}: {error.strerror}; free some space or choose another output_dir"
-    )

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from papo.record.jsonl import JsonLines, cannot_write, read_rows
+from papo.record.files import cannot_write
+from papo.record.jsonl import JsonLines, RowId, read_rows, row_id
 from papo.record.metric_names import METRICS
 from papo.record.run_folder import METRICS_FILE
 
@@ -35,9 +36,9 @@ class MetricsWriter:
         self._resumed_after: int | None = None
         self._written = self._row_ids()
 
-    def _row_ids(self) -> set[tuple[int, frozenset[str]]]:
-        """Step and names of every row in the file: what makes a row the same row."""
-        return {_row_id(row) for row in read_rows(self._lines.path)} if self._lines else set()
+    def _row_ids(self) -> set[RowId]:
+        """Of every row in the file."""
+        return {row_id(row) for row in read_rows(self._lines.path)} if self._lines else set()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row. A figure that is not finite becomes null. A row of the same step and names is
@@ -56,10 +57,10 @@ class MetricsWriter:
             return
         row: dict[str, Any] = {"step": step}
         row |= {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        if _row_id(row) in self._written:
-            self._lines.keep(lambda old: _row_id(old) != _row_id(row))
+        if row_id(row) in self._written:
+            self._lines.drop(row_id(row))
         self._lines.append([row])
-        self._written.add(_row_id(row))
+        self._written.add(row_id(row))
         if self._folder is not None:
             try:
                 board = self._open_board()
@@ -81,7 +82,7 @@ class MetricsWriter:
         """Drop what was written after `step`, before a resumed run writes it again; -1 drops
         everything."""
         if self._lines is not None:
-            self._lines.keep(lambda row: row["step"] <= step)
+            self._lines.keep_up_to(step)
             self._written = self._row_ids()
             self._resumed_after = step
 
@@ -93,7 +94,3 @@ class MetricsWriter:
             with contextlib.suppress(OSError):
                 self._board.close()
             self._board = None
-
-
-def _row_id(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
-    return row["step"], frozenset(row)

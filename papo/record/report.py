@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from papo.errors import PapoError
 from papo.policy.prediction import PREDICTIONS, rank_correlation
+from papo.record.files import replace_file
 from papo.record.jsonl import read_rows
 
 _COLUMNS = {
@@ -58,10 +59,8 @@ class Report:
             return
         steps = [row for row in read_rows(metrics_path) if "reward/mean" in row]
         try:
-            _write(
-                self._run_dir / "summary.json",
-                json.dumps(summary(self.evaluations, steps), indent=1) + "\n",
-            )
+            text = json.dumps(summary(self.evaluations, steps), indent=1) + "\n"
+            replace_file(self._run_dir / "summary.json", text.encode())
             if steps:
                 plot(steps, self._run_dir / "curves.png")
         except OSError as error:
@@ -72,12 +71,6 @@ class Report:
         if self.evaluations:
             print_table(self.evaluations)
         print(f"run: {self._run_dir}   model: {self._run_dir / 'final'}", flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def summary(
@@ -173,9 +166,9 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
     running.axhline(0.0, color="gray", linewidth=0.8)
     running.set(title="running correlation", xlabel="step", ylabel="Spearman", ylim=(-1.05, 1.05))
     running.legend(loc="lower right")
-    partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    replace_file(path, image.getvalue())
 
 
 def _scatter_delta(axes: Any, steps: Sequence[Mapping[str, Any]], name: str, label: str) -> Any:

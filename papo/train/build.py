@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from papo.config import TrainConfig
 from papo.dist import collectives
 from papo.dist.engine import Engine, local_device
 from papo.errors import PapoError
-from papo.model.load import load_causal_lm, recompute_activations
-from papo.policy.objective import Policy
+from papo.model.load import load_causal_lm
+from papo.model.recompute import recompute_activations
+from papo.policy.module import Policy
 from papo_kernels import Compute
 from papo_kernels.backends import choose
 
@@ -28,11 +26,6 @@ def check_backend(name: str | None) -> None:
     except (ValueError, RuntimeError, ImportError) as error:
         option = "" if name is None else f"loss.backend={name!r}: "
         raise PapoError(f"{option}{error}; without it the fastest that can is used") from error
-
-
-def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
-    """Whether a prompt ends with `<think>`, as some chat templates make it."""
-    return bool(tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
 
 
 def policy(config: TrainConfig) -> Policy:

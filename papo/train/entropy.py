@@ -13,7 +13,7 @@ from papo.train.stats import Passes, Pieces
 
 
 @dataclass(frozen=True)
-class EntropyProbe:
+class EntropyMeasurement:
     """Micro-batches whose entropy is measured again after the update.
 
     Before and after are passes over the same rows of the same shapes: a difference comes from the
@@ -30,7 +30,7 @@ class EntropyProbe:
     before: float | None = None
 
     @classmethod
-    def of(cls, passes: Passes, pieces: Pieces, tokens: int) -> EntropyProbe:
+    def of(cls, passes: Passes, pieces: Pieces, tokens: int) -> EntropyMeasurement:
         """For about `tokens` tokens of all ranks, 0 for all of the update's; a collective.
 
         Args:

@@ -4,14 +4,22 @@ greedy."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
+from papo.data.problems import ProblemSource
 from papo.dist import collectives
+from papo.record.recorder import Recorder
 from papo.reward.pool import RewardPool
 from papo.rollout.hf import HFSampler, SamplingParams, greedy
 from papo.types import Problem, Reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from papo.dist.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Evaluator:
     success: float
     seed: int
 
-    def evaluate(self, model: Any, problems: Sequence[Problem]) -> dict[str, float]:
+    def evaluate(self, model: PreTrainedModel, problems: Sequence[Problem]) -> dict[str, float]:
         """Figures over all ranks' problems; a collective. The ranks sample independently.
 
         Masked completions count neither as right nor as wrong: they are left out of every mean, and
@@ -105,3 +113,22 @@ class Evaluator:
 
 def _size(reward: Reward) -> float:
     return reward.value if math.isfinite(reward.value) else -math.inf
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Evaluates a run's policy on the held-out problems and has it recorded."""
+
+    evaluator: Evaluator
+    engine: Engine
+    problems: ProblemSource
+    recorder: Recorder
+
+    def evaluate(self, label: str, step: int) -> None:
+        """Measure, keep and show the held-out accuracy; a collective."""
+        begin = time.perf_counter()
+        held_out, samples = self.problems.held_out(), self.evaluator.samples
+        self.recorder.say(f"evaluating {label}: {len(held_out)} problems, {samples} samples each")
+        with self.engine.inference_model() as model:
+            figures = self.evaluator.evaluate(model, held_out)
+        self.recorder.evaluation(label, step, figures, time.perf_counter() - begin)

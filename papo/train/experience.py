@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from papo.dist import collectives
 from papo.errors import PapoError
-from papo.policy.advantage import ScoredGroup, masked_counts, sequence_token_weights
+from papo.policy.advantage import ScoredGroup
 from papo.policy.batch import TrainingSequence
+from papo.policy.objective import masked_counts, sequence_token_weights
 
 if TYPE_CHECKING:
     from papo.config import DynamicSamplingConfig, LossConfig
+
+
+class Rounds(Protocol):
+    """What dynamic sampling draws on: `papo.train.rounds.SamplingRounds`."""
+
+    def next(self) -> list[ScoredGroup]:
+        """This rank's share of another round."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +34,27 @@ class Collected:
     rounds: int
 
 
-def collect(
-    rounds: Iterator[list[ScoredGroup]], wanted: int, dynamic: DynamicSamplingConfig
-) -> Collected:
+def collect(rounds: Rounds, wanted: int, dynamic: DynamicSamplingConfig) -> Collected:
     """Sample once, or until `wanted` groups over all ranks have spread; a collective.
 
     Which groups are kept is decided on what all ranks report. So every rank runs the same number
     of rounds, even where one of them keeps nothing.
 
     Args:
-        rounds: this rank's share of each round; no more of them are drawn than are needed.
+        rounds: no more of them are drawn than are needed.
         wanted: groups per step over all ranks.
         dynamic: the config's `dynamic_sampling` section.
 
     Raises:
         PapoError: too few groups after `max_rounds` and `on_exhausted` is `error`.
     """
-    sampled = next(rounds)
+    sampled = rounds.next()
     if not dynamic.enabled:
         return Collected(sampled, sampled, 1)
     kept = [g for g in sampled if not g.zero_spread]
     count = 1
     while sum(collectives.gather_objects(len(kept))) < wanted and count < dynamic.max_rounds:
-        fresh = next(rounds)
+        fresh = rounds.next()
         sampled = sampled + fresh
         kept += [g for g in fresh if not g.zero_spread]
         count += 1

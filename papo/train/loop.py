@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 from papo.config import TrainConfig
-from papo.dist import collectives, engine
+from papo.dist import checkpoint, collectives, engine
 from papo.dist.termination import Termination
-from papo.policy.advantage import ScoredGroup, score_groups
 from papo.policy.batch import TrainingSequence
 from papo.policy.update import Update
 from papo.record.telemetry import StageClock, memory_metrics, rollout_metrics, update_metrics
-from papo.rollout import SamplingParams
 from papo.train import experience
-from papo.train.entropy import EntropyProbe
-from papo.train.schedule import due, learning_rate, seed_of
+from papo.train.entropy import EntropyMeasurement
+from papo.train.rounds import SamplingRounds
+from papo.train.schedule import due, learning_rate
 from papo.train.session import Session
 from papo.train.stats import attach
 
@@ -48,26 +45,28 @@ class Loop:
     def run(self) -> int:
         """Resume, train, evaluate, report."""
         config, s = self.config, self.s
-        self.step, self.cursor = s.resume()
+        self.step, self.cursor = s.state.resume()
         if self.step == 0 and config.evaluation.before:
-            s.evaluate("before", self.step)
+            s.held_out.evaluate("before", self.step)
         s.progress.start(config.steps, self.step)
         stops = self._stops()
         while not stops and self.step < config.steps:
             self._train_step()
             if due(config.evaluation.every, self.step) and self.step < config.steps:
-                s.evaluate(f"step {self.step}", self.step)
+                s.held_out.evaluate(f"step {self.step}", self.step)
             stops = self._stops()
             if stops or due(config.checkpoint.every, self.step) or self.step == config.steps:
-                s.save(self.step, self.cursor)
+                s.state.save(self.step, self.cursor)
         s.progress.close()
         if stops:
-            s.say(f"stopped after step {self.step}: {stops}; --resume auto continues from there")
+            s.recorder.say(
+                f"stopped after step {self.step}: {stops}; --resume auto continues from there"
+            )
             return 0
-        s.export()
+        checkpoint.export(Path(config.output_dir) / "final", s.engine, s.tokenizer)
         if config.evaluation.after:
-            s.evaluate("after", self.step)
-        s.report()
+            s.held_out.evaluate("after", self.step)
+        s.recorder.report()
         return 0
 
     def _stops(self) -> str:
@@ -77,11 +76,13 @@ class Loop:
     def _train_step(self) -> None:
         config, s, clock = self.config, self.s, StageClock()
         with clock.entering("gather", s.engine.inference_model()) as model:
-            collected = experience.collect(
-                self._rounds(model, clock),
-                config.rollout.prompts_per_step,
-                config.dynamic_sampling,
+            rounds = SamplingRounds(
+                config, s.problems, s.sampler, s.rewards, model, clock, self.step, self.cursor
             )
+            collected = experience.collect(
+                rounds, config.rollout.prompts_per_step, config.dynamic_sampling
+            )
+        self.cursor = rounds.cursor
         phase, sampled = s.phase.phase, collected.sampled
         updates = self._updates(experience.to_sequences(collected.groups), phase, clock)
         self.step += 1
@@ -95,23 +96,7 @@ class Loop:
         self._observe(updates)
         metrics |= {**s.prediction.observe(updates), **s.phase.metrics()}
         metrics |= {**memory_metrics(), **clock.metrics(sampled)}
-        s.write(self.step, metrics, collected)
-
-    def _rounds(self, model: Any, clock: StageClock) -> Iterator[list[ScoredGroup]]:
-        """This rank's share of each sampling round, sampled and scored when it is asked for."""
-        config, rollout, rank = self.config, self.config.rollout, collectives.rank()
-        n, params = rollout.completions_per_prompt, SamplingParams.of(rollout)
-        share = rollout.prompts_per_step // collectives.world_size()
-        for k in itertools.count():
-            problems = self.s.problems.batch(self.cursor, rollout.prompts_per_step)
-            self.cursor += rollout.prompts_per_step
-            mine = problems[rank * share : (rank + 1) * share]
-            with clock("rollout"):
-                seed = seed_of(config.seed, "rollout", self.step, k, rank)
-                completions = self.s.sampler.sample(model, mine, n, params, seed)
-            with clock("reward"), collectives.failing_together():
-                rewards = self.s.rewards.score(completions)
-            yield score_groups(completions, rewards, n, config.advantage, rollout.max_new_tokens)
+        s.recorder.step(self.step, metrics, sampled)
 
     def _updates(
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock
@@ -119,14 +104,14 @@ class Loop:
         config, s, count = self.config, self.s, self.config.optim.updates_per_rollout
         measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
-            s.check_rows(sequences)
+            s.row_check.check(sequences)
             sequences = attach(sequences, s.passes, s.reference, s.weighting, phase, count)
         updates = []
         for u, part in enumerate(experience.mini_batches(sequences, count)):
             with clock("train"):
                 pieces = s.passes.pieces(experience.with_token_weights(part, config.loss))
                 tokens = config.metrics.measure_tokens
-                probe = EntropyProbe.of(s.passes, pieces, tokens) if measures else None
+                entropy = EntropyMeasurement.of(s.passes, pieces, tokens) if measures else None
                 done = s.updater.update(
                     pieces,
                     s.weighting.kernel_weighting(phase),
@@ -134,7 +119,7 @@ class Loop:
                     config.sampler_kl_bound(u),
                 )
             with clock("measure"):
-                updates.append(done if probe is None else probe.measure(done))
+                updates.append(done if entropy is None else entropy.measure(done))
         return updates
 
     def _observe(self, updates: list[Update]) -> None:
@@ -145,4 +130,4 @@ class Loop:
             self.s.weighting.update(first.branches)
         for u in updates:
             if not u.applied:
-                self.s.say(f"step {self.step} skipped: {u.reason}")
+                self.s.recorder.say(f"step {self.step} skipped: {u.reason}")

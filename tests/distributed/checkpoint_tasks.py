@@ -15,7 +15,7 @@ from papo.config import OptimConfig
 from papo.dist import checkpoint
 from papo.dist.engine import Engine
 from papo.errors import PapoError
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from tests.distributed import tasks
 from tests.distributed.tasks import (
     VOCABULARY,

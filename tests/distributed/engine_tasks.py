@@ -9,11 +9,11 @@ import torch
 
 from papo.config import OptimConfig, TrainConfig, WeightingConfig
 from papo.dist.engine import Engine
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
 from papo.train import build
-from papo.train.entropy import EntropyProbe
+from papo.train.entropy import EntropyMeasurement
 from papo.train.stats import attach
 from papo_kernels import Compute, PolarityWeighting
 from tests.distributed import tasks
@@ -48,8 +48,8 @@ def measured_step(e: Engine, part: list[Any], **options: Any) -> Update:
     """A step with the entropy change of all its tokens."""
     over = passes(e, 64)
     pieces = over.pieces(part)
-    probe = EntropyProbe.of(over, pieces, tokens=0)
-    return probe.measure(update(over, pieces, lr=1e-3, **options))
+    measurement = EntropyMeasurement.of(over, pieces, tokens=0)
+    return measurement.measure(update(over, pieces, lr=1e-3, **options))
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -72,8 +72,8 @@ def wide_sequences(count: int) -> list[Any]:
 
 
 def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, Any]:
-    """Allocations of statistics, forward, backward, step and probe on `count` x 64 tokens of a wide
-    vocabulary. The second step: moments exist by then.
+    """Allocations of statistics, forward, backward, step and measurement on `count` x 64 tokens of
+    a wide vocabulary. The second step: moments exist by then.
     """
     causal_lm = small_llama(
         0,
@@ -105,7 +105,7 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
     }
 
 
-# ---- the probe ----------------------------------------------------------------------------------
+# ---- the measurement of the entropy change ------------------------------------------------------
 
 
 def run_probe(steps: int) -> list[tuple[float, float | None]]:

@@ -17,10 +17,10 @@ from papo.dist import collectives, engine
 from papo.dist.engine import Engine
 from papo.errors import PapoError
 from papo.policy.batch import Batcher, TrainingSequence
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
-from papo.train.entropy import EntropyProbe
+from papo.train.entropy import EntropyMeasurement
 from papo.train.experience import with_token_weights
 from papo.train.stats import Passes, Pieces
 from papo.train.step import Updater
@@ -110,15 +110,15 @@ def one_update(
     weighted: bool,
     *,
     lr: float = 1e-2,
-    probe_tokens: int | None = None,
+    measured_tokens: int | None = None,
 ) -> Update:
     weighting = PolarityWeighting(strength=0.5, phase=0.7, scale=1.1) if weighted else None
     over = passes(e, micro)
     pieces = over.pieces(with_token_weights(part, loss))
-    if probe_tokens is None:
+    if measured_tokens is None:
         return update(over, pieces, weighting, lr)
-    probe = EntropyProbe.of(over, pieces, probe_tokens)
-    return probe.measure(update(over, pieces, weighting, lr))
+    measurement = EntropyMeasurement.of(over, pieces, measured_tokens)
+    return measurement.measure(update(over, pieces, weighting, lr))
 
 
 def whole_weights(e: Engine) -> dict[str, list[float]]:
@@ -139,7 +139,7 @@ def run_update(
     """One update on `sum(split)` sequences, `split[rank]` of them here."""
     e = make_engine(stage, tied, dtype, frozen=frozen)
     part = my_part(sequences(sum(split)), split)
-    result = one_update(e, part, micro, Loss(aggregation), weighted, probe_tokens=0)
+    result = one_update(e, part, micro, Loss(aggregation), weighted, measured_tokens=0)
     return {
         "measured": result.measured_delta,
         "trained": e.trained_numel,
@@ -204,7 +204,7 @@ def run_still(split: list[int], micro: int, dtype: str, tokens: int) -> float | 
     """The entropy change that is measured where the weights do not move."""
     e = make_engine(3, dtype=dtype)
     part = my_part(sequences(sum(split)), split)
-    return one_update(e, part, micro, Loss(), True, lr=0.0, probe_tokens=tokens).measured_delta
+    return one_update(e, part, micro, Loss(), True, lr=0.0, measured_tokens=tokens).measured_delta
 
 
 def run_nothing(stage: int) -> dict[str, Any]:

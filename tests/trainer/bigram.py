@@ -15,7 +15,7 @@ from papo.config import OptimConfig, WeightingConfig
 from papo.policy.batch import Batcher, TrainingSequence
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
-from papo.train.entropy import EntropyProbe
+from papo.train.entropy import EntropyMeasurement
 from papo.train.stats import Passes, Pieces
 from papo.train.step import Updater
 from papo_kernels import Objective, policy_loss, token_stats
@@ -89,16 +89,16 @@ def run_update(engine: Any, sequences: list[TrainingSequence], size: int = 64) -
     return update(engine, passes(engine, size).pieces(sequences))
 
 
-def probed_update(
+def measured_update(
     engine: Any,
     sequences: list[TrainingSequence],
     tokens: int = 0,
     *,
     size: int = 64,
     lr: float = 1e-2,
-) -> tuple[Update, EntropyProbe]:
-    """The same with the probe that is to measure it."""
+) -> tuple[Update, EntropyMeasurement]:
+    """The same with what is to measure its entropy change."""
     over = passes(engine, size)
     pieces = over.pieces(sequences)
-    probe = EntropyProbe.of(over, pieces, tokens)
-    return update(engine, pieces, lr), probe
+    measurement = EntropyMeasurement.of(over, pieces, tokens)
+    return update(engine, pieces, lr), measurement

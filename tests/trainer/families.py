@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from papo.model.attention import shared_prompts
 from papo.policy.batch import MicroBatch, TrainingSequence, collate
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from papo.policy.passes import stats_of
 from papo_kernels import Compute, TokenStats
 

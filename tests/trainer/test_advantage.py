@@ -10,13 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papo.policy.advantage import (
-    STD_EPS,
-    group_advantages,
-    masked_counts,
-    overlong_penalty,
-    sequence_token_weights,
-)
+from papo.policy.advantage import STD_EPS, group_advantages, overlong_penalty
+from papo.policy.objective import masked_counts, sequence_token_weights
 
 NAN = math.nan
 

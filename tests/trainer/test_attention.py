@@ -12,7 +12,7 @@ from transformers.masking_utils import (
 )
 
 from papo.model.attention import shared_prompts
-from papo.model.load import recompute_activations
+from papo.model.recompute import recompute_activations
 from papo.policy.batch import collate
 from papo.policy.passes import loss_of
 from papo_kernels import Objective

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papo.errors import PapoError
-from papo.policy.advantage import score_groups
+from papo.policy.advantage import ScoredGroup, score_groups
 from papo.train import experience
 from papo.train.experience import (
     _fair_share,
@@ -106,9 +107,19 @@ def test_soft_overlong_penalty_shapes_the_reward_only() -> None:
 MIXED, FLAT = [1.0, 0.0], [0.0, 0.0]
 
 
+class Rounds:
+    """Rounds with these rewards, one after the other."""
+
+    def __init__(self, rewards: Iterable[list[list[float]]]) -> None:
+        self._rewards = iter(rewards)
+
+    def next(self) -> list[ScoredGroup]:
+        return scored(next(self._rewards))
+
+
 def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
     rounds = [[MIXED, FLAT], [FLAT, FLAT], [MIXED, MIXED]]
-    got = collect(map(scored, rounds), 2, Dynamic())
+    got = collect(Rounds(rounds), 2, Dynamic())
     assert got.rounds == 3 and len(got.groups) == 2 and len(got.sampled) == 6
     assert not any(g.zero_spread for g in got.groups)
 
@@ -116,7 +127,7 @@ def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
 @pytest.mark.parametrize(("policy", "kept"), [("train_smaller", 1), ("skip", 0)])
 def test_exhausted_budget_follows_the_policy(policy: str, kept: int) -> None:
     rounds = [[MIXED, FLAT], [FLAT, FLAT], [FLAT, FLAT]]
-    got = collect(map(scored, rounds), 2, Dynamic(on_exhausted=policy))
+    got = collect(Rounds(rounds), 2, Dynamic(on_exhausted=policy))
     assert len(got.groups) == kept and got.rounds == 3
 
 
@@ -124,7 +135,7 @@ def test_exhausted_budget_can_be_an_error() -> None:
     with pytest.raises(
         PapoError, match=r"dynamic sampling: 0 of 2 groups have mixed rewards after 3 rounds"
     ):
-        collect(map(scored, [[FLAT, FLAT]] * 3), 2, Dynamic(on_exhausted="error"))
+        collect(Rounds([[FLAT, FLAT]] * 3), 2, Dynamic(on_exhausted="error"))
 
 
 def test_rounds_depend_on_all_ranks(monkeypatch) -> None:
@@ -133,7 +144,7 @@ def test_rounds_depend_on_all_ranks(monkeypatch) -> None:
     """
     monkeypatch.setattr(experience.collectives, "gather_objects", lambda value: [value, 0])
     monkeypatch.setattr(experience.collectives, "rank", lambda: 0)
-    got = collect(map(scored, itertools.repeat([MIXED])), 4, Dynamic(max_rounds=3))
+    got = collect(Rounds(itertools.repeat([MIXED])), 4, Dynamic(max_rounds=3))
     assert got.rounds == 3 and len(got.groups) == 3
 
 

@@ -10,7 +10,7 @@ import torch
 from papo.config import AdvantageConfig, LossConfig
 from papo.policy.advantage import score_groups
 from papo.policy.batch import IDLE, MicroBatch, collate
-from papo.policy.objective import Policy
+from papo.policy.module import Policy
 from papo.policy.passes import loss_of, stats_of
 from papo.rollout import HFSampler, SamplingParams
 from papo.train.experience import to_sequences, with_token_weights

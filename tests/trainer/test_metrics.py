@@ -162,7 +162,7 @@ def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     texts = ["a\u2028b", "\u2029", "\x85", "\x0b\x1c", "\n\r\n", "é😀"]
     JsonLines(path).append({"step": i, "text": text} for i, text in enumerate(texts))
-    JsonLines(path).keep(lambda row: row["step"] != 5)
+    JsonLines(path).keep_up_to(4)
     assert [row["text"] for row in read_rows(path)] == texts[:5]
 
 
@@ -209,7 +209,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> 
     lines = JsonLines(path)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(PapoError, match="No space left"):
-        lines.keep(lambda row: row["step"] < 2)
+        lines.keep_up_to(1)
     assert path.read_bytes() == before
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from papo.config import ModelConfig
 from papo.errors import PapoError
@@ -329,3 +330,13 @@ def test_a_model_whose_decoder_is_its_head_is_refused(tmp_path):
     build("modernbert-decoder", bos_token_id=1).save_pretrained(tmp_path)
     with pytest.raises(PapoError, match=r"ModernBertDecoderForCausalLM gives its head as its"):
         load_causal_lm(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_head_that_is_no_linear_layer_is_one_line(tiny_model_path, monkeypatch):
+    """Such as an adapter's, which the kernels would have refused when the policy is made."""
+    head = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: head)
+    with pytest.raises(PapoError, match="has output embeddings of type Sequential; ") as caught:
+        load_causal_lm(ModelConfig(path=str(tiny_model_path)))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"model.path={str(tiny_model_path)!r}: LlamaForCausalLM ")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from papo.errors import PapoError
-from papo.model.load import recompute_activations, recomputed_layers
+from papo.model.recompute import recompute_activations, recomputed_layers
 from papo.policy.batch import collate
 from papo.policy.passes import loss_of
 from papo_kernels import Objective, PolicyLossOutput

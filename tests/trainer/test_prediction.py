@@ -15,7 +15,7 @@ from papo.policy.batch import TrainingSequence
 from papo.policy.prediction import FEWEST, WINDOW, EntropyPrediction, rank_correlation
 from papo.policy.update import TokenSums, Update
 from papo.policy.weighting import BranchSums
-from tests.trainer.bigram import VOCABULARY, Bigram, probed_update
+from tests.trainer.bigram import VOCABULARY, Bigram, measured_update
 
 THROUGH, ALONE = "entropy/predicted_delta", "entropy/predicted_delta_instant"
 MEASURED, CORRELATION = "entropy/measured_delta", "entropy/prediction_correlation"
@@ -199,7 +199,7 @@ def test_the_weights_move_by_the_momentum_and_so_does_the_prediction() -> None:
     for k in range(48):
         sign = (-1.0) ** k + 0.3 * math.sin(k / 3)
         part = [replace(s, advantage=sign * s.advantage) for s in completions(k)]
-        done, probe = probed_update(engine, part, lr=1e-3)
-        figures = prediction.observe([probe.measure(done)])
+        done, measurement = measured_update(engine, part, lr=1e-3)
+        figures = prediction.observe([measurement.measure(done)])
     assert figures[CORRELATION] > 0.85
     assert figures[f"{CORRELATION}_instant"] < 0.7

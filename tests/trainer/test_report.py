@@ -83,7 +83,6 @@ def test_summary_and_plot_tell_how_well_entropy_changes_were_predicted(
     monkeypatch.setattr(
         Figure, "savefig", lambda self, path, **_: titles.extend(a.get_title() for a in self.axes)
     )
-    monkeypatch.setattr("papo.record.report.os.replace", lambda *_: None)
     plot(rows, tmp_path / "curves.png")
     assert [t for t in titles if "entropy change" in t] == [
         "entropy change of a step (Spearman 1.00)",

@@ -13,11 +13,14 @@ import torch
 import yaml
 
 from papo.config import TrainConfig
+from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.errors import PapoError
 from papo.record import run_folder
+from papo.record.progress import Progress
+from papo.record.recorder import Recorder
 from papo.train import build
-from papo.train.build import check_backend, opens_thinking
+from papo.train.build import check_backend
 from papo.train.session import Session
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
@@ -129,13 +132,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) 
 
 def test_what_a_run_writes_to_is_closed_with_it(tmp_path: Path) -> None:
     made = Session.__new__(Session)
-    made.config, made.run_dir = config(tmp_path), tmp_path
-    made._lead, made._resumed = True, None
+    made.config, made.progress, made._resumed = config(tmp_path), Progress(), None
     with pytest.raises(PapoError, match="disk"), contextlib.ExitStack() as stack:
-        made._open_writers(stack)
-        made.metrics.write(1, {"reward/mean": 1.0})
-        made.completions.write(1, [{"text": "a"}])
-        files = [writer._lines._file for writer in (made.metrics, made.completions)]
+        made._open_recorder(stack)
+        writers = made.recorder._metrics, made.recorder._completions
+        writers[0].write(1, {"reward/mean": 1.0})
+        writers[1].write(1, [{"text": "a"}])
+        files = [writer._lines._file for writer in writers]
         assert not any(file.closed for file in files)
         raise PapoError("no disk")
     assert all(file.closed for file in files)
@@ -179,17 +182,16 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
         check_backend(None)
 
 
-def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(tmp_path: Path) -> None:
-    made = Session.__new__(Session)
-    made.config, made._explained = config(tmp_path), False
-    told: list[str] = []
-    made.say = told.append
-    made._explain(reward=0.0, accuracy=0.0)
-    made._explain(reward=0.9, accuracy=0.1)
-    assert told == []
+def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(
+    tmp_path: Path, capsys
+) -> None:
+    recorder = Recorder(config(tmp_path), Progress(), None)
+    recorder._explain(reward=0.0, accuracy=0.0)
+    recorder._explain(reward=0.9, accuracy=0.1)
+    assert capsys.readouterr().out == ""
     for _ in range(2):
-        made._explain(reward=0.9, accuracy=0.0)
-    (said,) = told
+        recorder._explain(reward=0.9, accuracy=0.0)
+    (said,) = capsys.readouterr().out.splitlines()
     assert "mean reward is 0.900" in said and "reward.success=1," in said
 
 

@@ -16,14 +16,14 @@ from papo.dist import collectives
 from papo.policy.batch import TrainingSequence
 from papo.policy.update import TokenSums, Update, token_sums
 from papo.policy.weighting import BranchSums
-from papo.train.entropy import EntropyProbe, spread
+from papo.train.entropy import EntropyMeasurement, spread
 from papo_kernels import PolarityWeighting, policy_loss, token_stats
 from tests.trainer.bigram import (
     BATCHER,
     VOCABULARY,
     Bigram,
+    measured_update,
     passes,
-    probed_update,
     run_update,
 )
 
@@ -136,10 +136,10 @@ def test_measured_is_the_change_of_the_mean_entropy_of_the_same_tokens(tokens: i
     over = passes(engine, size)
     pieces = over.pieces(kept)
     before = over.mean_entropy(pieces)
-    done, probe = probed_update(engine, part, tokens, size=size)
+    done, measurement = measured_update(engine, part, tokens, size=size)
     assert done.measured_delta is None
     engine.evaluated.clear()
-    done = probe.measure(done)
+    done = measurement.measure(done)
     assert engine.evaluated == [True] * (1 if tokens == 7 else 3)
     after = over.mean_entropy(pieces)
     assert done.measured_delta == pytest.approx(after - before, rel=1e-4)
@@ -149,8 +149,8 @@ def test_measured_is_the_change_of_the_mean_entropy_of_the_same_tokens(tokens: i
 @pytest.mark.parametrize("tokens", [0, 7])
 def test_weights_that_do_not_move_change_the_entropy_by_exactly_nothing(tokens: int) -> None:
     engine = bigram()
-    done, probe = probed_update(engine, weighted(4, 2, 3, 2), tokens, size=2, lr=0.0)
-    assert probe.measure(done).measured_delta == 0.0
+    done, measurement = measured_update(engine, weighted(4, 2, 3, 2), tokens, size=2, lr=0.0)
+    assert measurement.measure(done).measured_delta == 0.0
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 64, 100])
@@ -170,18 +170,18 @@ def test_a_sample_comes_from_every_micro_batch_and_never_the_first_alone() -> No
     part = weighted(*[4] * 32)
     pieces = [part[i : i + 8] for i in range(0, 32, 8)]
     over = passes(bigram(), 8)
-    probe = EntropyProbe.of(over, pieces, tokens=32)
-    (sampled,) = probe.pieces
+    measurement = EntropyMeasurement.of(over, pieces, tokens=32)
+    (sampled,) = measurement.pieces
     assert [s.group // 8 for s in sampled] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert probe.before == over.mean_entropy(probe.pieces) > 0
+    assert measurement.before == over.mean_entropy(measurement.pieces) > 0
 
 
 def test_with_dropout_the_entropy_before_is_measured_without_it() -> None:
     engine, pieces = bigram(), [weighted(4, 4)]
-    own = EntropyProbe.of(passes(engine), pieces, tokens=0)
+    own = EntropyMeasurement.of(passes(engine), pieces, tokens=0)
     assert own.before is None
     engine.dropout = True
-    measured = EntropyProbe.of(passes(engine), pieces, tokens=0)
+    measured = EntropyMeasurement.of(passes(engine), pieces, tokens=0)
     assert engine.evaluated == [True]
     assert measured.before == passes(engine).mean_entropy(pieces)
 
@@ -194,17 +194,17 @@ def test_without_a_token_that_trains_the_entropy_is_0() -> None:
     assert passes(engine).mean_entropy([sequences(1, 4)[1:]]) == 0.0
 
 
-def test_an_update_without_a_probe_measures_nothing() -> None:
+def test_an_update_that_is_not_measured_has_no_change() -> None:
     done = Update(TokenSums(*[0.0] * 9), BranchSums(*[0.0] * 11), 0.0, 1e-3)
     assert done.applied and done.measured_delta is None
     skipped = replace(done, reason="loss is nan")
-    assert not skipped.applied and EntropyProbe(passes(None), []).measure(skipped) is skipped
+    assert not skipped.applied and EntropyMeasurement(passes(None), []).measure(skipped) is skipped
 
 
 def test_an_update_that_is_skipped_is_neither_measured_nor_a_step_of_adamws() -> None:
     engine = bigram()
     bad = [replace(weighted(4)[0], advantage=math.inf)]
-    done, probe = probed_update(engine, bad)
-    done = probe.measure(done)
+    done, measurement = measured_update(engine, bad)
+    done = measurement.measure(done)
     assert done.reason and done.measured_delta is None
     assert not engine.adamw.state

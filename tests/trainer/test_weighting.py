@@ -8,7 +8,8 @@ import torch
 
 from papo.config import WeightingConfig as Config
 from papo.dist import collectives
-from papo.policy.weighting import BranchSums, WeightController, branch_sums, shape_of
+from papo.policy.weighting import BranchSums, WeightController, branch_sums
+from papo_kernels.reference import polarity_shape
 
 
 def batch(seed: int, n: int = 200) -> dict[str, torch.Tensor]:
@@ -36,7 +37,9 @@ def sums_of(b: dict[str, torch.Tensor], weight: torch.Tensor, h: torch.Tensor) -
 def test_scale_conserves_pressure_over_the_batch(shape: str, phase: float) -> None:
     controller = WeightController(Config(shape=shape))
     b = batch(0)
-    h = shape_of(b["polarity"], b["unit"], shape=shape, sigma=controller.sigma, dead_zone=1e-6)
+    h = polarity_shape(
+        b["polarity"], b["unit"], shape=shape, sigma=controller.sigma, dead_zone=1e-6
+    )
     controller.update(sums_of(b, torch.ones(200), h))
     weight = controller.scale(phase) * (1 + 0.5 * phase * h)
     live = b["live"].double()
@@ -47,7 +50,7 @@ def test_scale_conserves_pressure_over_the_batch(shape: str, phase: float) -> No
 
 def test_scale_is_one_without_conserve_without_history_and_at_phase_zero() -> None:
     b = batch(1)
-    h = shape_of(b["polarity"], b["unit"], shape="sign", sigma=1.0, dead_zone=1e-6)
+    h = polarity_shape(b["polarity"], b["unit"], shape="sign", sigma=1.0, dead_zone=1e-6)
     for config in (Config(), Config(conserve=False)):
         controller = WeightController(config)
         assert controller.scale(0.7) == 1.0
@@ -142,9 +145,9 @@ def test_phase_moves_pressure_between_the_branches(phase: float) -> None:
 def test_dead_zone_and_shapes() -> None:
     unit = torch.tensor([1e-7, -1e-7, 1e-3, -1e-3, 0.0])
     polarity = 2.0 * unit
-    sign = shape_of(polarity, unit, shape="sign", sigma=1.0, dead_zone=1e-6)
+    sign = polarity_shape(polarity, unit, shape="sign", sigma=1.0, dead_zone=1e-6)
     assert sign.tolist() == [0.0, 0.0, 1.0, -1.0, 0.0]
-    tanh = shape_of(polarity, unit, shape="tanh", sigma=1e-3, dead_zone=1e-6)
+    tanh = polarity_shape(polarity, unit, shape="tanh", sigma=1e-3, dead_zone=1e-6)
     assert torch.allclose(tanh, torch.tanh(polarity / 1e-3))
 
 

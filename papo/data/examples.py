@@ -24,7 +24,7 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
-class Record:
+class Example:
     """A row as a problem, without system prompt and suffix.
 
     Attributes:
@@ -39,7 +39,7 @@ class Record:
     metadata: Mapping[str, Any]
 
 
-def read(config: DataConfig, *, held_out: bool = False) -> Iterator[Record]:
+def read(config: DataConfig, *, held_out: bool = False) -> Iterator[Example]:
     """The training problems of a file or of a dataset, or the held-out ones, in order.
 
     Args:
@@ -52,7 +52,7 @@ def read(config: DataConfig, *, held_out: bool = False) -> Iterator[Record]:
     rows, schema = open_rows(config, held_out=held_out)
     fields = _Fields(config, _precision(schema, config.answer_field))
     for where, row in rows:
-        yield fields.record(row, where)
+        yield fields.example(row, where)
 
 
 def _precision(schema: Any, path: str) -> Callable[[float], Any]:
@@ -84,7 +84,7 @@ class _Fields:
         self._answer = config.answer_field
         self._pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
 
-    def record(self, row: Any, where: str) -> Record:
+    def example(self, row: Any, where: str) -> Example:
         """The problem in a row.
 
         Raises:
@@ -96,7 +96,7 @@ class _Fields:
         answer = self._answer_of(row, where)
         used = {prompt} if self._pattern else {prompt, self._answer}
         metadata = {k: v for k, v in row.items() if k not in used}
-        return Record(_messages(_at(row, prompt), prompt, where), answer, metadata)
+        return Example(_messages(_at(row, prompt), prompt, where), answer, metadata)
 
     def _prompt_of(self, row: Mapping[str, Any], where: str) -> str:
         if self._prompt is not None:

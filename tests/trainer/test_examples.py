@@ -20,7 +20,7 @@ import yaml
 
 from papo.config import ConfigError, DataConfig, load_config
 from papo.data import rows
-from papo.data.records import Record, read
+from papo.data.examples import Example, read
 from papo.errors import PapoError
 from tests.trainer.tiny import MINIMAL
 
@@ -48,8 +48,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def from_file(path: Path, content: object = None, **options) -> list[Record]:
-    """The records of a file of JSON, which `content` (text, bytes or rows) is written to first."""
+def from_file(path: Path, content: object = None, **options) -> list[Example]:
+    """The examples of a file of JSON, which `content` (text, bytes or rows) is written to first."""
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
     if isinstance(content, str):
@@ -59,12 +59,12 @@ def from_file(path: Path, content: object = None, **options) -> list[Record]:
     return list(read(DataConfig(source="jsonl", train_path=str(path), **options)))
 
 
-def from_parquet(path: Path, content: list[dict], **options) -> list[Record]:
+def from_parquet(path: Path, content: list[dict], **options) -> list[Example]:
     datasets.Dataset.from_list(content).to_parquet(str(path))
     return list(read(DataConfig(source="parquet", train_path=str(path), **options)))
 
 
-def from_dataset(dataset: object, *, held_out: bool = False, **options) -> list[Record]:
+def from_dataset(dataset: object, *, held_out: bool = False, **options) -> list[Example]:
     config = DataConfig(source="huggingface", dataset=str(dataset), **options)
     return list(read(config, held_out=held_out))
 
@@ -148,7 +148,7 @@ def test_a_file_without_line_ends_does_not_fill_the_memory(tmp_path, monkeypatch
 def test_parquet(tmp_path):
     """With characters in its name that stand for others in a pattern."""
     found = from_parquet(tmp_path / "train [1]*.parquet", [GSM8K] * 3, prompt_field="question")
-    assert found == [Record(USER, GSM8K["answer"], {})] * 3
+    assert found == [Example(USER, GSM8K["answer"], {})] * 3
     (tmp_path / "x.parquet").write_bytes(b"hello")
     config = DataConfig(source="parquet", train_path=str(tmp_path / "x.parquet"))
     line = refusal(lambda: list(read(config)))
@@ -176,8 +176,8 @@ def test_images_stay_bytes_at_any_depth(tmp_path):
     )
     row = {"prompt": "a", "answer": "1", "images": [{"bytes": b"no image", "path": None}]}
     datasets.Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "d"))
-    (record,) = from_dataset(tmp_path / "d")
-    assert record.metadata == {"images": [{"bytes": b"no image", "path": None}]}
+    (example,) = from_dataset(tmp_path / "d")
+    assert example.metadata == {"images": [{"bytes": b"no image", "path": None}]}
 
 
 def test_labels_are_named_and_formats_are_left_aside(tmp_path):
@@ -209,8 +209,8 @@ def test_dataset_folders(tmp_path):
         (tmp_path / "files" / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "answer": 1}}\n')
 
     def prompt(dataset: str, **options) -> str:
-        (record,) = from_dataset(tmp_path / dataset, **options)
-        return record.messages[0]["content"]
+        (example,) = from_dataset(tmp_path / dataset, **options)
+        return example.messages[0]["content"]
 
     assert prompt("both", train_split="b") == "b"
     assert prompt("one") == "a"
@@ -241,22 +241,22 @@ def test_unreachable_hub_is_one_line(monkeypatch):
 
 
 def test_gsm8k_row(tmp_path):
-    (record,) = from_file(
+    (example,) = from_file(
         tmp_path / "x", [GSM8K], prompt_field="question", answer_pattern="#### (.*)"
     )
-    assert record == Record(USER, "1,072", {"answer": GSM8K["answer"]})
+    assert example == Example(USER, "1,072", {"answer": GSM8K["answer"]})
 
 
 @pytest.mark.parametrize("form", [from_file, from_parquet])
 def test_verl_row(tmp_path, form):
-    (record,) = form(tmp_path / "x", [VERL], answer_field="reward_model.ground_truth")
-    assert record == Record(USER, "72", {k: v for k, v in VERL.items() if k != "prompt"})
+    (example,) = form(tmp_path / "x", [VERL], answer_field="reward_model.ground_truth")
+    assert example == Example(USER, "72", {k: v for k, v in VERL.items() if k != "prompt"})
 
 
 @pytest.mark.parametrize("form", [from_file, from_parquet])
 def test_trl_conversational_row(tmp_path, form):
-    (record,) = form(tmp_path / "x", [TRL], answer_field="solution")
-    assert record == Record(tuple(TRL["prompt"]), "72", {})
+    (example,) = form(tmp_path / "x", [TRL], answer_field="solution")
+    assert example == Example(tuple(TRL["prompt"]), "72", {})
 
 
 def test_a_key_with_a_dot_wins_over_a_nested_one(tmp_path):

@@ -17,6 +17,8 @@ def test_the_images_are_what_the_scripts_draw() -> None:
     for name, image in drawn.items():
         assert committed[name] == image, f"{name}: run `make drawings`"
         ElementTree.fromstring(image)
+    pages = "".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    assert [name for name in drawn if f"images/{name})" not in pages] == [], "shown nowhere"
 
 
 def test_the_memory_table_is_what_the_model_gives() -> None:

@@ -50,6 +50,12 @@ def papo_side(steps: int) -> dict[str, Any]:
     }
 
 
+def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """TRL's reward: 1 where the last number of a completion is the answer."""
+    numbers = [re.findall(r"-?\d+(?:\.\d+)?", c[0]["content"]) for c in completions]
+    return [float(bool(n) and n[-1] == a) for n, a in zip(numbers, answer, strict=True)]
+
+
 def trl_side(steps: int, bf16: bool) -> dict[str, Any]:
     """GRPOTrainer with float32 weights, in bfloat16 autocast or in float32."""
     import torch
@@ -67,11 +73,6 @@ def trl_side(steps: int, bf16: bool) -> dict[str, Any]:
     problems = ProblemSource(config.data, tokenizer, config.seed).batch(0, 4 * steps)
     rows = [{"prompt": [dict(m) for m in p.messages], "answer": p.answer} for p in problems]
 
-    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-        texts = [c[0]["content"] for c in completions]
-        numbers = [re.findall(r"-?\d+(?:\.\d+)?", text) for text in texts]
-        return [float(bool(n) and n[-1] == a) for n, a in zip(numbers, answer, strict=True)]
-
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -85,7 +86,7 @@ def trl_side(steps: int, bf16: bool) -> dict[str, Any]:
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
             processing_class=tokenizer,
-            reward_funcs=reward,
+            reward_funcs=last_number,
             train_dataset=Dataset.from_list(rows),
             callbacks=[Clock()],
             args=GRPOConfig(

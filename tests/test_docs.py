@@ -1,5 +1,6 @@
-"""What the documents say that scripts make: the images and the memory table."""
+"""What the documents say that scripts make: images, the memory table, instruction counts."""
 
+import json
 import re
 from xml.etree import ElementTree
 
@@ -16,6 +17,8 @@ def test_the_images_are_what_the_scripts_draw() -> None:
     for name, image in drawn.items():
         assert committed[name] == image, f"{name}: run `make drawings`"
         ElementTree.fromstring(image)
+    pages = "".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    assert [name for name in drawn if f"images/{name})" not in pages] == [], "shown nowhere"
 
 
 def test_the_memory_table_is_what_the_model_gives() -> None:
@@ -32,3 +35,23 @@ def test_the_readme_reads_the_charts_figures_out() -> None:
     figures = re.findall(r"\d[\d.,]*\d", alt[1])
     assert len(figures) > 12
     assert [figure for figure in figures if figure not in chart] == []
+
+
+def test_the_instruction_counts_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "machine-code.json").read_text())
+    counts, versions = record["counts"], record["versions"]
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert f"CUDA {versions['nvcc']}" in page
+    assert f"Triton {versions['triton'].rsplit('.', 1)[0]}" in page
+    older, newer = (counts[f"cuda resident<bf16, bf16> sm_{a}"] for a in ("90a", "100"))
+    rows = [f"{older[loop]:.1f} | {newer[loop]:.1f}" for loop in older if loop != "registers"]
+    triton = [
+        f"{found[loop]:.1f}"
+        for name, found in counts.items()
+        for loop in ("scan", "gradient")
+        if name.startswith("triton") and loop in found
+    ]
+    tables = page[page.index("| loop, bf16 |") : page.index("Registers are at most")]
+    assert re.findall(r"\| ([\d.]+ \| [\d.]+) \|", tables) == rows
+    tables = page[page.index("| | bf16 | fp16 |") : page.index("Registers, sm_80 to sm_100")]
+    assert sorted(re.findall(r"\d+\.\d", tables)) == sorted(triton)

@@ -198,7 +198,7 @@ def test_only_a_record_of_a_device_is_a_result(call, tmp_path):
         assert json.loads(path.read_text())["stages"]["probe"]["result"]["device"]
 
 
-def test_the_second_call_adds_to_what_the_same_code_gave_on_the_same_device(call, tmp_path):
+def test_the_second_call_adds_to_what_the_same_code_gave_on_the_same_device(call):
     call(1, "NVIDIA H200")
     assert set(call(2, "NVIDIA H200")[1]) == {"probe", "stage-1", "stage-2"}
     assert set(call(2, "NVIDIA H100")[1]) == {"probe", "stage-2"}
@@ -236,7 +236,7 @@ def test_a_folder_that_is_none_is_an_error_before_anything_starts(wrong, monkeyp
         check.arguments()
 
 
-def test_a_rehearsal_stays_off_the_folder_of_measurements(monkeypatch, tmp_path):
+def test_a_rehearsal_stays_off_the_folder_of_measurements(monkeypatch):
     seen = []
     monkeypatch.setattr(check, "run_call", lambda *arguments: seen.append(arguments) or 0)
     monkeypatch.setattr(check, "heed_signals", lambda: None)

@@ -71,7 +71,7 @@ def test_a_tile_with_other_bits_is_disqualified(rehearsing, monkeypatch):
 
 
 @pytest.mark.needs("g++")
-def test_tiles_are_forced_on_the_kernels_themselves(rehearsing, monkeypatch, tmp_path):
+def test_tiles_are_forced_on_the_kernels_themselves(rehearsing, tmp_path):
     """On the emulated machine: some candidates run and have the loss's bits, others are refused
     with a reason."""
     shape = Shape(3, 3000, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Command line: counts and modelled times of one call."""
+"""Command line: counts and modeled times of one call."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from .build import ROOT, Build
-from .model import Call, Device, Modelled, model
+from .model import Call, Device, Modeled, model
 
 
-def by_function(m: Modelled, depth: int) -> list[str]:
+def by_function(m: Modeled, depth: int) -> list[str]:
     """Instructions a row of the whole block by function, callees indented below callers."""
     totals: dict[tuple[str, ...], float] = {}
     for path, count in m.tree.items():
@@ -22,7 +22,7 @@ def by_function(m: Modelled, depth: int) -> list[str]:
     return [f"  {totals[p]:9.0f} {'  ' * len(p)}{p[-1]}" for p in sorted(totals, key=by_size)]
 
 
-def report(m: Modelled, depth: int) -> str:
+def report(m: Modeled, depth: int) -> str:
     """A call's counts and times as text."""
     call, launch, pace = m.call, m.launch, m.compute
     units = sorted(pace.units.items(), key=lambda x: -x[1])

@@ -1,5 +1,5 @@
 """What floating-point instructions of sm_90 do. A float32 fma is rounded from float64, a float64
-one from the host's extended precision; roundings other than to nearest are honoured where integer
+one from the host's extended precision; roundings other than to nearest are honored where integer
 divisions depend on them."""
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def pace(long: Trace, short: Trace | None, blocks: int, bytes_per_cycle: float) 
 
 
 @dataclass
-class Modelled:
-    """floor: bytes at the copy rate; compute: as if memory were free but for its latency; modelled:
+class Modeled:
+    """floor: bytes at the copy rate; compute: as if memory were free but for its latency; modeled:
     with the multiprocessor's share of the copy rate. ms of the whole call without its launch, and
     cycles per row of a cluster."""
 
@@ -204,7 +204,7 @@ class Modelled:
     tree: Counter[tuple[str, ...]]
 
 
-def model(build: Build, call: Call, device: Device, rows: int) -> Modelled:
+def model(build: Build, call: Call, device: Device, rows: int) -> Modeled:
     """rows: how many a cluster is followed for; the steady state is that of the second half."""
     launch = build.launches(call.task, call.dtype, call.out, call.rows, call.columns)[0]
     clusters = launch.blocks // launch.cluster
@@ -222,7 +222,7 @@ def model(build: Build, call: Call, device: Device, rows: int) -> Modelled:
     last = pace(long, short, 1, float("inf")).row if left else 0.0
     paces = {
         "compute": pace(long, short, on_one, float("inf")),
-        "modelled": pace(long, short, on_one, share),
+        "modeled": pace(long, short, on_one, share),
     }
     for name, p in paces.items():
         cycles[name] = p.row
@@ -231,7 +231,7 @@ def model(build: Build, call: Call, device: Device, rows: int) -> Modelled:
     elements = -(-call.columns // launch.cluster)
     per_element, once = by_phase(per_row, elements)
     per_warp = [float(sum(c.values())) for c in per_row]
-    return Modelled(
+    return Modeled(
         call, launch, int(build.registers[launch.symbol]), clusters, ms, cycles, paces["compute"],
         per_warp, per_element, once, sum(per_row, Counter()),
     )  # fmt: skip

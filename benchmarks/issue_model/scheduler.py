@@ -3,7 +3,7 @@
 Four schedulers issue one instruction a cycle each. An instruction waits for the stall count of the
 one before it, for the scoreboards its encoding names and for its unit; the figures of the units are
 in `UNITS`. Copies and stores share one queue to memory; barriers work as in the kernel. Not
-modelled: instruction fetch, bank conflicts, register banks, the caches.
+modeled: instruction fetch, bank conflicts, register banks, the caches.
 """
 
 from __future__ import annotations

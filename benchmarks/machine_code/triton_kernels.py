@@ -217,8 +217,9 @@ def loop_of(kernel: Kernel, opcode: str) -> list[Instruction]:
 
 # ---- counts and rules ---------------------------------------------------------------------------
 
-# How many elements a thread has in a tile of the scan.
-ELEMENTS = {"stats": 32, "stats_f16": 32, "stats_f32": 16, "stats_odd": 32}
+# How many elements a thread has in a tile, of calls whose scan and whose gradient is counted.
+SCANNED = {"stats": 32, "stats_f16": 32, "stats_f32": 16, "stats_odd": 32}
+WRITTEN = {"loss": 32, "loss_f32": 16, "loss_softcap": 32, "backward": 32}
 # Calls, and how many float64 instructions the state that they store may take: every warp of a
 # program does these, on a consumer GPU at a 64th of the speed of float32.
 MOST_FLOAT64 = {"stats": 4, "stats_short": 4, "loss": 0, "loss_softcap": 0, "loss_split": 0}
@@ -226,11 +227,13 @@ GRADIENTS = ("backward", "loss", "loss_f32", "loss_odd", "loss_split")
 
 
 def counts(name: str, architecture: int) -> dict[str, float]:
-    """Registers of a call's kernels and, on sm_90, instructions per element of its scan."""
+    """Registers of a call's kernels and, on sm_90, instructions per element of its inner loops."""
     kernels = kernels_of(name, architecture)
     found: dict[str, float] = {"registers": max(k.registers for k in kernels)}
-    if architecture == 90 and name in ELEMENTS:
-        found["scan"] = len(loop_of(kernels[0], "MUFU.EX2")) / ELEMENTS[name]
+    if architecture == 90 and name in SCANNED:
+        found["scan"] = len(loop_of(kernels[0], "MUFU.EX2")) / SCANNED[name]
+    if architecture == 90 and name in WRITTEN:
+        found["gradient"] = len(loop_of(kernels[-1], "STG")) / WRITTEN[name]
     return found
 
 

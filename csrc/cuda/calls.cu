@@ -1,4 +1,4 @@
-// The entry points. A call is checked, gets its constants and tiles, and goes to a kernel.
+// The entry points. A call gets its constants and tiles, and goes to a kernel.
 #include <math.h>
 #include <stdio.h>
 
@@ -68,13 +68,6 @@ RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, c
   return call;
 }
 
-Status check_call(const RowsCall& call, const Launch& launch) {
-  const Device& device = device_of(launch.device);
-  if (device.error != nullptr) return {device.error};
-  if (call.logits.cols > kMostColumns) return {"papo_kernels: more than 2^30 columns"};
-  return Status::success();
-}
-
 // A tile that was asked for is not replaced by another.
 Status cannot_run(int cluster, int shared_bytes) {
   thread_local char text[160];
@@ -85,18 +78,23 @@ Status cannot_run(int cluster, int shared_bytes) {
   return {text};
 }
 
-// Runs a call whose rows are to be summed. If the device cannot run the tile's clusters, all rows
-// are streamed, also those of statistics: a row's sums have the same bits in every call.
-Status launch_rows(RowsCall call, const Launch& launch) {
-  const DeviceLimits limits = device_of(launch.device).limits;
+// If the device cannot run the tile's clusters, all rows whose sums are wanted are streamed, also
+// those of statistics: a row's sums have the same bits in every call.
+Status launch_call(RowsCall call, const Launch& launch) {
+  if (call.logits.rows == 0) return Status::success();
+  const Device device = device_of(launch.device);
+  if (device.error != nullptr) return {device.error};
+  const DeviceGuard guard(launch.device);
+  if (!guard.status().ok()) return guard.status();
+  if (call.state != nullptr) return launch_from_state(call, launch);
   const Chosen chosen =
-      choose(launch.choice, call.columns(), element_bytes(call.logits.dtype), limits);
+      choose(launch.choice, call.columns(), element_bytes(call.logits.dtype), device.limits);
   if (chosen.error != nullptr) return {chosen.error};
   call.tile = chosen.tile;
   call.stats_tile = chosen.stats;
   int clusters = 0;
   if (call.tile.cluster > 0) {
-    const Status status = count_clusters(call, limits, launch, &clusters);
+    const Status status = count_clusters(call, device.limits, launch, &clusters);
     if (!status.ok()) return status;
     const bool asked = launch.choice.cluster != 0 || launch.choice.kernel == kOnChip ||
                        launch.choice.stats == kStatsAlways;
@@ -110,20 +108,11 @@ Status launch_rows(RowsCall call, const Launch& launch) {
   }
   if (!call.wants_gradient() && call.stats_tile.teams > 0) {
     bool ran = false;
-    const Status status = launch_stats(call, limits, launch, &ran);
+    const Status status = launch_stats(call, device.limits, launch, &ran);
     if (ran || !status.ok()) return status;
     if (launch.choice.stats == kStatsAlways) return cannot_run(1, call.stats_tile.shared_bytes);
   }
-  return launch_resident(call, limits, launch, clusters);
-}
-
-Status launch_call(const RowsCall& call, const Launch& launch) {
-  if (call.logits.rows == 0) return Status::success();
-  const Status status = check_call(call, launch);
-  if (!status.ok()) return status;
-  const DeviceGuard guard(launch.device);
-  if (!guard.status().ok()) return guard.status();
-  return call.state != nullptr ? launch_from_state(call, launch) : launch_rows(call, launch);
+  return launch_resident(call, device.limits, launch, clusters);
 }
 
 }  // namespace

@@ -120,7 +120,7 @@ inline Chosen choose(const TileChoice& asked, int64_t columns, int element_bytes
   if (asked.stats_ring <= kMaxRing) {
     chosen.stats = make_stats_tile(chosen.tile, asked.stats_teams, asked.stats_ring,
                                    asked.stats_blocks,
-                                   asked.stats == kStatsAlways ? 0 : kStatsRounds);
+                                   asked.stats == kStatsGiven ? kStatsRounds : 0);
   }
   chosen.error = choice::why_unfit(asked, chosen.tile, chosen.stats, device);
   return chosen;

@@ -244,9 +244,6 @@ PAPO_DEVICE void store_shared_16(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(x))
                : "memory");
 }
-PAPO_DEVICE void store_shared_double(uint32_t address, double x) {
-  asm volatile("st.shared.f64 [%0], %1;" ::"r"(address), "d"(x) : "memory");
-}
 
 #if defined(PAPO_HAS_CLUSTERS)
 // ---- barriers in shared memory ------------------------------------------------------------------

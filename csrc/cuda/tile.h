@@ -31,7 +31,7 @@ constexpr int kStreamBatch = 4;  // the same, from global memory
 // at the end, where a cluster shares the last row.
 constexpr int kStatsRounds = 8;
 constexpr int kReservedShared = 1024;  // bytes of a block's shared memory that the system takes
-// Columns are counted in 32 bits, and so is what rounds them up.
+// Columns are counted in 32 bits, and so is what rounds them up. Callers refuse longer rows.
 constexpr int64_t kMostColumns = int64_t{1} << 30;
 constexpr int64_t kMostStageBytes = 1 << 20;  // fewer than a barrier can count
 

@@ -12,16 +12,17 @@ import torch
 from . import tuning
 from .extension import DTYPE_CODE
 
-# csrc/include/papo/params.h has their names.
+# As csrc/include/papo/params.h has them.
 _KERNEL_CODE = {None: 0, "resident": 1, "streamed": 2}
+_STATS_DERIVED, _STATS_GIVEN, _STATS_BY_CLUSTERS, _STATS_ALWAYS = range(4)
 
 
 def _stats_code(stats: Sequence[int] | None, forced: tuning.ForcedTile) -> int:
     if stats is None:
-        return 0
+        return _STATS_DERIVED
     if not any(stats):
-        return 2
-    return 1 if forced.stats is None else 3  # forced: whatever the number of rows
+        return _STATS_BY_CLUSTERS
+    return _STATS_GIVEN if forced.stats is None else _STATS_ALWAYS
 
 
 @lru_cache(maxsize=256)

@@ -6,10 +6,10 @@ Each backend has an ordered list; the first row that matches a call serves it. A
     dtype    of the logits ("bfloat16"), or "*"
     columns  [first, last], both included
     config   the backend's own numbers; null stands for what the backend derives from the device
-    source   {"modelled": document} or {"measured": file, "date": ..., "device": name}
+    source   {"modeled": document} or {"measured": file, "date": ..., "device": name}
 
 A choice never depends on the number of rows: a row's results have the same bits in every batch.
-The sweep of ``make gpu-check`` puts measured rows before the modelled ones.
+The sweep of ``make gpu-check`` puts measured rows before the modeled ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .protocol import MOST_GPU_COLUMNS, dtype_names
 PATH = Path(__file__).with_name("tuning.json")
 ANY = "*"
 _DTYPES = dtype_names(GPU_DTYPES)
-_SOURCES = [{"modelled"}, {"measured", "date", "device"}]
+_SOURCES = [{"modeled"}, {"measured", "date", "device"}]
 _KERNELS = ("resident", "streamed")
 _TILE = ("cluster", "warps", "stages", "ring", "blocks")
 _STATS_TILE = ("teams", "ring", "blocks")

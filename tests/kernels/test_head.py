@@ -23,7 +23,7 @@ from tests.oracle import assert_close
 # ---- golden cases -------------------------------------------------------------------------------
 
 
-def factorised(logits: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def factorized(logits: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """hidden `[1, 9]`, weight `[V, 9]` and bias `[V]` whose logits are exactly these: powers of two
     whose products cancel in pairs, so that no sum rounds in any dtype. -inf comes from the bias."""
     g = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def factorised(logits: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_golden(golden: dict[str, Any], dtype: torch.dtype, backend: str, device: str) -> None:
     case, expected = build(golden, dtype, device), golden["expected"]
-    parts = factorised(case.logits[0].cpu(), len(golden["logits"]))
+    parts = factorized(case.logits[0].cpu(), len(golden["logits"]))
     hidden, weight, bias = (x.to(device).requires_grad_() for x in parts)
     z = (hidden.double() @ weight.double().t())[0] + bias
     assert z.detach().to(dtype).equal(case.logits[0])

@@ -273,7 +273,7 @@ def test_tokens_that_do_not_count_contribute_exactly_nothing(
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, "all -inf"])
 @pytest.mark.parametrize("column", [0, 5, 69])
-def test_bad_rows_are_nan_and_leave_their_neighbours_alone(
+def test_bad_rows_are_nan_and_leave_their_neighbors_alone(
     value, column, backend, device, dtypes, sizes
 ):
     n, bad = sizes((9, [1, 8]), (3, [1]))

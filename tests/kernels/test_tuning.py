@@ -50,14 +50,14 @@ def test_the_table_serves_every_call():
                 assert any(r.matches(("a device", "sm_90"), dtype, columns) for r in rows), backend
         for row in rows:
             assert row.columns[0] <= row.columns[1]
-            assert ("modelled" in row.source) != ("measured" in row.source)
+            assert ("modeled" in row.source) != ("measured" in row.source)
             if row.measured:
                 assert {"measured", "date", "device"} == set(row.source)
 
 
 def test_the_first_row_that_matches_serves(monkeypatch):
     def row(device, dtype, columns, name):
-        return tuning.Row(device, dtype, columns, {"name": name}, {"modelled": "here"})
+        return tuning.Row(device, dtype, columns, {"name": name}, {"modeled": "here"})
 
     rows = [
         row("NVIDIA H200", "bfloat16", (100, 200), "a device's"),

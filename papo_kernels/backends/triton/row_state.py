@@ -100,11 +100,11 @@ class RowStats(NamedTuple):
 
 class RowGrad(NamedTuple):
     """``dz_j = e_j (a0 + a1 s_j + e_j (b0 + b1 s_j))`` before the soft cap's slope, with ``e_j =
-    2^y_j``, ``y_j = (z_j - z_ref) log2(e) / temperature`` and ``s_j = y_j - centre``, near whose
+    2^y_j``, ``y_j = (z_j - z_ref) log2(e) / temperature`` and ``s_j = y_j - center``, near whose
     zero an element's gradient changes its sign. ``target`` is the sampled token's, complete."""
 
     z_ref: tl.tensor
-    centre: tl.tensor
+    center: tl.tensor
     a0: tl.tensor
     a1: tl.tensor
     b0: tl.tensor
@@ -351,7 +351,7 @@ def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
         target *= slope(token.z, s.softcap)
     return RowGrad(
         z_ref=sums.z_ref,
-        centre=r.mu - sums.shift,
+        center=r.mu - sums.shift,
         a0=first * a0,
         a1=first * a1 * LN2,
         b0=second,
@@ -368,7 +368,7 @@ def gradient(z, grad, s, HAS_SOFTCAP: tl.constexpr, HAS_SQUARES: tl.constexpr):
         x = capped(z, s.softcap)
     y = floored((x - grad.z_ref) * s.log2_scale)
     e = tl.exp2(y)
-    y -= grad.centre
+    y -= grad.center
     factor = tl.fma(grad.a1, y, grad.a0)
     if HAS_SQUARES:
         factor = tl.fma(e, tl.fma(grad.b1, y, grad.b0), factor)

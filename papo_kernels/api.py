@@ -70,11 +70,11 @@ def token_stats(
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE
-    check_type("compute", compute, Compute)
     if isinstance(logits, LazyLogits):
         operands, call, _ = _head_call(logits, targets, temperature, compute, None)
         stats = run_head_token_stats(operands, call, flat(targets, torch.int64))
     else:
+        check_type("compute", compute, Compute)
         values, row = held_logits(logits, targets, temperature)
         stats = run_token_stats(values, flat(targets, torch.int64), row, compute.backend or "")
     return TokenStats(*shaped(stats, targets))
@@ -132,7 +132,6 @@ def policy_loss(
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE
-    check_type("compute", compute, Compute)
     tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
     arguments = LossArguments(targets, tokens, objective, weighting)
     if isinstance(logits, LazyLogits):
@@ -140,6 +139,7 @@ def policy_loss(
         assert inputs is not None
         loss, *parts = run_head_policy_loss(operands, call, inputs)
     else:
+        check_type("compute", compute, Compute)
         values, row = held_logits(logits, targets, temperature)
         dtype = acc_dtype(values.dtype)
         inputs = arguments.checked(row, dtype, compute.backend or "", "the logits")

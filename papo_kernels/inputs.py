@@ -36,12 +36,19 @@ def held_logits(
     logits: Tensor | Logits, targets: Tensor, temperature: float
 ) -> tuple[Tensor, RowParams]:
     """The checked tensor `[..., V]`, and how its rows become distributions."""
-    values, softcap, vocab_size = logits if isinstance(logits, Logits) else (logits, None, None)
+    values, softcap, vocab_size = logits, None, None
+    if isinstance(logits, Logits):
+        values, softcap, vocab_size = logits.values, logits.softcap, logits.vocab_size
+        if softcap is not None:
+            check_positive("softcap", softcap, "None or a finite number > 0")
+        check_vocab_size(vocab_size)
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            "logits: expected a tensor, Logits(tensor) or what calling a Head gives, "
+            f"head(hidden); got {type(values).__name__}"
+        )
     check_float("logits", values)
     check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap, "None or a finite number > 0")
-    check_vocab_size(vocab_size)
     columns = counted_columns(values.shape[-1], vocab_size, "columns of logits")
     check_targets("logits", values, targets)
     return values, RowParams(float(temperature), float(softcap or 0.0), columns)

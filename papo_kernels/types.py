@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_above, check_at_least, check_finite, check_number
+from .checks import check_above, check_at_least, check_finite, check_number, check_type
 
 IGNORE_INDEX = -100
 ELSEWHERE = -1  # a sampled token that lies in another shard of the vocabulary
@@ -17,12 +17,13 @@ STATE_SIZE = 6  # float64 row_max, Z, T, Z2, T2 and target_u of a row
 WEIGHT_SHAPES = ("sign", "tanh")
 
 
-class Logits(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Logits:
     """Logits that are held, with what a model does to them before the softmax.
 
     A plain tensor stands for ``Logits(tensor)``.
 
-    Attributes:
+    Args:
         values: ``[..., V]`` float16, bfloat16, float32, or float64 (reference and cpu backends).
             -inf masks a token: p = 0, gradient 0. Read without a copy where the leading dimensions
             flatten to one stride and the last has stride 1.
@@ -31,6 +32,7 @@ class Logits(NamedTuple):
     """
 
     values: Tensor
+    _: KW_ONLY
     softcap: float | None = None
     vocab_size: int | None = None
 
@@ -63,6 +65,11 @@ class Compute:
     inplace: bool = False
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            check_type("backend", self.backend, str)
+        if self.logits_dtype is not None:
+            check_type("logits_dtype", self.logits_dtype, torch.dtype)
+        check_type("inplace", self.inplace, bool)
         size = self.chunk_bytes
         if size is None:
             return

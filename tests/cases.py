@@ -42,7 +42,7 @@ class Case:
 
     def token_stats(self, logits: Tensor, backend: str | None) -> TokenStats:
         return papo_kernels.token_stats(
-            Logits(logits, self.softcap, self.vocab_size),
+            Logits(logits, softcap=self.softcap, vocab_size=self.vocab_size),
             self.targets,
             temperature=self.temperature,
             compute=Compute(backend),
@@ -53,7 +53,7 @@ class Case:
     ) -> PolicyLossOutput:
         names = ("advantages", "token_weight", "old_logp", "ref_logp", "objective", "weighting")
         return papo_kernels.policy_loss(
-            Logits(logits, self.softcap, self.vocab_size),
+            Logits(logits, softcap=self.softcap, vocab_size=self.vocab_size),
             self.targets,
             **{name: getattr(self, name) for name in names},
             temperature=self.temperature,

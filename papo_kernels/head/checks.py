@@ -36,6 +36,7 @@ def prepare(
         rows: of the whole weight, where the head holds one rank's shard of it; UNKNOWN where the
             ranks have yet to tell, so that `vocab_size` cannot be checked.
     """
+    check_type("compute", compute, Compute)
     hidden, head, keep = logits
     check_float("hidden", hidden)
     weight, bias, lora = head.weight, head.bias, head.lora
@@ -163,8 +164,8 @@ def _logits_dtype(requested: torch.dtype | None, hidden: torch.dtype) -> torch.d
     if requested is None:
         return acc_dtype(hidden)
     if requested not in (hidden, acc_dtype(hidden)):
+        wide = "" if acc_dtype(hidden) == hidden else f"{acc_dtype(hidden)} or "
         raise TypeError(
-            f"logits_dtype: expected None, {acc_dtype(hidden)} or {hidden}, that of hidden, got "
-            f"{requested}"
+            f"logits_dtype: expected None, {wide}{hidden}, that of hidden, got {requested}"
         )
     return requested

@@ -13,11 +13,31 @@ from torch import Tensor
 from papo_kernels.checks import check_finite, check_positive, check_type, check_vocab_size
 
 from .keep import KeepSet
+from .split import check_group
 
-# What model configs call the number that logits are multiplied by (Cohere, Falcon-H1) or divided by
-# (Granite).
-_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+# What model configs call the number that logits are multiplied by (Cohere, Falcon-H1), the one they
+# are divided by (Granite), and the soft cap (Gemma, RecurrentGemma, xLSTM).
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Model types whose logits do not have what their config names (transformers 5.23).
+_WITHOUT = {"mpt": "logit_scale", "gemma3": "final_logit_softcapping"}
+
+
+def _cap_and_scale(config: Any) -> tuple[float | None, float | None]:
+    """The soft cap and the scale of the logits that a transformers model with this config gives."""
+    kind, text = str(config.model_type), config.get_text_config()
+
+    def numbers(names: Sequence[str]) -> list[float]:
+        named = (getattr(text, name, None) for name in names if name != _WITHOUT.get(kind))
+        return [float(number) for number in named if number]
+
+    factors, divisors = numbers(_FACTORS), numbers(_DIVISORS)
+    if kind.startswith("hyperclovax"):  # what Granite divides by it multiplies by
+        factors, divisors = factors + divisors, []
+    scale = math.prod(factors) / math.prod(divisors)
+    softcap = next(iter(numbers(_SOFTCAPS)), None)
+    return softcap, None if scale == 1.0 else scale
 
 
 class LoRA(NamedTuple):
@@ -40,7 +60,9 @@ class Head:
 
     Make one for a run and call it with each batch's hidden states. It holds the parameters
     themselves, never a gathered copy: under DeepSpeed ZeRO-3 a call has to be inside a gather, or
-    inside the forward pass of a module that the weight is registered with.
+    inside the forward pass of a module that the weight is registered with. Make it after whatever
+    puts other parameters in their place, such as ``resize_token_embeddings``, FSDP's
+    ``fully_shard`` and ``load_state_dict(assign=True)``.
 
     Args:
         weight: ``[V, D]`` like the hidden states. Under ``torch.autocast`` both are cast as
@@ -54,8 +76,9 @@ class Head:
             gradient 0.
         group: the ranks that the rows of the weight are spread over (Megatron's vocabulary
             parallelism), rank r's rows before those of rank r + 1. `weight`, `bias` and `lora.b`
-            then hold this rank's rows, any number of them, 0 included; `lora.a` is whole. None: one
-            rank holds them all; ``torch.distributed.group.WORLD`` is None until the group exists.
+            then hold this rank's rows, any number of them, 0 included; `lora.a` is whole. "world"
+            is the default group, looked up in each call. None: one rank holds them all; so
+            ``torch.distributed.group.WORLD``, which is None until the group exists, is not split.
         shards: with `group`: how many rows each rank has, where that is known. Without it every
             call exchanges integers, for which it waits for the GPU. With it each rank checks its
             arguments alone, and ``Compute.chunk_bytes`` is needed where the ranks' GPUs differ in
@@ -71,7 +94,7 @@ class Head:
     softcap: float | None = None
     logit_scale: float | None = None
     vocab_size: int | None = None
-    group: torch.distributed.ProcessGroup | None = None
+    group: torch.distributed.ProcessGroup | str | None = None
     shards: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -87,10 +110,14 @@ class Head:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name), "None or a finite number > 0")
         check_vocab_size(self.vocab_size)
-        if self.shards is not None and self.group is None:
+        if self.group is not None:
+            check_group(self.group)
+        elif self.shards is not None:
             raise ValueError(
                 "group: expected the process group that shards counts the rows of, got None"
             )
+        if self.shards is not None:
+            check_type("shards", self.shards, Sequence)
 
     @classmethod
     def of(cls, model: Any) -> Head:
@@ -101,22 +128,18 @@ class Head:
             TypeError: `model` has no output embeddings, or they are more than a linear layer, as
                 with an adapter: make ``Head(weight, lora=LoRA(...))`` from their parts.
         """
-        projection = getattr(model, "get_output_embeddings", lambda: None)()
-        if not isinstance(projection, torch.nn.Linear):
+        projection: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        # A layer of another kind may do more to the hidden states than multiply them.
+        is_linear = getattr(type(projection), "forward", None) is torch.nn.Linear.forward
+        if not is_linear or not hasattr(model, "config"):
             raise TypeError(
-                "model: expected a causal language model whose get_output_embeddings() is an "
-                f"nn.Linear, got {type(model).__name__} with {type(projection).__name__}; make "
+                "model: expected a causal language model with a config, whose "
+                "get_output_embeddings() is an nn.Linear, got "
+                f"{type(model).__name__} with {type(projection).__name__}; make "
                 "Head(weight, bias=..., lora=...) of its parts"
             )
-        config = model.config.get_text_config()
-        scale = math.prod(getattr(config, name, None) or 1.0 for name in _LOGIT_FACTORS)
-        scale /= math.prod(getattr(config, name, None) or 1.0 for name in _LOGIT_DIVISORS)
-        return cls(
-            projection.weight,
-            projection.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            logit_scale=None if scale == 1.0 else scale,
-        )
+        softcap, scale = _cap_and_scale(model.config)
+        return cls(projection.weight, projection.bias, softcap=softcap, logit_scale=scale)
 
     def __call__(self, hidden: Tensor, *, keep: KeepSet | None = None) -> LazyLogits:
         """The logits of `hidden`, which `token_stats` and `policy_loss` compute a chunk at a time.

@@ -17,7 +17,7 @@ from .checks import UNKNOWN, loss_inputs, prepare
 from .head import LazyLogits
 from .passes import Operands, PassOptions
 from .plan import default_workspace
-from .split import Split
+from .split import Split, default_or
 
 
 def agree(
@@ -29,10 +29,10 @@ def agree(
 ) -> tuple[Operands, PassOptions, LossInputs | None, Split]:
     """What `prepare` and `loss_inputs` return, and the split.
 
-    A collective, unless the head's `shards` are known: an error of one rank is raised on every rank.
+    A collective, unless the head's `shards` are known: what one rank raises all raise.
     """
     hidden, head, _ = logits
-    group, shards = head.group, head.shards
+    group, shards = default_or(head.group), head.shards
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "group: expected a process group, but torch.distributed is not initialized"

@@ -6,8 +6,9 @@ Any split will do, shards without rows and shards of nothing but padding among t
 the same results, those of the whole head to float32 rounding. Gradients: of the weight's shard on
 its own rank; of hidden, and of the LoRA factor A, the full one on every rank.
 
-A call is a collective: every rank makes it, and goes backward through it, with the same arguments
-but for `weight`, `bias` and `lora.b`, and the same upstream gradients. The ranks exchange
+A head is made on each rank alone, and so are its errors. A call is a collective: every rank makes
+it, and goes backward through it, with the same arguments but for `weight`, `bias` and `lora.b`, and
+the same upstream gradients. The ranks exchange
 
 - a dozen integers, so that all know the split and raise the same errors; not with `shards`;
 - row states, 48 bytes per token: in one all-gather for statistics, in one per chunk of tokens for
@@ -23,6 +24,28 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+WORLD = "world"  # the default group, which need not exist when a head is made
+
+
+def check_group(group: object) -> None:
+    """A process group, or WORLD.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if isinstance(group, str):
+        if group != WORLD:
+            raise ValueError(f"group: expected {WORLD!r}, a process group or None, got {group!r}")
+    elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"group: expected {WORLD!r}, a process group or None, got {type(group).__name__}"
+        )
+
+
+def default_or(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
+    """`group` as torch.distributed takes it, None for WORLD."""
+    return None if isinstance(group, str) else group
 
 
 class Split(NamedTuple):

@@ -205,10 +205,10 @@ def run_head_token_stats(operands: Operands, call: HeadCall, targets: Tensor) ->
 def _losses(
     operands: Operands, call: HeadCall, inputs: LossInputs, needs: Needs
 ) -> tuple[Any, ...]:
-    """The fields of `PolicyLossOutput`, then the gradients of the loss; None where not needed."""
-    passes = call.passes(operands, inputs.targets)
-    (token_loss, *parts), grads = passes.policy_loss(inputs, needs)
-    return token_loss.sum(), *parts, *call.summed(grads, operands.hidden.dtype)
+    """What sums to the loss, the other fields of `PolicyLossOutput`, then the loss's gradients; None
+    where not needed."""
+    outputs, grads = call.passes(operands, inputs.targets).policy_loss(inputs, needs)
+    return *outputs, *call.summed(grads, operands.hidden.dtype)
 
 
 @custom_op(
@@ -222,8 +222,8 @@ def linear_policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
     *flat, lora_scaling, logits_dtype, chunk_bytes, needs = arguments
     operands, inputs = Operands(*flat[:7]), unflattened(flat[7:])
     options = PassOptions(inputs.row, inputs.backend, lora_scaling, logits_dtype, chunk_bytes)
-    outputs = _losses(operands, HeadCall(options, None), inputs, Needs(*needs))
-    return *outputs[:8], *_present(operands.hidden, outputs[8:])
+    token_loss, *outputs = _losses(operands, HeadCall(options, None), inputs, Needs(*needs))
+    return token_loss.sum(), *outputs[:7], *_present(operands.hidden, outputs[7:])
 
 
 @linear_policy_loss.register_fake
@@ -248,5 +248,7 @@ def run_head_policy_loss(
     detached = Operands(*(None if x is None else x.detach() for x in operands))  # type: ignore[arg-type]
     run = call.way(operands, _losses, _losses_operation)
     outputs = run(detached, call, inputs, needs)
-    loss, parts, grads = outputs[0], outputs[1:8], outputs[8:]
-    return FormedLoss.apply(loss, grads, inputs.backend, False, *operands[:5])[1], *parts
+    losses, parts, grads = outputs[0], outputs[1:8], outputs[8:]
+    if not any(needs):
+        return losses.sum(), *parts
+    return FormedLoss.apply(losses, grads, inputs.backend, False, *operands[:5]), *parts

@@ -87,13 +87,13 @@ def fake_policy_loss(like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _kernel(logits: Tensor, inputs: LossInputs, dlogits: Tensor | None) -> tuple[Tensor, ...]:
-    """The fields of `PolicyLossOutput`; `dlogits [N, V]` receives the gradient of the loss."""
+    """Each token's loss, then the other fields of `PolicyLossOutput`; `dlogits [N, V]` receives the
+    gradient of the sum."""
     targets, tokens, objective, weighting, row, backend = inputs
     check_target_values(targets, row.vocab_size)
-    token_loss, *parts = backend_for(backend, logits).policy_loss_fwd(
+    return backend_for(backend, logits).policy_loss_fwd(
         logits, targets, tokens, objective, weighting, row, dlogits
     )
-    return token_loss.sum(), *parts
 
 
 @custom_op(
@@ -106,7 +106,8 @@ def policy_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, needs_grad = rest
     dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
     inputs = unflattened(arguments)
-    return *_kernel(logits, inputs, dlogits if needs_grad else None), dlogits
+    token_loss, *parts = _kernel(logits, inputs, dlogits if needs_grad else None)
+    return token_loss.sum(), *parts, dlogits
 
 
 @policy_loss.register_fake
@@ -122,7 +123,8 @@ def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 )
 def policy_loss_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The fields of `PolicyLossOutput`; the logits become the gradient of the loss."""
-    return _kernel(logits, unflattened(arguments), logits)
+    token_loss, *parts = _kernel(logits, unflattened(arguments), logits)
+    return token_loss.sum(), *parts
 
 
 @policy_loss_.register_fake
@@ -141,6 +143,7 @@ class FormedLoss(torch.autograd.Function):
     saved the input fails autograd's own version check.
 
     Args:
+        losses: their sum is the loss: each token's, or the sum itself.
         grads: of the loss, one for each of `inputs`; None for an input that needs none.
         inplace: the gradient is in the storage of the one input.
     """
@@ -148,43 +151,46 @@ class FormedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loss: Tensor,
+        losses: Tensor,
         grads: Sequence[Tensor | None],
         backend: str,
         inplace: bool,
         *inputs: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:
-        if inplace:
-            ctx.mark_dirty(*inputs)
-        ctx.save_for_backward(*(inputs if inplace else grads))
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.inplace, ctx.spent, ctx.others = backend, inplace, False, (None,) * 4
-        return (inputs[0] if inplace else None), loss.clone()
+        ctx.backend, ctx.inplace, ctx.spent = backend, inplace, False
+        if not inplace:
+            ctx.save_for_backward(*grads)
+            return losses.sum()
+        ctx.mark_dirty(*inputs)
+        ctx.save_for_backward(*inputs)
+        return losses.sum(), inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, g_input: Tensor | None, g_loss: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, g_loss: Tensor | None, g_input: Tensor | None = None) -> tuple[Any, ...]:
         refuse_double_backward()
         if g_input is not None:
             raise RuntimeError(
                 "policy_loss(compute=Compute(inplace=True)) overwrote the logits with their "
-                "gradient, but another part of the loss uses them too; pass inplace=False"
+                "gradient, but another part of the loss uses them too; pass Compute(inplace=False)"
             )
         if g_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         if not ctx.inplace:
-            return *ctx.others, *scaled(ctx.saved_tensors, g_loss, ctx.backend)
+            return None, None, None, None, *scaled(ctx.saved_tensors, g_loss, ctx.backend)
         if ctx.spent:
             raise RuntimeError(
                 "policy_loss(compute=Compute(inplace=True)) can be differentiated once: its "
-                "gradient buffer was handed on; pass inplace=False to go backward a second time"
+                "gradient buffer was handed on; pass Compute(inplace=False) to go backward twice"
             )
         ctx.spent = True
         dlogits = ctx.saved_tensors[0].detach()
         run_scale_(dlogits.view(-1, dlogits.shape[-1]), g_loss, ctx.backend)
-        return *ctx.others, dlogits
+        return None, None, None, None, dlogits
 
 
 def _losses(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, ...]:
+    """What sums to the loss, then the other fields of `PolicyLossOutput`."""
     return _kernel(as_rows(logits), inputs, None)
 
 
@@ -218,10 +224,13 @@ def run_policy_loss(
     """The fields of `PolicyLossOutput` for `logits [..., V]`; `inplace`, the logits become the
     gradient of the loss, which can then be differentiated once."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        return kernel_or_operation((logits,), _losses, _losses_operation)(logits, inputs)
+        run = kernel_or_operation((logits,), _losses, _losses_operation)
+        losses, *parts = run(logits, inputs)
+        return losses.sum(), *parts
     kernel, operation = _formed, _formed_operation
     if inplace:
         kernel, operation = _formed_in_place, _formed_in_place_operation
     run = kernel_or_operation((logits,), kernel, operation)
-    loss, *parts, dlogits = run(logits.detach(), inputs)
-    return FormedLoss.apply(loss, (dlogits,), inputs.backend, inplace, logits)[1], *parts
+    losses, *parts, dlogits = run(logits.detach(), inputs)
+    loss = FormedLoss.apply(losses, (dlogits,), inputs.backend, inplace, logits)
+    return (loss[0] if inplace else loss), *parts

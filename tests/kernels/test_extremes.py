@@ -161,7 +161,7 @@ def check_nearly_certain_tokens(backend, device, v):
 def gradients(logits, targets, backend, softcap=None):
     """Of logp + entropy + unit_polarity over all finite values."""
     z = logits.detach().clone().requires_grad_()
-    stats = token_stats(Logits(z, softcap), targets, compute=Compute(backend))
+    stats = token_stats(Logits(z, softcap=softcap), targets, compute=Compute(backend))
     total = sum(torch.where(x.isfinite(), x, 0.0).sum() for x in stats[:3])
     return stats, torch.autograd.grad(total, z)[0]
 

@@ -81,7 +81,7 @@ def test_opcheck_of_every_operation(name, backend, device):
 
 def statistics_of(backend, logits, targets):
     """The differentiable ones."""
-    logits = Logits(logits, 20.0, V - 2)
+    logits = Logits(logits, softcap=20.0, vocab_size=V - 2)
     return token_stats(logits, targets, temperature=0.9, compute=Compute(backend))[:3]
 
 

@@ -95,7 +95,7 @@ def test_derivatives_by_finite_differences(backend, device, dtypes, row, tempera
 
     def statistic(name, z):
         stats = token_stats(
-            Logits(z, softcap), targets, temperature=temperature, compute=Compute(backend)
+            Logits(z, softcap=softcap), targets, temperature=temperature, compute=Compute(backend)
         )
         return getattr(stats, name)
 

@@ -248,6 +248,6 @@ def test_softcap_is_that_of_transformers(softcap, backend, device):
     capped = torch.tanh(capped) * softcap
     for target in (0, 50, 75, 100):
         targets = torch.tensor([target], device=device)
-        stats = token_stats(Logits(z, softcap), targets, compute=Compute(backend))
+        stats = token_stats(Logits(z, softcap=softcap), targets, compute=Compute(backend))
         expected = torch.log_softmax(capped, -1)[0, target].item()
         assert stats.logp.item() == pytest.approx(expected, rel=2e-6, abs=2e-6)

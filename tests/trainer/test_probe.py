@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from papo.config import TrainConfig, WeightingConfig
 from papo.errors import PapoError
-from papo.policy import objective
+from papo.policy import module
 from papo.policy.batch import Batcher, collate
 from papo.policy.weighting import WeightController
 from papo.rollout import HFSampler
@@ -143,7 +143,7 @@ def every_token(segment_ids: Any, position_ids: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_completion_that_sees_another_is_found(dtype: torch.dtype, monkeypatch: Any) -> None:
-    monkeypatch.setattr(objective, "shared_prompts", every_token)
+    monkeypatch.setattr(module, "shared_prompts", every_token)
     row_tokens, (told,) = check(build("llama").to(dtype))
     assert row_tokens == 0 and "completions do not share" in told
 

@@ -205,8 +205,8 @@ def run_head_token_stats(operands: Operands, call: HeadCall, targets: Tensor) ->
 def _losses(
     operands: Operands, call: HeadCall, inputs: LossInputs, needs: Needs
 ) -> tuple[Any, ...]:
-    """What sums to the loss, the other fields of `PolicyLossOutput`, then the loss's gradients; None
-    where not needed."""
+    """What sums to the loss, the other fields of `PolicyLossOutput`, then the loss's gradients;
+    None where not needed."""
     outputs, grads = call.passes(operands, inputs.targets).policy_loss(inputs, needs)
     return *outputs, *call.summed(grads, operands.hidden.dtype)
 

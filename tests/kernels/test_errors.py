@@ -36,7 +36,7 @@ def zeros(*shape, dtype=torch.float32):
 
 # changed argument, value, error, message: for both functions.
 ROW_ERRORS = [
-    ("logits", [[0.0]], TypeError, r"logits: expected Tensor, got list"),
+    ("logits", [[0.0]], TypeError, r"logits: expected a tensor, .*head.hidden.; got list"),
     ("logits", zeros(N, V, dtype=torch.int64), TypeError, r"logits: .*float16.*torch\.int64"),
     ("logits", zeros(N, V, dtype=torch.complex64), TypeError, r"logits: .*torch\.complex64"),
     ("logits", zeros(N, V, dtype=torch.bool), TypeError, r"logits: .*torch\.bool"),

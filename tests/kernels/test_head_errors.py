@@ -39,6 +39,9 @@ OF_HEAD = {
         TypeError,
         "vocab_size: expected an int or None, got b",
     ),
+    "group_name": ({"group": "x"}, ValueError, "group: expected 'world', a process group or None"),
+    "group_kind": ({"group": [0, 1]}, TypeError, "group: expected .* or None, got list"),
+    "shards_kind": ({"group": "world", "shards": 9}, TypeError, "shards: expected Sequence"),
     "bias_kind": ({"bias": 0.0}, TypeError, "bias: expected Tensor, got float"),
     "lora_a_kind": (
         {"lora": LORA._replace(a=None)},
@@ -58,6 +61,9 @@ OF_COMPUTE = {
     "chunk_bytes_kind": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes: expected an int or None"),
     "chunk_bytes_bool": ({"chunk_bytes": True}, TypeError, "chunk_bytes: .* or None, got bool"),
     "chunk_bytes_negative": ({"chunk_bytes": -5}, ValueError, "expected at least 1, got -5"),
+    "backend_kind": ({"backend": 3}, TypeError, "backend: expected str, got int"),
+    "logits_dtype_kind": ({"logits_dtype": "bf16"}, TypeError, "logits_dtype: expected dtype"),
+    "inplace_kind": ({"inplace": "no"}, TypeError, "inplace: expected bool, got str"),
 }
 # and what only a call can know.
 OF_CALL = {
@@ -118,7 +124,7 @@ OF_CALL = {
     "logits_dtype": (
         {"logits_dtype": torch.float16},
         TypeError,
-        "logits_dtype: expected None, torch.float32 or torch.float32, that of h.* torch.float16",
+        "logits_dtype: expected None, torch.float32, that of hidden, got torch.float16",
     ),
     "bias_shape": (
         {"bias": torch.zeros(8)},

@@ -29,6 +29,9 @@ FAMILIES = {
     "granite": ({"logits_scaling": 4.0}, None, 0.25),
     "cohere": ({"logit_scale": 0.25}, None, 0.25),
     "phi": ({}, None, None),  # with a bias
+    "hyperclovax": ({"logits_scaling": 4.0}, None, 4.0),  # the other way round than Granite
+    "recurrent_gemma": ({"logits_soft_cap": 2.0, "num_hidden_layers": 3}, 2.0, None),
+    "mpt": ({"logit_scale": 0.5, "d_model": D, "n_heads": 2, "n_layers": 1}, None, None),
 }
 
 
@@ -65,6 +68,13 @@ def test_a_models_head_gives_the_models_logits(family):
         torch.testing.assert_close(a, b)
 
 
+class Scaled(nn.Linear):
+    """Does more to the hidden states than multiply them."""
+
+    def forward(self, hidden):
+        return super().forward(2.0 * hidden)
+
+
 def test_a_head_that_is_no_linear_layer_is_refused():
     """Naming what was found instead: no model at all, a body without a head, an adapter's layer."""
     message = r"model: expected a causal language model .* nn\.Linear, got {} with {}; make Head\("
@@ -75,6 +85,8 @@ def test_a_head_that_is_no_linear_layer_is_refused():
     ):
         with pytest.raises(TypeError, match=message.format(*names)):
             Head.of(other)
-    model.set_output_embeddings(nn.Sequential(nn.Linear(D, V)))
-    with pytest.raises(TypeError, match=message.format("LlamaForCausalLM", "Sequential")):
-        Head.of(model)
+    for layer in (nn.Sequential(nn.Linear(D, V)), Scaled(D, V)):
+        model.set_output_embeddings(layer)
+        name = type(layer).__name__
+        with pytest.raises(TypeError, match=message.format("LlamaForCausalLM", name)):
+            Head.of(model)

@@ -104,7 +104,7 @@ class PolicyLossOutput(NamedTuple):
 
     Attributes:
         loss: scalar, sum over tokens of token_weight times the token's loss; differentiable in the
-            logits.
+            logits, or in what a head makes them of.
         logp, entropy, unit_polarity: as in `TokenStats`.
         polarity: ratio * advantage * unit_polarity; positive expands entropy, negative contracts
             it.

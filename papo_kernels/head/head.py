@@ -20,12 +20,18 @@ from .split import check_group
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Model types whose logits do not have what their config names (transformers 5.23).
+# Model types whose logits do not have what their config names, and those with a text config of
+# their own whose logits have what that names (transformers 5.23).
 _WITHOUT = {"mpt": "logit_scale", "gemma3": "final_logit_softcapping"}
+_OF_TEXT = ("gemma3n", "gemma4", "paligemma", "granite4_vision", "granite_docling", "hyperclovax")
 
 
-def _cap_and_scale(config: Any) -> tuple[float | None, float | None]:
-    """The soft cap and the scale of the logits that a transformers model with this config gives."""
+def _options_of(config: Any) -> tuple[float | None, float | None, int | None]:
+    """Soft cap, scale and number of the logits that a transformers model with this config gives.
+
+    Raises:
+        TypeError: that cannot be told from the config.
+    """
     kind, text = str(config.model_type), config.get_text_config()
 
     def numbers(names: Sequence[str]) -> list[float]:
@@ -37,7 +43,14 @@ def _cap_and_scale(config: Any) -> tuple[float | None, float | None]:
         factors, divisors = factors + divisors, []
     scale = math.prod(factors) / math.prod(divisors)
     softcap = next(iter(numbers(_SOFTCAPS)), None)
-    return softcap, None if scale == 1.0 else scale
+    changed = scale != 1.0 or softcap is not None
+    if changed and text is not config and not kind.startswith(_OF_TEXT):
+        raise TypeError(
+            f"model: expected one that is known to apply its text config's soft cap {softcap} and "
+            f"logit scale {scale:g}, got model type {kind!r}; make Head(weight, softcap=..., "
+            "logit_scale=...) as its forward has them"
+        )
+    return softcap, None if scale == 1.0 else scale, getattr(text, "unpadded_vocab_size", None)
 
 
 class LoRA(NamedTuple):
@@ -118,6 +131,8 @@ class Head:
             )
         if self.shards is not None:
             check_type("shards", self.shards, Sequence)
+            if not all(isinstance(rows, int) and rows >= 0 for rows in self.shards):
+                raise ValueError(f"shards: expected numbers of rows >= 0, got {self.shards!r}")
 
     @classmethod
     def of(cls, model: Any) -> Head:
@@ -129,17 +144,25 @@ class Head:
                 with an adapter: make ``Head(weight, lora=LoRA(...))`` from their parts.
         """
         projection: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        # A layer of another kind may do more to the hidden states than multiply them.
+        # A layer of another kind may do more to the hidden states than multiply them, and a weight
+        # that is no parameter is one step's.
         is_linear = getattr(type(projection), "forward", None) is torch.nn.Linear.forward
-        if not is_linear or not hasattr(model, "config"):
+        if not is_linear or not isinstance(projection.weight, torch.nn.Parameter):
             raise TypeError(
-                "model: expected a causal language model with a config, whose "
-                "get_output_embeddings() is an nn.Linear, got "
-                f"{type(model).__name__} with {type(projection).__name__}; make "
+                "model: expected a causal language model whose get_output_embeddings() is an "
+                f"nn.Linear, got {type(model).__name__} with {type(projection).__name__}; make "
                 "Head(weight, bias=..., lora=...) of its parts"
             )
-        softcap, scale = _cap_and_scale(model.config)
-        return cls(projection.weight, projection.bias, softcap=softcap, logit_scale=scale)
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "get_text_config") or config.is_encoder_decoder:
+            raise TypeError(
+                "model: expected a causal language model with a transformers config, got "
+                f"{type(model).__name__} with {type(config).__name__}"
+            )
+        softcap, scale, size = _options_of(config)
+        return cls(
+            projection.weight, projection.bias, softcap=softcap, logit_scale=scale, vocab_size=size
+        )
 
     def __call__(self, hidden: Tensor, *, keep: KeepSet | None = None) -> LazyLogits:
         """The logits of `hidden`, which `token_stats` and `policy_loss` compute a chunk at a time.

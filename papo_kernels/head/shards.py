@@ -35,19 +35,19 @@ def agree(
     group, shards = default_or(head.group), head.shards
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
-            "group: expected a process group, but torch.distributed is not initialized"
+            "group: expected one that exists, but torch.distributed is not initialized"
         )
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     if rank < 0:
         raise ValueError("group: expected one that this rank belongs to")
     if shards is not None:
-        rows = tuple(int(x) for x in shards)
+        rows = tuple(shards)
+        operands, options = prepare(logits, targets, temperature, compute, sum(rows))
         if len(rows) != world or rows[rank] != head.weight.shape[0]:
             raise ValueError(
                 f"shards: expected {world} numbers of rows, of which this rank's ({rank}) is "
                 f"{head.weight.shape[0]}, got {rows}"
             )
-        operands, options = prepare(logits, targets, temperature, compute, sum(rows))
         return operands, options, loss_inputs(loss, options), Split(group, rows, rank)
 
     error: Exception | None = None
@@ -58,7 +58,7 @@ def agree(
         choose(options.backend or None, hidden.device, options.logits_dtype)
         inputs = loss_inputs(loss, options)
         facts = _facts(operands, options, targets, head.vocab_size)
-    except (TypeError, ValueError) as caught:
+    except Exception as caught:  # of whatever kind: the other ranks wait
         error = caught
     everyone = _exchange([int(error is None), *facts.values()], group, _device(hidden))
     if not all(fine for fine, *_ in everyone):

@@ -37,7 +37,10 @@ def check_group(group: object) -> None:
     if isinstance(group, str):
         if group != WORLD:
             raise ValueError(f"group: expected {WORLD!r}, a process group or None, got {group!r}")
-    elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return
+    # A rank outside of a group has this in its place; the call says so.
+    outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
+    if not outside and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(
             f"group: expected {WORLD!r}, a process group or None, got {type(group).__name__}"
         )

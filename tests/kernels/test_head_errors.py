@@ -41,6 +41,11 @@ OF_HEAD = {
     ),
     "group_name": ({"group": "x"}, ValueError, "group: expected 'world', a process group or None"),
     "group_kind": ({"group": [0, 1]}, TypeError, "group: expected .* or None, got list"),
+    "shards_value": (
+        {"group": "world", "shards": (9, -9)},
+        ValueError,
+        "shards: .* >= 0, got .9, -9",
+    ),
     "shards_kind": ({"group": "world", "shards": 9}, TypeError, "shards: expected Sequence"),
     "bias_kind": ({"bias": 0.0}, TypeError, "bias: expected Tensor, got float"),
     "lora_a_kind": (
@@ -191,6 +196,12 @@ def test_a_head_refuses_its_options_when_it_is_made(name):
     wrong, kind, message = OF_HEAD[name]
     with pytest.raises(kind, match=message):
         Head(**{"weight": WEIGHT, **wrong})
+
+
+def test_a_rank_outside_of_the_group_may_make_the_head():
+    """It is the call that only members make."""
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    assert Head(WEIGHT, group=outside).group is outside
 
 
 @pytest.mark.parametrize("name", OF_COMPUTE)

@@ -85,8 +85,28 @@ def test_a_head_that_is_no_linear_layer_is_refused():
     ):
         with pytest.raises(TypeError, match=message.format(*names)):
             Head.of(other)
-    for layer in (nn.Sequential(nn.Linear(D, V)), Scaled(D, V)):
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
+    for layer in (nn.Sequential(nn.Linear(D, V)), Scaled(D, V), parametrized):
         model.set_output_embeddings(layer)
         name = type(layer).__name__
         with pytest.raises(TypeError, match=message.format("LlamaForCausalLM", name)):
             Head.of(model)
+
+
+def test_a_head_whose_options_the_config_does_not_tell_is_refused():
+    """A model around a text model may leave out what the text model does to its logits."""
+    from transformers import AutoConfig
+
+    model = tiny("llama")
+    text = AutoConfig.for_model("gemma2", **SIZES, final_logit_softcapping=0.8)
+    model.config = AutoConfig.for_model("llava", text_config=text)
+    with pytest.raises(
+        TypeError, match=r"model: .* soft cap 0\.8 and logit scale 1, got .*'llava'"
+    ):
+        Head.of(model)
+    model.config = AutoConfig.for_model("t5")
+    with pytest.raises(TypeError, match=r"model: .*transformers config, got Llama.* with T5Config"):
+        Head.of(model)
+    model.config = {}
+    with pytest.raises(TypeError, match=r"model: .*transformers config, got Llama.* with dict"):
+        Head.of(model)

@@ -145,12 +145,12 @@ class LossConfig(Section):
     """The ratio is clipped below 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above 1 + clip_high."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Bound on the loss at negative advantages, as a multiple of the advantage; off by default."""
     kl_coef: NonNegativeFloat = 0.0
     """Coefficient of the k3 KL to the initial policy; above 0 a second, frozen copy of the model is
     kept."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Coefficient of the entropy bonus."""
     max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
     """Bound on `loss/sampler_kl` at the first update of a step, when the weights are still the

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from papo.errors import PapoError
+from papo.errors import PapoError, first_line
 
 
 class ConfigError(PapoError):
@@ -36,7 +36,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"  # PyYAML looks for no end of its own
     ),
     list("-+0123456789."),
 )
@@ -55,6 +56,8 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from error
+    except (ValueError, AttributeError) as error:  # a date or a number that PyYAML cannot make
+        raise ConfigError(f"{where}: not valid YAML: {first_line(error)}") from error
 
 
 def sections_of(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -98,7 +98,7 @@ def group_advantages(
 ) -> GroupAdvantages:
     """Advantages relative to the group: R - mean, divided by its standard deviation if asked for.
 
-    GRPO (arXiv 2402.03300) divides, Dr.GRPO (arXiv 2503.20783) does not. The standard deviation is
+    GRPO (arXiv 2402.03300) divides, Dr. GRPO (arXiv 2503.20783) does not. The standard deviation is
     the unbiased one (n - 1) plus 1e-6.
 
     Args:

@@ -49,7 +49,7 @@ def sequence_token_weights(
     """The weight in the loss of each token of a sequence, mask times normalizer: one per sequence.
 
     `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's
-    length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr.GRPO).
+    length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr. GRPO).
 
     Args:
         lengths: int or float [S], response tokens. mask: bool [S], False contributes nothing.

@@ -89,6 +89,10 @@ def test_one_completion_per_prompt_is_refused(load):
         ("rollout.temperature=0", "rollout.temperature=0: expected greater than 0"),
         ("rollout.top_p=0", "rollout.top_p=0: expected greater than 0"),
         ("loss.dual_clip=1", "loss.dual_clip=1: expected greater than 1"),
+        ("loss.dual_clip=.inf", "loss.dual_clip=inf: expected a finite number"),
+        ("loss.entropy_coef=.nan", "loss.entropy_coef=nan: expected a finite number"),
+        ("optim.lr=1e", "optim.lr='1e': expected number"),
+        ("name=2024-13-45", "not valid YAML: month must be in 1..12"),
         ("loss.backend=gpu", "loss.backend='gpu': expected 'reference', 'cpu', 'triton' or 'cuda'"),
         ("method=ppo", "method='ppo': expected 'papo', 'grpo' or 'dapo'"),
         ("phase.target=-1", "phase.target=-1: expected 'warmup' or greater than 0"),
@@ -167,6 +171,11 @@ def test_overrides_are_yaml_and_reach_into_parameters(load):
     assert config.data.params == {"max_terms": 2}
     assert config.output_dir == "runs/x"
     assert config.loss.dual_clip == 3.0
+
+
+@pytest.mark.parametrize("name", ["7b", "2nd-try", "0x", "1.5B-x", "2024_runs"])
+def test_text_that_begins_like_a_number_is_text(name, load):
+    assert load(f"name={name}").name == name
 
 
 def test_numbers_in_scientific_notation_are_numbers(load):

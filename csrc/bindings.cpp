@@ -1,7 +1,9 @@
 // papo_kernels._C: pointers come in as integers, errors go out as exceptions. The caller owns the
 // tensors, and has checked them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 
 #include "papo/launch.h"
@@ -92,11 +94,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
            py::arg("dtype"));
   py::class_<RowParams>(m, "RowParams")
-      .def(py::init([](double temperature, double softcap, int64_t vocab_size, bool sharded) {
-             return RowParams{temperature, softcap, vocab_size, sharded};
+      .def(py::init([](double temperature, double softcap, int64_t vocab_size, bool sharded,
+                       uintptr_t temperatures) {
+             return RowParams{temperature, softcap, vocab_size, sharded, pointer(temperatures)};
            }),
            py::arg("temperature"), py::arg("softcap"), py::arg("vocab_size"),
-           py::arg("sharded") = false);
+           py::arg("sharded") = false, py::arg("temperatures") = 0);
   py::class_<TokenStatsOut>(m, "TokenStatsOut")
       .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity, uintptr_t lse,
                        uintptr_t state) {
@@ -106,26 +109,37 @@ PYBIND11_MODULE(_C, m) {
            py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"), py::arg("lse"),
            py::arg("state"));
   py::class_<TokenStatsGrads>(m, "TokenStatsGrads")
-      .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity) {
-             return TokenStatsGrads{pointer(logp), pointer(entropy), pointer(unit_polarity)};
+      .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity, uintptr_t lse) {
+             return TokenStatsGrads{pointer(logp), pointer(entropy), pointer(unit_polarity),
+                                    pointer(lse)};
            }),
-           py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"));
+           py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"), py::arg("lse"));
   py::class_<TokenInputs>(m, "TokenInputs")
       .def(py::init([](uintptr_t targets, uintptr_t advantages, uintptr_t token_weight,
-                       uintptr_t old_logp, uintptr_t ref_logp, uintptr_t state) {
+                       uintptr_t old_logp, uintptr_t ref_logp, uintptr_t log_ratio,
+                       uintptr_t kl_weight, uintptr_t entropy_weight, uintptr_t state) {
              return TokenInputs{pointer<int64_t>(targets), pointer(advantages),
-                                pointer(token_weight), pointer(old_logp), pointer(ref_logp),
+                                pointer(token_weight),     pointer(old_logp),
+                                pointer(ref_logp),         pointer(log_ratio),
+                                pointer(kl_weight),        pointer(entropy_weight),
                                 pointer<double>(state)};
            }),
            py::arg("targets"), py::arg("advantages"), py::arg("token_weight"), py::arg("old_logp"),
-           py::arg("ref_logp"), py::arg("state"));
+           py::arg("ref_logp"), py::arg("log_ratio"), py::arg("kl_weight"),
+           py::arg("entropy_weight"), py::arg("state"));
+  // The numbers of objective.py's `Objective.numbers`.
   py::class_<Objective>(m, "Objective")
-      .def(py::init([](double clip_low, double clip_high, double dual_clip, double kl_coef,
-                       double entropy_coef) {
-             return Objective{clip_low, clip_high, dual_clip, kl_coef, entropy_coef};
+      .def(py::init([](int surrogate, int kl_estimator, bool kl_slope_of_k2, bool kl_ratio,
+                       const std::array<double, 14>& x) {
+             return Objective{static_cast<Surrogate>(surrogate),
+                              static_cast<KlEstimator>(kl_estimator),
+                              kl_slope_of_k2,
+                              kl_ratio,
+                              x[0], x[1], x[2], x[3], x[4], x[5], x[6],
+                              x[7], x[8], x[9], x[10], x[11], x[12], x[13]};
            }),
-           py::arg("clip_low"), py::arg("clip_high"), py::arg("dual_clip"), py::arg("kl_coef"),
-           py::arg("entropy_coef"));
+           py::arg("surrogate"), py::arg("kl_estimator"), py::arg("kl_slope_of_k2"),
+           py::arg("kl_ratio"), py::arg("numbers"));
   py::class_<Weighting>(m, "Weighting")
       .def(py::init([](int shape, double strength, double dead_zone, uintptr_t phase,
                        uintptr_t sigma, uintptr_t scale_) {
@@ -137,13 +151,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PolicyLossOut>(m, "PolicyLossOut")
       .def(py::init([](uintptr_t token_loss, uintptr_t logp, uintptr_t entropy,
                        uintptr_t unit_polarity, uintptr_t polarity, uintptr_t weight,
-                       uintptr_t ratio, uintptr_t clipped) {
+                       uintptr_t ratio, uintptr_t clip_side) {
              return PolicyLossOut{pointer(token_loss), pointer(logp),   pointer(entropy),
                                   pointer(unit_polarity), pointer(polarity), pointer(weight),
-                                  pointer(ratio), pointer<bool>(clipped)};
+                                  pointer(ratio), pointer<uint8_t>(clip_side)};
            }),
            py::arg("token_loss"), py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"),
-           py::arg("polarity"), py::arg("weight"), py::arg("ratio"), py::arg("clipped"));
+           py::arg("polarity"), py::arg("weight"), py::arg("ratio"), py::arg("clip_side"));
   py::class_<TileChoice>(m, "TileChoice")
       .def(py::init([](int kernel, int cluster, int warps, int stages, int ring, int blocks,
                        int stats, int stats_teams, int stats_ring, int stats_blocks) {

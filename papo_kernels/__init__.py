@@ -10,11 +10,10 @@ Fine-Tuning", arXiv 2605.11775.
 from .api import policy_loss, token_stats
 from .head.head import Head, LazyLogits, LoRA
 from .head.keep import KeepSet
+from .objective import Objective, PolarityWeighting
 from .types import (
     Compute,
     Logits,
-    Objective,
-    PolarityWeighting,
     PolicyLossOutput,
     TokenStats,
 )

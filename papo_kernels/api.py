@@ -11,6 +11,7 @@ from .head.head import LazyLogits
 from .head.passes import Operands
 from .head.shards import agree
 from .inputs import LossArguments, flat, held_logits, shaped
+from .objective import Objective, PolarityWeighting
 from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
 from .ops.policy_loss import run_policy_loss
 from .ops.token_stats import run_token_stats
@@ -18,8 +19,6 @@ from .types import (
     Compute,
     Logits,
     LossInputs,
-    Objective,
-    PolarityWeighting,
     PolicyLossOutput,
     TokenInputs,
     TokenStats,
@@ -124,7 +123,7 @@ def policy_loss(
         weighting: polarity weighting, None for none.
 
     Returns:
-        PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clipped):
+        PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clip_side):
         `loss` is a differentiable scalar, the rest is detached and shaped like `targets`.
 
     Raises:

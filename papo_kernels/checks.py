@@ -12,6 +12,7 @@ from torch import Tensor
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
 FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -46,25 +47,34 @@ def check_positive(name: str, value: float, expected: str = "a finite number > 0
 
 
 def check_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     return float(value)
 
 
+# Compared, not math.isfinite: what torch.compile keeps symbolic stays so. What float32 cannot hold
+# would be infinite in a kernel.
 def check_finite(name: str, value: object) -> None:
-    if not -math.inf < check_number(name, value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not -_LARGEST <= check_number(name, value) <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number that float32 holds, got {value!r}")
 
 
 def check_at_least(name: str, value: object, low: float) -> None:
-    # Compared, not math.isfinite: what torch.compile keeps symbolic stays so.
-    if not low <= check_number(name, value) < math.inf:
+    if not low <= check_number(name, value) <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number >= {low:g}, got {value!r}")
 
 
 def check_above(name: str, value: object, low: float) -> None:
-    if not low < check_number(name, value) < math.inf:
+    if not low < check_number(name, value) <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number > {low:g}, got {value!r}")
+
+
+def check_bound(name: str, value: object, most: float = math.inf) -> None:
+    """A distance from 1, which `most` limits, or inf for no bound."""
+    number = check_number(name, value)
+    if not (0.0 <= number <= most or number == math.inf):
+        limits = ">= 0" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{name}: expected a number {limits} or inf, got {value!r}")
 
 
 def check_vocab_size(vocab_size: object) -> None:

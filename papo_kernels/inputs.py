@@ -19,11 +19,10 @@ from .checks import (
     counted_columns,
 )
 from .dispatch import filled
+from .objective import Objective, PolarityWeighting
 from .types import (
     Logits,
     LossInputs,
-    Objective,
-    PolarityWeighting,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -73,7 +72,7 @@ class LossArguments(NamedTuple):
         if objective is None:
             objective = _DEFAULT_OBJECTIVE
         check_type("objective", objective, Objective)
-        advantages, token_weight, old_logp, ref_logp = tokens
+        advantages, token_weight, old_logp, ref_logp, *_ = tokens
         check_token_input("advantages", advantages, targets, source)
         check_token_input("token_weight", token_weight, targets, source)
         if old_logp is not None:

@@ -195,13 +195,17 @@ struct GradWriter {
 
   GradWriter(const RowParams& row, double row_max, const RowGrad<double>& g)
       : prep(row),
-        m(constant(row_max)),
+        m(splat(static_cast<Scalar>(row_max), V{})),
         a0(constant(kIsCoarse ? g.a0 * kCoarse : g.a0)),
         a1(constant(g.a1)),
         b0(constant(g.b0)),
         b1(constant(g.b1)) {}
 
-  static PAPO_HD V constant(double x) { return splat(static_cast<Scalar>(x), V{}); }
+  // What overflows becomes finite, as a p of 0 has to make it 0; sums of several need headroom.
+  static PAPO_HD V constant(double x) {
+    constexpr double kHeadroom = kLogpOnly ? 1.0 : 1024.0;
+    return splat(static_cast<Scalar>(saturated<Scalar>(x * kHeadroom) / kHeadroom), V{});
+  }
 
   static PAPO_HD V exponential(F64& y) { return exp_of(y); }
   static PAPO_HD V exponential(F32& y) { return kIsCoarse ? exp_coarse(y) : exp_of(y); }

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from papo_kernels.checks import GPU_DTYPES, HALF_DTYPES
+from papo_kernels.objective import SURROGATES, Objective
 from papo_kernels.types import (
     STATE_SIZE,
-    Objective,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -30,6 +30,7 @@ from .protocol import MOST_GPU_COLUMNS, Capabilities
 from .tiles import choose_tile
 
 _SHAPE_CODE = {"sign": 1, "tanh": 2}
+KL_CODE = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
 class NativeBackend:
@@ -115,7 +116,7 @@ class NativeBackend:
         native = extension.module()
         like = tokens.advantages
         outputs = [torch.empty_like(like) for _ in range(7)]
-        outputs.append(torch.empty_like(like, dtype=torch.bool))
+        outputs.append(torch.empty_like(like, dtype=torch.uint8))
         # The name keeps them alive until the call returns: the kernels hold bare pointers.
         scalars = _weighting_scalars(weighting, like.dtype)
         native.policy_loss(
@@ -155,19 +156,26 @@ def _no_matrix(native: ModuleType) -> Any:
     return native.Matrix(0, 0, 0, 0, 0)
 
 
-@lru_cache(maxsize=64)
 def _row_params(native: ModuleType, row: RowParams) -> Any:
-    return native.RowParams(*row)
+    if row.temperatures is None:
+        return _shared_row_params(native, row)
+    return native.RowParams(*row[:-1], row.temperatures.data_ptr())
+
+
+@lru_cache(maxsize=64)
+def _shared_row_params(native: ModuleType, row: RowParams) -> Any:
+    return native.RowParams(*row[:-1])
 
 
 @lru_cache(maxsize=64)
 def _objective(native: ModuleType, objective: Objective) -> Any:
+    estimator = objective.kl_estimator
     return native.Objective(
-        objective.clip_low,
-        objective.clip_high,
-        objective.dual_clip or 0.0,
-        objective.kl_coef,
-        objective.entropy_coef,
+        SURROGATES.index(objective.surrogate),
+        KL_CODE[estimator.removesuffix("+")],
+        estimator.endswith("+"),
+        objective.kl_ratio,
+        objective.numbers(),
     )
 
 

@@ -136,7 +136,7 @@ class Passes:
         self, state: Tensor, grads: tuple[Tensor | None, ...], needs: Needs
     ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight, bias, lora_a and lora_b for upstream gradients ``[N]`` of
-        logp, entropy and unit_polarity; the chunks' logits are computed again."""
+        logp, entropy, unit_polarity and lse; the chunks' logits are computed again."""
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
             self._backend.token_stats_bwd(
@@ -159,7 +159,7 @@ class Passes:
         hidden, dtype = self._operands.hidden, acc_dtype(self._options.logits_dtype)
         rows = hidden.shape[0]
         outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(7)]
-        outputs.append(hidden.new_zeros(rows, dtype=torch.bool))
+        outputs.append(hidden.new_zeros(rows, dtype=torch.uint8))
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
             targets, merged = self._targets[chunk], None

@@ -32,14 +32,6 @@ def refuse_double_backward() -> None:
         )
 
 
-def refuse_lse(g_lse: Tensor | None) -> None:
-    """A traced graph asks for the gradient of every output, so there it cannot be refused."""
-    if g_lse is not None and is_plain(g_lse):
-        raise RuntimeError(
-            "papo_kernels: TokenStats.lse is not differentiable; detach() it where it enters a loss"
-        )
-
-
 # ---- scale_ -------------------------------------------------------------------------------------
 
 

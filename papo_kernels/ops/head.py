@@ -21,7 +21,7 @@ from papo_kernels.head.plan import Needs
 from papo_kernels.head.split import Split
 from papo_kernels.types import LossInputs, RowParams
 
-from .common import ROW_SCHEMA, refuse_double_backward, refuse_lse
+from .common import ROW_SCHEMA, refuse_double_backward
 from .policy_loss import (
     LOSS_SCHEMA,
     OUTPUT_SCHEMA,
@@ -136,13 +136,13 @@ def _stats_bwd(
     "papo::linear_token_stats_bwd",
     mutates_args=(),
     schema=f"({OPERAND_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}, Tensor state, "
-    "Tensor? g_logp, Tensor? g_entropy, Tensor? g_unit_polarity, bool[] needs) -> "
+    "Tensor? g_logp, Tensor? g_entropy, Tensor? g_unit_polarity, Tensor? g_lse, bool[] needs) -> "
     f"({GRADIENT_SCHEMA})",
 )
 def linear_token_stats_bwd(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients where `needs` says so, for upstream gradients `[N]`, None being zero."""
-    *flat, state, g_logp, g_entropy, g_unit_polarity, needs = arguments
-    upstream = (g_logp, g_entropy, g_unit_polarity)
+    *flat, state, g_logp, g_entropy, g_unit_polarity, g_lse, needs = arguments
+    upstream = (g_logp, g_entropy, g_unit_polarity, g_lse)
     grads = _stats_bwd(*_unflattened(flat), state, upstream, Needs(*needs))
     return _present(flat[0], grads)
 
@@ -175,21 +175,17 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(*operands, targets, state)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        # `refuse_lse` cannot refuse a traced graph's gradient of lse: here there is none.
-        if run is _stats_operation:
-            ctx.mark_non_differentiable(stats[3])
         return tuple(stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        refuse_lse(grads[3])
-        if all(g is None for g in grads[:3]):
+        if all(g is None for g in grads):
             return (None,) * 9
         *tensors, targets, state = ctx.saved_tensors
         operands, needs = Operands(*tensors), Needs(*ctx.needs_input_grad[2:7])
         run = ctx.call.way(operands, _stats_bwd, _stats_bwd_operation)
-        formed = run(operands, ctx.call, targets, state, grads[:3], needs)
+        formed = run(operands, ctx.call, targets, state, grads, needs)
         return None, None, *formed, None, None
 
 

@@ -11,9 +11,9 @@ from torch.library import custom_op
 
 from papo_kernels.backends.targets import check_target_values
 from papo_kernels.dispatch import kernel_or_operation
+from papo_kernels.objective import Objective
 from papo_kernels.types import (
     LossInputs,
-    Objective,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -33,7 +33,7 @@ LOSS_SCHEMA = (
 # The fields of `PolicyLossOutput`.
 OUTPUT_SCHEMA = (
     "Tensor loss, Tensor logp, Tensor entropy, Tensor unit_polarity, Tensor polarity, "
-    "Tensor weight, Tensor ratio, Tensor clipped"
+    "Tensor weight, Tensor ratio, Tensor clip_side"
 )
 
 
@@ -80,7 +80,7 @@ def unflattened(arguments: Sequence[Any]) -> LossInputs:
 def fake_policy_loss(like: Tensor) -> tuple[Tensor, ...]:
     n, acc = like.shape[0], acc_dtype(like.dtype)
     parts = (like.new_empty(n, dtype=acc) for _ in range(6))
-    return like.new_empty((), dtype=acc), *parts, like.new_empty(n, dtype=torch.bool)
+    return like.new_empty((), dtype=acc), *parts, like.new_empty(n, dtype=torch.uint8)
 
 
 # ---- the operations -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from papo_kernels.backends.targets import check_target_values
 from papo_kernels.dispatch import kernel_or_operation
 from papo_kernels.types import STATE_SIZE, RowParams, acc_dtype
 
-from .common import ROW_SCHEMA, as_rows, backend_for, refuse_double_backward, refuse_lse
+from .common import ROW_SCHEMA, as_rows, backend_for, refuse_double_backward
 
 
 def _kernel(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ def _kernel_bwd(
     "papo::token_stats_bwd",
     mutates_args=(),
     schema="(Tensor logits, Tensor targets, Tensor state, Tensor? g_logp, Tensor? g_entropy, "
-    f"Tensor? g_unit_polarity, {ROW_SCHEMA}) -> Tensor",
+    f"Tensor? g_unit_polarity, Tensor? g_lse, {ROW_SCHEMA}) -> Tensor",
 )
 def token_stats_bwd(logits: Tensor, targets: Tensor, state: Tensor, *rest: Any) -> Tensor:
     """dlogits `[N, V]` for upstream gradients `[N]`, None being zero."""
@@ -108,21 +108,17 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, state)
         ctx.row, ctx.backend = row, backend
         ctx.set_materialize_grads(False)
-        # `refuse_lse` cannot refuse a traced graph's gradient of lse: here there is none.
-        if run is _operation:
-            ctx.mark_non_differentiable(stats[3])
         return tuple(stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        refuse_lse(grads[3])
         dlogits = None
-        if any(g is not None for g in grads[:3]):
+        if any(g is not None for g in grads):
             logits, targets, state = ctx.saved_tensors
             run = kernel_or_operation((logits,), _kernel_bwd, _operation_bwd)
             rows = as_rows(logits)
-            dlogits = run(rows, targets, state, grads[:3], ctx.row, ctx.backend).view_as(logits)
+            dlogits = run(rows, targets, state, grads, ctx.row, ctx.backend).view_as(logits)
         return dlogits, None, None, None
 
 

@@ -35,4 +35,15 @@ PAPO_HD A quiet_nan() {
   return static_cast<A>(NAN);
 }
 
+PAPO_HD float largest(float) { return 3.4028234663852886e38f; }
+PAPO_HD double largest(double) { return 1.7976931348623157e308; }
+
+// x, but no larger than the largest number of A. In a sum of products an infinite factor would turn
+// a 0 into NaN. A NaN stays.
+template <typename A, typename X>
+PAPO_HD X saturated(X x) {
+  const X most = static_cast<X>(largest(A{}));
+  return x > most ? most : x < -most ? -most : x;
+}
+
 }  // namespace papo

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from papo_kernels.types import Objective, RowParams, TokenInputs, WeightingInputs
+from papo_kernels.objective import Objective
+from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 
 from . import launch
 from .gradient import Part, fill_zeros, program_part, row_beside, scale_part, write_gradient

@@ -56,7 +56,7 @@ def flattened(inputs: LossInputs) -> tuple[Any, ...]:
         strength,
         dead_zone,
     ]
-    return targets, *tokens, *scalars, shape, options, row.vocab_size, backend
+    return targets, *tokens[:4], *scalars, shape, options, row.vocab_size, backend
 
 
 def unflattened(arguments: Sequence[Any]) -> LossInputs:

@@ -160,10 +160,12 @@ def make_case(
     seed: int = 0,
     layout: str = "contiguous",
     vocab_size: int | None = None,
-    **row: Any,
+    temperature: float | None = 1.0,
+    softcap: float | None = None,
 ) -> Case:
     """Logits of a regime and targets that include the first and last column, the argmax of every
-    third row and, from six rows on, ignored ones. Padding columns hold NaN."""
+    third row and, from six rows on, ignored ones. Padding columns hold NaN. A temperature of None:
+    each row has its own, of the accumulation dtype."""
     g = torch.Generator().manual_seed(seed)
     columns = v if vocab_size is None else vocab_size
     logits = torch.full((n, v), torch.nan)
@@ -176,8 +178,15 @@ def make_case(
     targets[2::3] = best[2::3]
     targets = torch.where(unsampled, best, targets)
     targets[5::7] = -100
+    of_rows = 0.5 + torch.rand(n, generator=g).to(device, acc_dtype(dtype))
     logits = with_layout(logits.to(device), layout)
-    return Case(logits, targets.to(device), vocab_size=vocab_size, **row)
+    return Case(
+        logits,
+        targets.to(device),
+        of_rows if temperature is None else temperature,
+        softcap,
+        vocab_size,
+    )
 
 
 def make_loss_case(

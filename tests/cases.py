@@ -222,7 +222,7 @@ def make_loss_case(
 
     logp = plain_token_stats(case.logits, case.targets, dtype=torch.float64, **case.row).logp
     token_weight = weight(4)
-    advantages, gap = draw(), 0.4 * draw()
+    advantages, gap = draw(), torch.minimum(0.4 * draw(), -logp.to(dtype))  # old_logp <= 0
     case = replace(
         case,
         advantages=advantages,

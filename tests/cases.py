@@ -265,3 +265,28 @@ def _undecided(case: Case) -> Tensor:
     if case.weighting is not None and case.weighting.shape == "sign":
         near |= (c - case.weighting.dead_zone).abs() < 1e-5
     return near
+
+
+# ---- one token ----------------------------------------------------------------------------------
+
+P_A = 0.4  # of the sampled token of `one_token`
+
+
+def one_token(
+    backend: str, device: str, ratio: float = 1.0, advantage: float = 1.0, **more: Any
+) -> tuple[PolicyLossOutput, float]:
+    """The loss of one token of probability 0.4 at a chosen ratio, and its derivative by logp. A
+    ratio of 1 is that of the policy itself, exactly."""
+    logits = torch.tensor([[math.log(P_A), math.log(0.35), math.log(0.25)]], device=device)
+    logits = logits.requires_grad_()
+    old_logp = torch.tensor([math.log(P_A) - math.log(ratio)], device=device)
+    out = papo_kernels.policy_loss(
+        logits,
+        torch.tensor([0], device=device),
+        torch.tensor([advantage], device=device),
+        torch.ones(1, device=device),
+        old_logp=None if ratio == 1.0 else old_logp,
+        compute=Compute(backend),
+        **more,
+    )
+    return out, torch.autograd.grad(out.loss, logits)[0][0, 0].item() / (1.0 - P_A)

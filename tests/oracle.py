@@ -320,9 +320,8 @@ def _loss_scales(
 ) -> _LossScales:
     """`adv`: of the weighted advantage; `logp`, `entropy`: the scales of these."""
     o, r, weights = case.objective, exact.ratio, [w.double().abs() for w in case.weights]
-    bounds = [1.0 - o.clip_low, 1.0 - (o.negative_clip or (o.clip_low,))[0], 1.0]
-    # What a token that is clipped below keeps is larger than its ratio.
-    kept = torch.where(exact.clip_side == 1, r.clamp(min=max(map(abs, bounds))), r) * logp
+    # What a token that is clipped below keeps is larger than its ratio, and at most 1.
+    kept = torch.where(exact.clip_side == 1, r.clamp(min=1.0), r) * logp
     value = slope = adv * kept
     if o.surrogate == "sapo":
         t = torch.tensor(o.sapo_temperature, dtype=r.dtype, device=r.device)

@@ -131,7 +131,7 @@ def row_params(
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         return RowParams(float(temperature) / scale, cap, columns)
-    source = "logits and the parameters of a head"
+    source = "the logits"
     temperatures = _token_input("temperature", temperature, targets, dtype, source)
     if temperatures.is_cpu and is_plain(temperatures):
         good = (temperatures > 0) & (temperatures < torch.inf)

@@ -7,6 +7,7 @@ differentiable torch operations. The quantities are those of "Entropy Polarity i
 Fine-Tuning", arXiv 2605.11775.
 """
 
+from .aggregation import normalized_mask, sequence_weights
 from .api import policy_loss, token_stats
 from .head.head import Head, LazyLogits, LoRA
 from .head.keep import KeepSet
@@ -29,6 +30,8 @@ __all__ = [
     "PolarityWeighting",
     "PolicyLossOutput",
     "TokenStats",
+    "normalized_mask",
     "policy_loss",
+    "sequence_weights",
     "token_stats",
 ]

@@ -15,7 +15,9 @@ from .objective import Objective, PolarityWeighting
 from .types import (
     Compute,
     Logits,
+    LogProbs,
     PolicyLossOutput,
+    Sequences,
     TokenStats,
 )
 
@@ -25,10 +27,12 @@ __all__ = [
     "KeepSet",
     "LazyLogits",
     "LoRA",
+    "LogProbs",
     "Logits",
     "Objective",
     "PolarityWeighting",
     "PolicyLossOutput",
+    "Sequences",
     "TokenStats",
     "normalized_mask",
     "policy_loss",

@@ -180,12 +180,12 @@ class Sequences(NamedTuple):
     nor have a weight of 0 in every term.
 
     Attributes:
-        old_logp: as for `policy_loss`.
+        old_logp: as for `policy_loss`, None included.
         ids: like `targets`, int64; tokens of one id are one sequence, whatever their weights. -1:
             in none, where the ratio is 1.
     """
 
-    old_logp: Tensor
+    old_logp: Tensor | None
     ids: Tensor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,14 +20,9 @@ _AGGREGATIONS = {
 
 
 def objective_of(loss: LossConfig) -> Objective:
-    """The surrogate that the config's `loss` section describes."""
-    return Objective(
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        kl_coef=loss.kl_coef,
-        entropy_coef=loss.entropy_coef,
-    )
+    """The objective that the config's `loss` section describes: its options have the same names."""
+    names = {field.name for field in fields(Objective)} & set(type(loss).model_fields)
+    return Objective(**{name: getattr(loss, name) for name in names})
 
 
 def token_weights(

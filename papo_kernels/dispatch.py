@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 T = TypeVar("T")
@@ -35,6 +36,25 @@ def kernel_or_operation(
         if tensor is not None and not is_plain(tensor):
             return operation
     return kernel
+
+
+def refuse_forward_mode(*groups: Iterable[object]) -> None:
+    """Raise where a tensor in one of the `groups`, or in a tuple in one, has a tangent, which a
+    kernel would lose.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation reached this call.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for value in (x for group in groups for x in group):
+        if isinstance(value, tuple):
+            refuse_forward_mode(value)
+        elif isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                "papo_kernels: forward-mode differentiation (torch.func.jvp, jacfwd, dual "
+                "tensors) is not implemented; use backward() or autograd.grad()"
+            )
 
 
 def filled(value: float, dtype: torch.dtype, like: Tensor) -> Tensor:

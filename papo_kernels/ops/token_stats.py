@@ -1,7 +1,7 @@
 """Statistics of logits as torch operations, and their autograd.
 
 The operations take flattened rows and resolve the backend when they run, so that a compiled graph
-does not depend on it. Their floats are constants of a graph: another temperature compiles it again.
+does not depend on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from papo_kernels.backends.targets import check_target_values
 from papo_kernels.dispatch import kernel_or_operation
 from papo_kernels.types import STATE_SIZE, RowParams, acc_dtype
 
-from .common import ROW_SCHEMA, as_rows, backend_for, refuse_double_backward
+from .common import as_rows, backend_for, refuse_double_backward
+from .schema import ROW_SCHEMA, flattened_row, unflattened_row
 
 
 def _kernel(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tuple[Tensor, ...]:
@@ -33,8 +34,7 @@ def _kernel(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tu
 )
 def token_stats(logits: Tensor, targets: Tensor, *row_and_backend: Any) -> tuple[Tensor, ...]:
     """logp, entropy, unit_polarity, lse `[N]` and the row state `[N, 6]` that backward needs."""
-    *row, backend = row_and_backend
-    return _kernel(logits, targets, RowParams(*row), backend)
+    return _kernel(logits, targets, *unflattened_row(row_and_backend))
 
 
 @token_stats.register_fake
@@ -49,7 +49,7 @@ def fake_token_stats(like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _operation(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tuple[Tensor, ...]:
-    return tuple(token_stats(logits, targets, *row[:3], backend))
+    return tuple(token_stats(logits, targets, *flattened_row(row, backend)))
 
 
 def _kernel_bwd(
@@ -74,9 +74,8 @@ def _kernel_bwd(
 )
 def token_stats_bwd(logits: Tensor, targets: Tensor, state: Tensor, *rest: Any) -> Tensor:
     """dlogits `[N, V]` for upstream gradients `[N]`, None being zero."""
-    *grads, temperature, softcap, vocab_size, backend = rest
-    row = RowParams(temperature, softcap, vocab_size)
-    return _kernel_bwd(logits, targets, state, tuple(grads), row, backend)
+    row, backend = unflattened_row(rest[4:])
+    return _kernel_bwd(logits, targets, state, rest[:4], row, backend)
 
 
 @token_stats_bwd.register_fake
@@ -92,7 +91,8 @@ def _operation_bwd(
     row: RowParams,
     backend: str,
 ) -> Tensor:
-    dlogits: Tensor = token_stats_bwd(logits, targets, state, *grads, *row[:3], backend)
+    rest = flattened_row(row, backend)
+    dlogits: Tensor = token_stats_bwd(logits, targets, state, *grads, *rest)
     return dlogits
 
 
@@ -105,7 +105,8 @@ class _TokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         run = kernel_or_operation((logits,), _kernel, _operation)
         *stats, state = run(as_rows(logits), targets, row, backend)
-        ctx.save_for_backward(logits, targets, state)
+        # The temperatures too: autograd then sees whether they were overwritten.
+        ctx.save_for_backward(logits, targets, state, row.temperatures)
         ctx.row, ctx.backend = row, backend
         ctx.set_materialize_grads(False)
         return tuple(stats)
@@ -115,7 +116,7 @@ class _TokenStats(torch.autograd.Function):
         refuse_double_backward()
         dlogits = None
         if any(g is not None for g in grads):
-            logits, targets, state = ctx.saved_tensors
+            logits, targets, state, _ = ctx.saved_tensors
             run = kernel_or_operation((logits,), _kernel_bwd, _operation_bwd)
             rows = as_rows(logits)
             dlogits = run(rows, targets, state, grads, ctx.row, ctx.backend).view_as(logits)

@@ -7,28 +7,41 @@ differentiable torch operations. The quantities are those of "Entropy Polarity i
 Fine-Tuning", arXiv 2605.11775.
 """
 
+from .aggregation import normalized_mask, sequence_weights
 from .api import policy_loss, token_stats
 from .head.head import Head, LazyLogits, LoRA
 from .head.keep import KeepSet
 from .objective import Objective, PolarityWeighting
 from .types import (
     Compute,
+    FullTokenStats,
     Logits,
+    LogProbs,
+    LogRatio,
     PolicyLossOutput,
+    Sequences,
     TokenStats,
+    TokenWeights,
 )
 
 __all__ = [
     "Compute",
+    "FullTokenStats",
     "Head",
     "KeepSet",
     "LazyLogits",
     "LoRA",
+    "LogProbs",
+    "LogRatio",
     "Logits",
     "Objective",
     "PolarityWeighting",
     "PolicyLossOutput",
+    "Sequences",
     "TokenStats",
+    "TokenWeights",
+    "normalized_mask",
     "policy_loss",
+    "sequence_weights",
     "token_stats",
 ]

@@ -49,9 +49,8 @@ def token_stats(
     With u = softcap(logits) / temperature, p = softmax(u) and sampled token a: logp = log p_a,
     entropy = H = -sum_v p_v log p_v, and the unit polarity c = sum_v p_v^2 (log p_v + H) -
     p_a (log p_a + H), the first-order change of H per unit of advantage and step when a is
-    reinforced (arXiv 2605.11775). All in nats. logp, entropy and unit_polarity are differentiable,
-    once: in the logits, or in the hidden states, the head's weight, bias and LoRA factors. Using
-    lse in a loss raises in backward.
+    reinforced (arXiv 2605.11775). All in nats. All four are differentiable, once: in the logits, or
+    in the hidden states, the head's weight, bias and LoRA factors.
 
     For ``head(hidden)``, backward computes the logits of each chunk again. Beyond its results it
     needs the workspace. A half-precision weight whose tokens need several slabs also needs the
@@ -103,7 +102,57 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     compute: Compute | None = None,
 ) -> PolicyLossOutput:
-    """DOC"""
+    """The policy-gradient loss with polarity weighting, fused with its gradient.
+
+    For a token with log-ratio x = logp - old_logp and advantage A, r = exp(x) and A' = w A:
+
+        L = policy_weight surrogate(r, A') + kl_weight kl_coef K - entropy_weight entropy_coef H
+        loss = sum over tokens of L
+
+    `Objective` has the surrogates and the estimates K of the KL. With the surrogate "clip" the
+    first term is -min(r A', clip(r, 1 - clip_low, 1 + clip_high) A'). The weight w =
+    scale (1 + strength phase h(polarity / sigma)) with polarity = r A c carries no gradient;
+    without `weighting`, w = 1.
+
+    Where a gradient is asked for, it is formed in the forward pass and multiplied by the upstream
+    scalar in backward (free where that is 1). For ``head(hidden)`` it is formed chunk by chunk, in
+    three matrix products, none of which is repeated. The head's weight is read in the forward pass
+    only, so under ZeRO-3 it need not be gathered for backward.
+
+    An objective.ratio_level of sequences, objective.reduce False, and float16 without
+    compute.grad_scale need more than a token's own row. They are `token_stats` and a step over its
+    results: backward forms the gradient from the upstream one, and a head computes its logits
+    again, for which its weight has to be there.
+
+    Each input that is per token is like `targets`, ``[B, T]``, or broadcasts to it: 0-dim,
+    ``[B]``, ``[B, 1]`` or ``[1, T]``.
+
+    Args:
+        logits, targets, compute: as for `token_stats`, one id a row. In place of logits also
+            `LogProbs` or `TokenStats`, in which the loss is then differentiable.
+        advantages: per token, any real dtype.
+        token_weight: per token, the loss mask times the normalizer of the aggregation, such as
+            `normalized_mask` gives; or `TokenWeights`, each term's own. A token of weight 0 in
+            every term contributes exactly nothing, whatever its logits or hidden state hold, and
+            all its outputs are 0.
+        old_logp: per token, logp under the policy that sampled; `LogRatio`, the log of the ratio
+            itself; or `Sequences`, with the ids of the tokens' sequences. None: on-policy, r = 1
+            with the gradient of exp(logp - stop_gradient(logp)). -inf makes r infinite; where logp
+            is -inf too, the loss is NaN.
+        ref_logp: per token, logp under the reference policy; needed where objective.kl_coef is
+            not 0.
+        objective: the surrogate and the other terms; None for `Objective()`.
+        weighting: polarity weighting, None for none.
+        temperature: as for `token_stats`; 1 with log-probs, which have one already.
+
+    Returns:
+        PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clip_side):
+        `loss` is a differentiable scalar, or with objective.reduce False like `targets`; the rest
+        is detached and shaped like `targets`.
+
+    Raises:
+        TypeError, ValueError: as for `token_stats`.
+    """
     if compute is None:
         compute = _DEFAULT_COMPUTE
     check_type("compute", compute, Compute)

@@ -178,9 +178,7 @@ def log_probs(
                 "unit_polarity": ", since a weighting is given",
             }
             why = reasons.get(name, "") if is_needed else " or None"
-            raise TypeError(
-                f"logits.{name}: expected a tensor{why}, got {type(value).__name__}"
-            )
+            raise TypeError(f"logits.{name}: expected a tensor{why}, got {type(value).__name__}")
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"logits.{name}: expected float32 or float64, got {value.dtype}")
         if value.shape != targets.shape:

@@ -219,6 +219,54 @@ class PolicyLossOutput(NamedTuple):
         """Bool, whether a bound acted on the token's policy gradient."""
         return self.clip_side != INSIDE
 
+    def metrics(self, mask: Tensor, old_logp: Tensor | None = None) -> dict[str, Tensor]:
+        """What training logs of a loss, as means over the tokens of `mask`.
+
+        A rank's means times its `tokens` add up over ranks and micro-batches. Nothing waits for the
+        device.
+
+        Args:
+            mask: like `targets`, the loss mask or `token_weight`: tokens where it is not 0 count,
+                all alike. Tokens of target -100 belong at 0.
+            old_logp: like `targets`, log-probs of the policy that sampled; None: without `ppo_kl`.
+
+        Returns:
+            0-dim float64 tensors, detached; all 0 for a mask of zeros:
+
+            - ``tokens``, how many they are;
+            - ``entropy``, in nats, and ``ratio``;
+            - ``clipfrac``, the share of tokens on which a bound acted, and what it is made of:
+              ``clipfrac_low``, ``clipfrac_high`` and ``clipfrac_dual``;
+            - ``ppo_kl`` and ``ppo_kl_k3``, in nats, with x = logp - old_logp the estimates k1, -x,
+              and k3, exp(x) - 1 - x, of KL(old policy || policy).
+
+        Raises:
+            ValueError: a tensor that is not shaped like the results.
+        """
+        given = {"mask": mask} if old_logp is None else {"mask": mask, "old_logp": old_logp}
+        for name, value in given.items():
+            if value.shape != self.logp.shape:
+                raise ValueError(
+                    f"{name}: expected shape {tuple(self.logp.shape)} like targets, got "
+                    f"{tuple(value.shape)}"
+                )
+        live = mask != 0
+        tokens = live.sum().double()
+        values = {
+            "entropy": self.entropy,
+            "ratio": self.ratio,
+            "clipfrac": self.clipped,
+            "clipfrac_low": self.clip_side == CLIPPED_LOW,
+            "clipfrac_high": self.clip_side == CLIPPED_HIGH,
+            "clipfrac_dual": self.clip_side == CLIPPED_DUAL,
+        }
+        if old_logp is not None:
+            # A finite stand-in keeps a token that does not count from overflowing.
+            x = torch.where(live, self.logp.double() - old_logp.detach().double(), 0.0)
+            values |= {"ppo_kl": -x, "ppo_kl_k3": torch.expm1(x) - x}
+        sums = {name: torch.where(live, x.double(), 0.0).sum() for name, x in values.items()}
+        return {"tokens": tokens, **{k: x / tokens.clamp(min=1.0) for k, x in sums.items()}}
+
 
 class RowParams(NamedTuple):
     """How logits become the distribution: u = softcap(z) / temperature over the first vocab_size

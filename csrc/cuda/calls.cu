@@ -12,7 +12,6 @@ Scaling make_scaling(const RowParams& row, DType dtype) {
   Scaling s = {};
   s.softcap = static_cast<float>(row.softcap);
   s.inv_softcap = row.softcap > 0 ? static_cast<float>(1.0 / row.softcap) : 0.0f;
-  s.inv_temperature = 1.0 / row.temperature;
   s.set_unit(Scaling::unit_of(row.temperature), dtype);
   return s;
 }
@@ -25,6 +24,7 @@ RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, c
   call.dlogits = dlogits;
   call.row = row;
   call.scaling = make_scaling(row, logits.dtype);
+  call.inv_temperature = 1.0 / row.temperature;
   call.targets = targets;
   call.state = state;
   return call;

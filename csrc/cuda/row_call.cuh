@@ -14,7 +14,9 @@ struct RowsCall {
   Matrix logits;
   Matrix dlogits;  // data null: no gradient
   RowParams row;
+  // Of row.temperature.
   Scaling scaling;
+  double inv_temperature;
   Tile tile;
   StatsTile stats_tile;
   const int64_t* targets;
@@ -52,7 +54,6 @@ PAPO_DEVICE int sampled_column(const RowsCall& call, int64_t i) {
   return target >= 0 && target < call.row.vocab_size ? static_cast<int>(target) : kColumnInvalid;
 }
 
-// Scaling::unit of row i.
 PAPO_DEVICE float unit_of(const RowsCall& call, int64_t i) {
   if (!call.own_temperatures()) return call.scaling.unit;
   return Scaling::unit_of(call.row.of_row<float>(i).temperature);
@@ -61,7 +62,7 @@ PAPO_DEVICE float unit_of(const RowsCall& call, int64_t i) {
 struct Job {
   int64_t row;  // -1: there are no more
   int column;
-  float unit;
+  float unit;  // of its Scaling
 
   static PAPO_DEVICE Job none() { return {-1, kColumnInactive, 0.0f}; }
   static PAPO_DEVICE Job of(const RowsCall& call, int64_t i) {
@@ -69,7 +70,6 @@ struct Job {
   }
 };
 
-// The scaling of a job's row, but for inv_temperature.
 PAPO_DEVICE Scaling scaling_of(const RowsCall& call, const Job& job) {
   Scaling s = call.scaling;
   if (call.own_temperatures()) s.set_unit(job.unit, call.logits.dtype);
@@ -77,7 +77,7 @@ PAPO_DEVICE Scaling scaling_of(const RowsCall& call, const Job& job) {
 }
 
 // The rows first, first + step, ... of a call, for one warp. Its lanes look up 32 rows at a time,
-// so that a row's target is there when the row's turn comes.
+// so that a row's target and temperature are there when the row's turn comes.
 class RowQueue {
  public:
   PAPO_DEVICE RowQueue(const RowsCall& call, int64_t first, int64_t step, int lane)

@@ -8,8 +8,8 @@
 namespace papo {
 namespace cuda {
 
-// The largest distance |s| of an element from the center.
-constexpr float kFarthest = 16777216.0f;
+// log2 of the largest distance |s| of an element from the center.
+constexpr int kLogFarthest = 24;
 
 enum class GradMode : int {
   kScaledExp,  // du = a0 2^y, as for the usual policy loss
@@ -39,7 +39,7 @@ PAPO_DEVICE RowInputs load_inputs(const RowsCall& call, int64_t i) {
   RowInputs in = {};
   in.row = call.row.of_row<float>(i);
   in.inv_temperature =
-      call.own_temperatures() ? 1.0 / in.row.temperature : call.scaling.inv_temperature;
+      call.own_temperatures() ? 1.0 / in.row.temperature : call.inv_temperature;
   if (call.task == RowTask::kPolicyLoss) {
     in.token = load_token<float, float>(call.tokens, i);
   } else if (call.task == RowTask::kStatsGradient) {
@@ -60,10 +60,10 @@ PAPO_DEVICE void write_nothing(const RowsCall& call, int64_t i) {
   }
 }
 
-// x, or the number nearest to it that stays finite in an element's sum of four terms: where e = 0
-// the element's gradient then is 0. `distance` is the largest |s| that multiplies it.
-PAPO_DEVICE float coefficient(double x, float distance) {
-  const float most = papo::largest(float{}) / (4.0f * distance);
+// x as a coefficient of at most 2^-log_room of the largest number. Room for the sum of four terms
+// and for s keeps an element's gradient finite, and so 0 where e = 0.
+PAPO_DEVICE float coefficient(double x, int log_room) {
+  const float most = papo::largest(float{}) * static_cast<float>(machine::power_of_two(-log_room));
   const float c = static_cast<float>(x);
   return c > most ? most : c < -most ? -most : c;
 }
@@ -89,11 +89,11 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
   const double r = fast ? e.center - exact * unit : (e.center - exact) * unit;
   const double k = exp2_near_zero(-o);
   const double by = k * in.inv_temperature;
-  e.a0 = coefficient(by * (g.a0 + g.a1 * kLn2 * r), 1.0f);
-  e.a1 = coefficient(by * g.a1 * kLn2, kFarthest);
-  e.b0 = coefficient(k * by * (g.b0 + g.b1 * kLn2 * r), 1.0f);
-  e.b1 = coefficient(k * by * g.b1 * kLn2, kFarthest);
+  e.a1 = coefficient(by * g.a1 * kLn2, 2 + kLogFarthest);
+  e.b0 = coefficient(k * by * (g.b0 + g.b1 * kLn2 * r), 2);
+  e.b1 = coefficient(k * by * g.b1 * kLn2, 2 + kLogFarthest);
   const bool scaled_exp = e.a1 == 0.0f && e.b0 == 0.0f && e.b1 == 0.0f;
+  e.a0 = coefficient(by * (g.a0 + g.a1 * kLn2 * r), scaled_exp ? 0 : 2);
   e.mode = !fast ? GradMode::kCareful : scaled_exp ? GradMode::kScaledExp : GradMode::kGeneral;
   return e;
 }

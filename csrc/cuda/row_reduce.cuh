@@ -39,7 +39,7 @@ PAPO_DEVICE double exp_of_distance(double x) {
   return (low + t2 * t2 * high) * machine::power_of_two(static_cast<int>(whole));
 }
 
-// RowParams as the inner loops need them.
+// A row's RowParams as the inner loops need them.
 struct Scaling {
   float unit;
   float softcap, inv_softcap;  // 0: none
@@ -47,7 +47,6 @@ struct Scaling {
   // that their type has.
   float low;
   uint32_t low_bits;  // `low` in the bits of the logits' type, in each element of a register
-  double inv_temperature;
 
   static PAPO_HD float unit_of(double temperature) {
     return static_cast<float>(saturated<float>(kLog2E / temperature));

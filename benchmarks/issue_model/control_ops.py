@@ -265,8 +265,7 @@ def wait(ins: Instruction, listing: Listing) -> Any:
 
 
 CONTROL: dict[str, Callable[[Instruction, Listing], Any]] = {
-    "BRA": branch, "BRX": branch_by_table, "CALL": call, "RET": ret, "EXIT": leave, "BSSY": open_region,
-    "BSYNC": close_region, "BREAK": break_region, "WARPSYNC": converge, "BAR": block_sync,
-    "UCGABAR_ARV": cluster_arrive, "UCGABAR_WAIT": cluster_wait,
-    "WAIT": wait,
+    "BRA": branch, "BRX": branch_by_table, "CALL": call, "RET": ret, "EXIT": leave,
+    "BSSY": open_region, "BSYNC": close_region, "BREAK": break_region, "WARPSYNC": converge,
+    "BAR": block_sync, "UCGABAR_ARV": cluster_arrive, "UCGABAR_WAIT": cluster_wait, "WAIT": wait,
 }  # fmt: skip

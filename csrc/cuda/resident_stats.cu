@@ -129,13 +129,14 @@ class StatsRows {
 
   PAPO_DEVICE void scan(const Job& job, int slice, const TeamWarp& mine, int buffer, bool& masked,
                         int k) const {
-    WarpScan<In> sums(call_.scaling);
+    const Scaling scaling = scaling_of(call_, job);
+    WarpScan<In> sums(scaling);
     const Span columns = slice_of(slice);
     const Stage<In> stage = {row_in_buffer<In>(call_.logits, job.row, buffer_address(buffer)),
                              columns.count};
     const auto here = [](int) {};
     const auto only = [&](int) { return stage; };
-    scan_slice(sums, 1, here, only, mine, call_.scaling.low_bits, masked);
+    scan_slice(sums, 1, here, only, mine, scaling.low_bits, masked);
     const int place = job.column - columns.begin;
     float sampled = -infinity<float>();
     if (mine.warp == 0 && job.column >= 0 && place >= 0 && place < columns.count) {
@@ -152,32 +153,33 @@ class StatsRows {
 
   PAPO_DEVICE void finish_rows() const {
     RowQueue queue = rows();
-    const WeightingValues<float> weighting = load_weighting<float>(call_.weighting);
+    const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
         if (lane_ == 0) write_nothing(call_, job.row);
         continue;
       }
-      const TokenNumbers numbers = load_numbers(call_, job.row);
+      const RowInputs in = load_inputs(call_, job.row);
       machine::barrier_wait(partial(), parity(k), "partial");
-      const RowScan scan = merge_row();
+      const RowScan scan = merge_row(in.inv_temperature);
       machine::warp_sync();
       if (lane_ == 0) machine::barrier_arrive(taken());
-      finish_row(call_, job, scan, numbers, &weighting, lane_ == 0);
+      finish_row(call_, job, scan, in, &weighting, lane_ == 0);
       ++k;
     }
   }
 
   // Merges each slice over its warps, in groups of slices that fill the lanes, and then the slices.
-  PAPO_DEVICE RowScan merge_row() const {
+  PAPO_DEVICE RowScan merge_row(double inv_temperature) const {
     const int group = 32 >> log_warps_;
     RowScan parts = {};
     for (int first = 0; first < tile_.cluster; first += group) {
       const int slice = first + (lane_ >> log_warps_);
       const int within = slice < tile_.cluster ? slice : first;
       const RowScan part =
-          merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)), call_.scaling),
+          merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)),
+                                        inv_temperature),
                       tile_.warps);
       // To the lane that has the slice's number.
       const RowScan moved = from_lane(part, ((lane_ - first) << log_warps_) & 31);

@@ -1,5 +1,6 @@
 // A gradient times a number.
 #include "launch.cuh"
+#include "write_gradient.cuh"
 
 namespace papo {
 namespace cuda {
@@ -50,7 +51,12 @@ PAPO_KERNEL(kThreads, 1) scale_kernel(const PAPO_PARAM Matrix m, const float* fa
   for (int64_t item = machine::block_index(); item < items; item += machine::grid_blocks()) {
     const int64_t begin = item % parts * kScalePart;
     const int count = static_cast<int>(smaller(kScalePart, m.cols - begin));
-    scale_run<T>(element_at<T>(m, item / parts, begin), count, f, share);
+    char* run = element_at<T>(m, item / parts, begin);
+    if (f == 0.0f) {
+      write_zeros<T>(run, count, share);
+    } else {
+      scale_run<T>(run, count, f, share);
+    }
   }
 }
 

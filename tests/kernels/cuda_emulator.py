@@ -57,24 +57,39 @@ RowParams = _struct(
     ("softcap", F64),
     ("vocab_size", I64),
     ("sharded", ctypes.c_bool),
+    ("temperatures", PTR),
 )
 TokenStatsOut = _struct(
     "TokenStatsOut",
     *((name, PTR) for name in ("logp", "entropy", "unit_polarity", "lse", "state")),
 )
 TokenStatsGrads = _struct(
-    "TokenStatsGrads", *((name, PTR) for name in ("logp", "entropy", "unit_polarity"))
+    "TokenStatsGrads", *((name, PTR) for name in ("logp", "entropy", "unit_polarity", "lse"))
 )
 TokenInputs = _struct(
     "TokenInputs",
     *(
         (name, PTR)
-        for name in ("targets", "advantages", "token_weight", "old_logp", "ref_logp", "state")
+        for name in (
+            "targets",
+            "advantages",
+            "token_weight",
+            "old_logp",
+            "ref_logp",
+            "log_ratio",
+            "kl_weight",
+            "entropy_weight",
+            "state",
+        )
     ),
 )
 Objective = _struct(
     "Objective",
-    *((name, F64) for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")),
+    ("surrogate", I32),
+    ("kl_estimator", I32),
+    ("kl_slope_of_k2", ctypes.c_bool),
+    ("kl_ratio", ctypes.c_bool),
+    ("numbers", F64 * 14),
 )
 Weighting = _struct(
     "Weighting",
@@ -97,7 +112,7 @@ PolicyLossOut = _struct(
             "polarity",
             "weight",
             "ratio",
-            "clipped",
+            "clip_side",
         )
     ),
 )

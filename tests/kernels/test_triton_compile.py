@@ -64,7 +64,7 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
                 )
                 row = RowParams(t, 0.0, v - 1)
                 *_, state = TRITON.token_stats_fwd(logits, targets, row)
-                TRITON.token_stats_bwd(logits, targets, state, (values, None, values), row)
+                TRITON.token_stats_bwd(logits, targets, state, (values, None, values, None), row)
                 for old, kl in ((values, 0.0), (None, 0.5)):
                     tokens = TokenInputs(values, values, old, values)
                     objective = Objective(clip, clip, None, kl, clip)

@@ -88,7 +88,7 @@ def backward(logits, row=ROW, n=N):
 
     state, g = torch.zeros(n, 6, dtype=torch.float64), torch.zeros(n)
     targets = torch.zeros(n, dtype=torch.int64)
-    return TRITON.token_stats_bwd(logits, targets, state, (g, None, g), row)
+    return TRITON.token_stats_bwd(logits, targets, state, (g, None, g, None), row)
 
 
 def scale(logits):

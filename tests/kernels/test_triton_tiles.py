@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from papo_kernels import Objective
-from papo_kernels.types import RowParams, TokenInputs
+from papo_kernels.types import INSIDE, RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.kernels.test_extremes import check_nearly_certain_tokens
 from tests.oracle import check_policy_loss, check_token_stats
@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_where_a_row_starts(dtype):
     """At every distance from a 16-byte boundary, and with every distance of the gradient's row."""
     v, targets = 300, torch.tensor([7], device=DEVICE)
     row = rows(1, v, dtype)
-    upstream = (torch.ones(1, device=DEVICE),) * 3
+    upstream = (torch.ones(1, device=DEVICE),) * 4
     params = RowParams(0.9, 0.0, v)
     *expected, state = stats_of(row, targets)
     gradient = impl().token_stats_bwd(row, targets, state, upstream, params)
@@ -184,9 +184,9 @@ def test_a_target_that_is_no_column_is_neither_read_nor_written(n, target):
     targets[0] = target
     *stats, _ = stats_of(logits, targets)
     assert all(x[0].isnan() and x[1:].isfinite().all() for x in stats)
-    *out, clipped = loss_of(logits, targets, logits)
+    *out, clip_side = loss_of(logits, targets, logits)
     assert all(x[0].isnan() and x[1:].isfinite().all() for x in out)
-    assert not clipped[0]
+    assert clip_side[0] == INSIDE
     assert logits[0].isnan().all()
     assert logits[1:].isfinite().all()
     assert buffer[:, :20].eq(7.0).all()
@@ -205,7 +205,7 @@ def test_ignored_rows_and_padding_are_not_read(n):
     *stats, state = stats_of(logits, targets, vocab_size)
     assert all(x[1].eq(0).all() and x[0].isfinite().all() for x in (*stats, state))
     row = RowParams(0.9, 0.0, vocab_size)
-    upstream = (torch.ones(n, device=DEVICE),) * 3
+    upstream = (torch.ones(n, device=DEVICE),) * 4
     dlogits = torch.full_like(logits, 5.0)
     impl().token_stats_bwd(logits, targets, state, upstream, row, dlogits)
     assert dlogits[1].eq(0).all()

@@ -39,7 +39,7 @@ class Exponential(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """The ratio of a token. Its log is clamped, and does not move the loss where the clamp acts."""
+    """The ratio of a token. Its log is clamped, and does not move with logp where the clamp acts."""
 
     exp: Exponential
     value: tl.tensor
@@ -58,12 +58,10 @@ class Advantage(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A term of the loss, with its derivatives by logp where the ratio is held, and by the log of
-    the ratio."""
+    """A term of the loss and its derivative by logp."""
 
     value: tl.tensor
     dlogp: tl.tensor
-    dlog_ratio: tl.tensor
 
 
 # ---- products of what may overflow ----------------------------------------------------------
@@ -149,7 +147,8 @@ def clip_term(o, a, r):
     plain = times(r.exp, a.weighted)
     is_inside = side == INSIDE
     value = tl.where(is_inside, plain, bound * a.weighted)
-    return Term(-value, 0.0, tl.where(is_inside, -plain, 0.0)), side  # d(-r A')/dlog r = -r A'
+    # d(-r A')/dlogp = -r A', since dr/dlogp = r.
+    return Term(-value, tl.where(is_inside & r.moves, -plain, 0.0)), side
 
 
 @triton.jit
@@ -158,7 +157,7 @@ def cispo_term(a, r, logp):
     side = side_of(r.value < low, r.value > high)
     beyond = tl.where(side == CLIPPED_LOW, low, high) * a.weighted
     kept = tl.where(side == INSIDE, times(r.exp, a.weighted), beyond)
-    return Term(-product(kept, logp), -kept, 0.0), side
+    return Term(-product(kept, logp), -kept), side
 
 
 @triton.jit
@@ -167,7 +166,7 @@ def sapo_term(o, a, r):
     x = t * (r.value - 1.0)
     gate, rest = 1.0 / (1.0 + tl.exp(-x)), 1.0 / (1.0 + tl.exp(x))
     slope = times(r.exp, 4.0 * gate * rest * a.weighted)
-    return Term(-4.0 / t * gate * a.weighted, 0.0, -slope), INSIDE
+    return Term(-4.0 / t * gate * a.weighted, tl.where(r.moves, -slope, 0.0)), INSIDE
 
 
 @triton.jit
@@ -190,7 +189,7 @@ def dppo_term(o, a, r, logp, SURROGATE: tl.constexpr):
     side = side_of((a.positive == 0) & low, a.positive & high)
     capped = tl.where(r.value > o.ratio_cap, a.weighted * o.ratio_cap, times(r.exp, a.weighted))
     kept = tl.where(side == INSIDE, capped, 0.0)
-    return Term(-product(kept, logp), -kept, 0.0), side
+    return Term(-product(kept, logp), -kept), side
 
 
 @triton.jit
@@ -199,7 +198,7 @@ def ce_gppo_term(o, a, r):
     side = side_of(a.negative & (r.value < low), a.positive & (r.value > high))
     beyond = tl.where(side == CLIPPED_LOW, o.gppo_low * low, o.gppo_high * high) * a.weighted
     kept = tl.where(side == INSIDE, times(r.exp, a.weighted), beyond)
-    return Term(-kept, 0.0, -kept), side
+    return Term(-kept, tl.where(r.moves, -kept, 0.0)), side
 
 
 @triton.jit
@@ -252,20 +251,14 @@ def kl_term(o, logp, ref_logp, scale, r, how):
     if how.KL_SLOPE_OF_K2:
         dlogp = product(scale, x)
     if how.KL_RATIO:
-        weighted = times(r.exp, weighted)
-        return Term(weighted, times(r.exp, dlogp), weighted)
+        # Added up before the ratio can make both infinite.
+        dlogp = saturated(dlogp, HIGHEST) + saturated(tl.where(r.moves, weighted, 0.0), HIGHEST)
+        return Term(times(r.exp, weighted), times(r.exp, dlogp))
     else:
-        return Term(weighted, dlogp, 0.0)
+        return Term(weighted, dlogp)
 
 
 # ---- the token ------------------------------------------------------------------------------
-
-
-@triton.jit
-def slope_of(term, r):
-    """A term's whole derivative by logp."""
-    slope = term.dlogp + tl.where(r.moves, term.dlog_ratio, 0.0)
-    return saturated(slope, HIGHEST)
 
 
 @triton.jit
@@ -279,11 +272,11 @@ def policy_token(row, token, o, how):
         weight *= polarity_weight(polarity, row.unit_polarity, token, o)
     adv = weight * token.advantage
     policy, side = surrogate_term(o, adv, token.token_weight, r, row.logp, how.SURROGATE)
-    loss, dlogp = policy.value, slope_of(policy, r)
+    loss, dlogp = policy.value, policy.dlogp
     if o.kl_coef != 0.0:
         kl = kl_term(o, row.logp, token.ref_logp, o.kl_coef * token.kl_weight, r, how)
         loss += kl.value
-        dlogp += slope_of(kl, r)
+        dlogp = saturated(dlogp, HIGHEST) + saturated(kl.dlogp, HIGHEST)
     dentropy = -o.entropy_coef * token.entropy_weight
     return TokenOut(
         loss=tl.fma(dentropy, row.entropy, loss),

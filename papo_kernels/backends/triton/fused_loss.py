@@ -23,7 +23,7 @@ from . import launch
 from .gradient import Part, fill_zeros, program_part, row_beside, scale_part, write_gradient
 from .policy_loss import INSIDE, policy_token
 from .row_grad import Upstream, row_grad
-from .row_state import finished
+from .row_state import HIGHEST, finished, saturated
 from .source import (
     IGNORED,
     INTEGERS,
@@ -173,10 +173,10 @@ def policy_loss_kernel(
 
 @triton.jit(do_not_specialize=["dlogits", "factor", "n_rows", *INTEGERS])
 def scale_kernel(dlogits, factor, n_rows, n_columns, stride: tl.int64, how):
-    """Programs take segments of rows in turn, and none where the factor is 1. Where it is 0 they
-    read nothing: an element may be infinite."""
+    """Programs take segments of rows in turn, and none where the factor is 1. An element may be
+    infinite where the factor is 0, and 0 where the factor is infinite."""
     WORD: tl.constexpr = 128 // dlogits.dtype.element_ty.primitive_bitwidth
-    f = tl.load(factor)
+    f = saturated(tl.load(factor), HIGHEST)
     if f != 1.0:
         per_row = tl.cdiv(n_columns, how.LANES * how.VECTORS * how.SEGMENT_TILES * WORD)
         n_segments = n_rows.to(tl.int64) * per_row

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from papo_kernels import types
 
-from .row_state import HIGHEST, POS_INF, saturated, tanh
+from .row_state import HIGHEST, NEG_INF, POS_INF, saturated, tanh
 
 INSIDE = tl.constexpr(types.INSIDE)
 CLIPPED_LOW = tl.constexpr(types.CLIPPED_LOW)
@@ -41,6 +41,7 @@ class Exponential(NamedTuple):
 class Ratio(NamedTuple):
     """The ratio of a token. Its log is clamped, and does not move with logp where the clamp acts."""
 
+    log: tl.tensor
     exp: Exponential
     value: tl.tensor
     old_logp: tl.tensor
@@ -69,8 +70,9 @@ class Term(NamedTuple):
 
 @triton.jit
 def product(x, y):
-    """x y, and 0 where x is, however large y."""
-    return tl.where((x == 0.0) & (y == y), 0.0, x * y)
+    """x y, and 0 where either is, however large the other."""
+    is_zero = ((x == 0.0) & (y == y)) | ((y == 0.0) & (x == x))
+    return tl.where(is_zero, 0.0, x * y)
 
 
 @triton.jit
@@ -82,8 +84,7 @@ def exponential(x):
 
 @triton.jit
 def times(e, x):
-    """x times an `Exponential`, and 0 where x is."""
-    return tl.where((x == 0.0) & (e.root == e.root), 0.0, x * e.root * e.square)
+    return product(product(x, e.root), e.square)
 
 
 @triton.jit
@@ -120,8 +121,10 @@ def ratio_of(logp, token, o, bad):
     log = tl.where(o.has_log_ratio > 0.0, token.old, tl.where(has_old, logp - token.old, 0.0))
     log = tl.where(bad, float("nan"), log)  # and with it all that is made of it
     limit = o.log_ratio_limit
-    exp = exponential(tl.where(log > limit, limit, tl.where(log < -limit, -limit, log)))
+    clamped = tl.where(log > limit, limit, tl.where(log < -limit, -limit, log))
+    exp = exponential(clamped)
     return Ratio(
+        log=clamped,
         exp=exp,
         value=exp.root * exp.square,
         old_logp=tl.where(has_old, token.old, logp - log),
@@ -166,7 +169,7 @@ def sapo_term(o, a, r):
     x = t * (r.value - 1.0)
     gate, rest = 1.0 / (1.0 + tl.exp(-x)), 1.0 / (1.0 + tl.exp(x))
     slope = times(r.exp, 4.0 * gate * rest * a.weighted)
-    return Term(-4.0 / t * gate * a.weighted, tl.where(r.moves, -slope, 0.0)), INSIDE
+    return Term(-4.0 * gate * a.weighted / t, tl.where(r.moves, -slope, 0.0)), INSIDE
 
 
 @triton.jit
@@ -177,8 +180,10 @@ def dppo_divergence(logp, old_logp, SURROGATE: tl.constexpr):
         return p - old
     else:
         EPS: tl.constexpr = 1e-8  # keeps the logarithms finite, as in verl
-        rest, rest_old = EPS - expm1_pair(logp)[1], EPS - expm1_pair(old_logp)[1]
-        kl = product(old, old_logp - logp) + (1.0 - old) * tl.log(rest_old / rest)
+        rest = tl.maximum(-expm1_pair(logp)[1], 0.0)
+        old_rest = tl.maximum(-expm1_pair(old_logp)[1], 0.0)
+        odds = (old_rest + EPS) / (rest + EPS)
+        kl = product(old, old_logp - logp) + old_rest * tl.log(odds)
         return tl.where(p > old, kl, tl.where(p < old, -kl, 0.0))
 
 
@@ -228,6 +233,30 @@ def surrogate_term(o, adv, token_weight, r, logp, SURROGATE: tl.constexpr):
 
 
 @triton.jit
+def weighed(x, scale, r, how):
+    if how.KL_RATIO:
+        return times(r.exp, product(scale, x))
+    else:
+        return product(scale, x)
+
+
+@triton.jit
+def far_k3_term(x, scale, r, how):
+    """Where e^-x leaves float32. Its weight or the ratio, which is infinitely small for a masked
+    token, may bring it back."""
+    exponent = -x
+    if how.KL_RATIO:
+        exponent = tl.where(r.log == NEG_INF, NEG_INF, exponent + r.log)
+    value = times(exponential(exponent), scale)
+    dlogp = -value
+    if how.KL_SLOPE_OF_K2:
+        dlogp = weighed(x, scale, r, how)
+    if how.KL_RATIO:
+        dlogp = saturated(dlogp, HIGHEST) + saturated(tl.where(r.moves, value, 0.0), HIGHEST)
+    return Term(value, dlogp)
+
+
+@triton.jit
 def kl_term(o, logp, ref_logp, scale, r, how):
     """``scale`` is the coefficient times the token's weight."""
     x = logp - ref_logp
@@ -239,23 +268,22 @@ def kl_term(o, logp, ref_logp, scale, r, how):
     elif how.KL_ESTIMATOR == "k3":
         value, growth = expm1_pair(-x)
         slope = -growth
+    is_far = (value == POS_INF) & (o.kl_limit == POS_INF)
     beyond = tl.abs(value) > o.kl_limit
-    limited = tl.where(value > 0.0, o.kl_limit, -o.kl_limit)
-    weighted = product(scale, tl.where(beyond, limited, value))
-    dlogp = product(scale, tl.where(beyond, 0.0, slope))
-    if how.KL_ESTIMATOR == "k3":
-        # What only the weight brings back into float32.
-        is_far = (value == POS_INF) & (o.kl_limit == POS_INF)
-        far = times(exponential(-x), scale)
-        weighted, dlogp = tl.where(is_far, far, weighted), tl.where(is_far, -far, dlogp)
+    value = tl.where(beyond, tl.where(value > 0.0, o.kl_limit, -o.kl_limit), value)
+    slope = tl.where(beyond, 0.0, slope)
     if how.KL_SLOPE_OF_K2:
-        dlogp = product(scale, x)
+        slope = x
     if how.KL_RATIO:
-        # Added up before the ratio can make both infinite.
-        dlogp = saturated(dlogp, HIGHEST) + saturated(tl.where(r.moves, weighted, 0.0), HIGHEST)
-        return Term(times(r.exp, weighted), times(r.exp, dlogp))
+        slope += tl.where(r.moves, value, 0.0)  # before the ratio can make both infinite
+    term = Term(weighed(value, scale, r, how), weighed(slope, scale, r, how))
+    if how.KL_ESTIMATOR == "k3":
+        far = far_k3_term(x, scale, r, how)
+        return Term(
+            tl.where(is_far, far.value, term.value), tl.where(is_far, far.dlogp, term.dlogp)
+        )
     else:
-        return Term(weighted, dlogp)
+        return term
 
 
 # ---- the token ------------------------------------------------------------------------------

@@ -31,12 +31,15 @@ class RowGrad(NamedTuple):
     target: tl.tensor
 
 
+# What all coefficients but a0 may be of float32, and the upstream gradients from which they come.
+SHARE = tl.constexpr(3.4028234663852886e38 / 1024.0)
+
+
 @triton.jit
-def largest(g):
-    """What a coefficient of the gradient may be, so that no sum of an element leaves float32: an
-    infinite one would turn the gradient's zeros into NaN."""
-    is_flat = (g.entropy == 0.0) & (g.unit_polarity == 0.0)  # one coefficient is not 0
-    return tl.where(is_flat, HIGHEST, HIGHEST / 1024.0)
+def bounded(g, alive, most):
+    """``g``, finite and at most ``most``: an infinite one would turn zeros of the row's gradient
+    into NaN."""
+    return tl.where(alive, saturated(g, most), 0.0)
 
 
 @triton.jit
@@ -46,13 +49,14 @@ def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
     The derivation is in row_grad.h. With its ``Q = Q_r + p_a^2`` and ``c = S - p_a s_a`` the
     coefficients about ``d = mu`` are these.
     """
-    most = largest(g)
     # Where the sampled token has probability 0, no token of the row has a gradient.
-    masked = r.logp == NEG_INF
-    g_logp = tl.where(masked, 0.0, saturated(g.logp, most))
-    g_entropy = tl.where(masked, 0.0, saturated(g.entropy, most))
-    gc = tl.where(masked, 0.0, saturated(g.unit_polarity, most))
-    g_lse = tl.where(masked, 0.0, saturated(g.lse, most))
+    alive = r.logp != NEG_INF
+    # A sum of several terms has to stay in float32.
+    is_flat = (g.entropy == 0.0) & (g.unit_polarity == 0.0)
+    most = tl.where(is_flat, HIGHEST, 0.75 * HIGHEST)
+    g_logp = bounded(g.logp, alive, most)
+    g_lse = bounded(g.lse, alive, tl.where(is_flat, HIGHEST, SHARE))
+    g_entropy, gc = bounded(g.entropy, alive, SHARE), bounded(g.unit_polarity, alive, SHARE)
     c = r.unit_polarity
     spread = r.p_a * r.q - r.Q_r  # p_a - Q
     a0 = gc * (spread - 2.0 * c - r.p_a * r.s_a) - g_logp + g_lse
@@ -69,9 +73,9 @@ def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
         z_ref=sums.z_ref,
         center=r.mu - sums.shift,
         a0=saturated(first * a0, most),
-        a1=saturated(first * a1 * LN2, most),
-        b0=saturated(second, most),
-        b1=saturated(second * (2.0 * LN2), most),
+        a1=saturated(first * a1 * LN2, SHARE),
+        b0=saturated(second, SHARE),
+        b1=saturated(second * (2.0 * LN2), SHARE),
         target=s.inv_temperature * target,
     )
 

@@ -181,7 +181,6 @@ CALLS = {
     "loss_temperatures": lambda: loss(LONG, BF16, temperatures=True, kl_estimator="k1"),
     "loss_cispo": lambda: loss(LONG, BF16, surrogate="cispo", kl_ratio=True),
     "loss_sapo": lambda: loss(LONG, BF16, surrogate="sapo", kl_estimator="k2"),
-    "loss_dppo_tv": lambda: loss(LONG, BF16, surrogate="dppo_tv", kl_estimator="abs"),
     "loss_dppo_kl": lambda: loss(LONG, BF16, surrogate="dppo_kl", kl_estimator="abs+"),
     "loss_ce_gppo": lambda: loss(LONG, BF16, surrogate="ce_gppo", kl_estimator="k3+"),
     "scale": lambda: scale(BF16),

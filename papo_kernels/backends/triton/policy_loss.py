@@ -39,7 +39,7 @@ class Exponential(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """The ratio of a token. Its log is clamped, and does not move with logp where the clamp acts."""
+    """The ratio of a token. Its log is clamped, and does not move where the clamp acts."""
 
     log: tl.tensor
     exp: Exponential

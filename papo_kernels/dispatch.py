@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether nothing traces or intercepts a call on `tensor`."""
+    """Whether nothing traces or intercepts a call on `tensor`, whose memory holds its values."""
     return (
         type(tensor) in _PLAIN_TYPES
+        and not tensor.is_neg()
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -11,7 +11,7 @@ from torch import Tensor
 from .checks import (
     check_device,
     check_float,
-    check_positive,
+    check_factor,
     check_targets,
     check_token_input,
     check_type,
@@ -39,7 +39,7 @@ def held_logits(
     if isinstance(logits, Logits):
         values, softcap, vocab_size = logits.values, logits.softcap, logits.vocab_size
         if softcap is not None:
-            check_positive("softcap", softcap, "None or a finite number > 0")
+            check_factor("softcap", softcap, "None or ")
         check_vocab_size(vocab_size)
     if not isinstance(values, Tensor):
         raise TypeError(
@@ -47,7 +47,7 @@ def held_logits(
             f"head(hidden); got {type(values).__name__}"
         )
     check_float("logits", values)
-    check_positive("temperature", temperature)
+    check_factor("temperature", temperature)
     columns = counted_columns(values.shape[-1], vocab_size, "columns of logits")
     check_targets("logits", values, targets)
     return values, RowParams(float(temperature), float(softcap or 0.0), columns)
@@ -103,6 +103,8 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
         value = value.detach()
     if value.dtype != dtype:
         value = value.to(dtype)
+    if value.is_neg():
+        value = value.resolve_neg()
     return value if value.is_contiguous() else value.contiguous()
 
 
@@ -121,7 +123,7 @@ def _weighting_inputs(
         if not isinstance(value, Tensor):
             return filled(value, dtype, targets)
         check_device(f"weighting.{name}", value, targets.device)
-        return value.detach().to(dtype)
+        return value.detach().to(dtype).resolve_neg()
 
     return WeightingInputs(
         float(weighting.strength),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from papo_kernels.checks import check_finite, check_positive, check_type, check_vocab_size
+from papo_kernels.checks import check_finite, check_factor, check_type, check_vocab_size
 
 from .keep import KeepSet
 from .split import check_group
@@ -121,7 +121,7 @@ class Head:
             check_finite("lora.scaling", self.lora.scaling)
         for name in ("softcap", "logit_scale"):
             if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name), "None or a finite number > 0")
+                check_factor(name, getattr(self, name), "None or ")
         check_vocab_size(self.vocab_size)
         if self.group is not None:
             check_group(self.group)

@@ -10,13 +10,14 @@ from .head.checks import loss_inputs, prepare
 from .head.head import LazyLogits
 from .head.passes import Operands
 from .head.shards import agree
-from .inputs import LossArguments, flat, held_logits, shaped
+from .inputs import LossArguments, flat_ids, held_logits, shaped, targets_of_rows
 from .objective import Objective, PolarityWeighting
 from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
 from .ops.policy_loss import run_policy_loss
-from .ops.token_stats import run_token_stats
+from .ops.token_stats import full_stats, run_logit_sums, run_token_stats
 from .types import (
     Compute,
+    FullTokenStats,
     Logits,
     LossInputs,
     PolicyLossOutput,
@@ -34,7 +35,7 @@ def token_stats(
     *,
     temperature: float = 1.0,
     compute: Compute | None = None,
-) -> TokenStats:
+) -> TokenStats | FullTokenStats:
     """Log-probability, entropy and entropy polarity of sampled tokens, in one pass over the logits.
 
     With u = softcap(logits) / temperature, p = softmax(u) and sampled token a: logp = log p_a,
@@ -53,14 +54,17 @@ def token_stats(
             ``head(hidden)``, the logits of a `Head`, which are never held whole.
         targets: ``[...]`` int64, the sampled tokens; -100: ignored, all outputs and the gradient 0.
             A GPU computes the logits of a head's ignored rows all the same: to leave them out it
-            would have to wait for their number.
+            would have to wait for their number. With as many dimensions as the logits have,
+            ``[..., k]``: k ids a row, of which -100 leaves out one.
         temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
         compute: backend and memory; None for `Compute()`.
 
     Returns:
         TokenStats(logp, entropy, unit_polarity, lse), each shaped like `targets`; float32, or
         float64 for float64 logits. A row with NaN, +inf or nothing but -inf gives NaN. A sampled
-        token that is masked has logp -inf and its row's gradient is 0.
+        token that is masked has logp -inf and its row's gradient is 0. Of k ids a row logp and
+        unit_polarity are ``[..., k]``, and a masked one adds nothing to the gradient, which is 0
+        where all of a row's ids are masked. With compute.full_stats: a `FullTokenStats`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; among them a
@@ -69,14 +73,22 @@ def token_stats(
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE
+    check_type("compute", compute, Compute)
+    rows, full = targets_of_rows(logits, targets), compute.full_stats
     if isinstance(logits, LazyLogits):
-        operands, call, _ = _head_call(logits, targets, temperature, compute, None)
-        stats = run_head_token_stats(operands, call, flat(targets, torch.int64))
+        operands, call, _ = _head_call(logits, rows, temperature, compute, None)
+        row, flat_targets = call.options.row, flat_ids(targets, rows)
+        stats = run_head_token_stats(operands, call, flat_targets, full)
     else:
-        check_type("compute", compute, Compute)
-        values, row = held_logits(logits, targets, temperature)
-        stats = run_token_stats(values, flat(targets, torch.int64), row, compute.backend or "")
-    return TokenStats(*shaped(stats, targets))
+        values, row = held_logits(logits, rows, temperature)
+        flat_targets = flat_ids(targets, rows)
+        stats = run_token_stats(values, flat_targets, row, compute.backend or "", full)
+        if full:
+            stats = *stats, run_logit_sums(values, row)
+    if full:
+        stats = full_stats(stats, flat_targets, row.vocab_size)
+    fields = shaped(stats, targets, rows)
+    return FullTokenStats(*fields) if full else TokenStats(*fields)
 
 
 def policy_loss(

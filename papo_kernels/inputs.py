@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .checks import (
     check_device,
-    check_float,
     check_factor,
+    check_float,
     check_targets,
+    check_tensor,
     check_token_input,
     check_type,
     check_vocab_size,
@@ -51,6 +52,32 @@ def held_logits(
     columns = counted_columns(values.shape[-1], vocab_size, "columns of logits")
     check_targets("logits", values, targets)
     return values, RowParams(float(temperature), float(softcap or 0.0), columns)
+
+
+def targets_of_rows(logits: object, targets: Tensor) -> Tensor:
+    """`targets` where they are one a row, or of several ids each row's first.
+
+    Args:
+        logits: as the public functions take them; unchecked, as `targets` are.
+    """
+    if isinstance(logits, tuple):  # the logits of a head
+        logits = logits[0]
+    elif isinstance(logits, Logits):
+        logits = logits.values
+    if not (isinstance(logits, Tensor) and isinstance(targets, Tensor)):
+        return targets
+    if targets.dim() != logits.dim() or not targets.dim():
+        return targets
+    check_tensor("targets", targets)
+    if targets.shape[-1] == 0:
+        raise ValueError(f"targets: expected an id a row, got shape {tuple(targets.shape)}")
+    return targets[..., 0]
+
+
+def flat_ids(targets: Tensor, rows: Tensor) -> Tensor:
+    """Checked `targets` as `[N]`, or where `rows` are their first as `[N, k]`."""
+    flattened = flat(targets, torch.int64)
+    return flattened if rows is targets else flattened.view(-1, targets.shape[-1])
 
 
 class LossArguments(NamedTuple):
@@ -108,8 +135,13 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.is_contiguous() else value.contiguous()
 
 
-def shaped(values: Sequence[Tensor], targets: Tensor) -> Sequence[Tensor]:
-    """The inverse of `flat`: `values [N]` in the shape of `targets`."""
+def shaped(
+    values: Sequence[Tensor], targets: Tensor, rows: Tensor | None = None
+) -> Sequence[Tensor]:
+    """The inverse of `flat` and `flat_ids`: `values [N]` in the shape of `targets`, or of `rows`
+    where `values [N, k]` have that of `targets`."""
+    if rows is not None and rows is not targets:
+        return [x.view(targets.shape if x.dim() == 2 else rows.shape) for x in values]
     return values if targets.dim() == 1 else [x.view_as(targets) for x in values]
 
 

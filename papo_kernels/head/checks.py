@@ -7,8 +7,8 @@ from torch import Tensor
 
 from papo_kernels.checks import (
     check_device,
-    check_float,
     check_factor,
+    check_float,
     check_targets,
     check_tensor,
     check_type,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from papo_kernels.checks import check_finite, check_factor, check_type, check_vocab_size
+from papo_kernels.checks import check_factor, check_finite, check_type, check_vocab_size
 
 from .keep import KeepSet
 from .split import check_group

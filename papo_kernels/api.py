@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .checks import check_type
@@ -13,6 +12,7 @@ from .head.shards import agree
 from .inputs import LossArguments, flat_ids, held_logits, shaped, targets_of_rows
 from .objective import Objective, PolarityWeighting
 from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
+from .ops.in_place import run_policy_loss_in_place
 from .ops.policy_loss import run_policy_loss
 from .ops.token_stats import full_stats, run_logit_sums, run_token_stats
 from .types import (
@@ -56,7 +56,7 @@ def token_stats(
             A GPU computes the logits of a head's ignored rows all the same: to leave them out it
             would have to wait for their number. With as many dimensions as the logits have,
             ``[..., k]``: k ids a row, of which -100 leaves out one.
-        temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
+        temperature: in [1e-18, 1e18]. A compiled graph holds it as a constant: another value compiles it again.
         compute: backend and memory; None for `Compute()`.
 
     Returns:
@@ -154,8 +154,8 @@ def policy_loss(
         values, row = held_logits(logits, targets, temperature)
         dtype = acc_dtype(values.dtype)
         inputs = arguments.checked(row, dtype, compute.backend or "", "the logits")
-        inplace = compute.inplace and _overwritable(values)
-        loss, *parts = run_policy_loss(values, inputs, inplace)
+        run = run_policy_loss_in_place if compute.inplace else run_policy_loss
+        loss, *parts = run(values, inputs)
     return PolicyLossOutput(loss, *shaped(parts, targets))
 
 
@@ -172,25 +172,3 @@ def _head_call(
         return operands, HeadCall(options, None), loss_inputs(loss, options)
     operands, options, inputs, split = agree(logits, targets, temperature, compute, loss)
     return operands, HeadCall(options, split), inputs
-
-
-def _overwritable(logits: Tensor) -> bool:
-    """Whether there is a gradient to put in place of the logits; raises where that is not safe."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        return False
-    if logits.is_leaf:
-        raise ValueError(
-            "inplace: expected False for logits that are a leaf requiring grad: "
-            "autograd would lose their value"
-        )
-    if logits._is_view():
-        raise ValueError(
-            "inplace: expected False for logits that are a view of another tensor; or pass that "
-            "tensor itself, any leading shape is accepted"
-        )
-    if not logits.is_contiguous():
-        raise ValueError(
-            f"inplace: expected False for logits that are not contiguous, got strides "
-            f"{logits.stride()} for shape {tuple(logits.shape)}"
-        )
-    return True

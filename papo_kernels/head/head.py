@@ -82,9 +82,9 @@ class Head:
             ``F.linear`` casts them. The gradient of one that does not require it costs nothing.
         bias: ``[V]`` like `weight`; -inf masks a token.
         lora: a low-rank addition to `weight`.
-        softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
+        softcap: u = softcap * tanh(z / softcap) / temperature; in [1e-18, 1e18], None for none.
         logit_scale: a factor on the logits before the soft cap (Cohere; Granite's divisor is its
-            inverse); > 0, None for 1.
+            inverse); in [1e-18, 1e18], None for 1.
         vocab_size: rows of the whole head's weight from there on are padding: never read, p = 0,
             gradient 0.
         group: the ranks that the rows of the weight are spread over (Megatron's vocabulary

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import papo_kernels
-from papo_kernels import Compute, Head, Logits, Objective, PolarityWeighting, policy_loss, token_stats
+from papo_kernels import (
+    Compute,
+    Head,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    policy_loss,
+    token_stats,
+)
 
 N, V = 3, 11
 
@@ -163,7 +171,10 @@ KINDS = {
         lambda x: torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged),
         r"got a nested tensor; pass its \.values\(\)",
     ),
-    "nested": (lambda x: torch.nested.nested_tensor([x[:1], x[1:]]), r"got a nested tensor; pass its \.val"),
+    "nested": (
+        lambda x: torch.nested.nested_tensor([x[:1], x[1:]]),
+        r"got a nested tensor; pass its \.val",
+    ),
     "mkldnn": (lambda x: x.float().to_mkldnn(), r"got one of layout mkldnn"),
     "spread": (
         lambda x: x.as_subclass(DTensor),

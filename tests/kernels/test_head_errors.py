@@ -16,7 +16,11 @@ KEEP = KeepSet(torch.tensor([0, 1, 2, 2, 3]), torch.tensor([0, 3, 8]))
 # What a `Head` refuses when it is made,
 OF_HEAD = {
     "weight_kind": ({"weight": None}, TypeError, "weight: expected Tensor, got NoneType"),
-    "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected None or a number in .*, got -1.0"),
+    "softcap": (
+        {"softcap": -1.0},
+        ValueError,
+        "softcap: expected None or a number .*, got -1.0",
+    ),
     "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale: expected None or .* got 0.0"),
     "vocab_size_kind": ({"vocab_size": 3.0}, TypeError, "vocab_size: expected an int or None"),
     "lora_kind": ({"lora": tuple(LORA)}, TypeError, "lora: expected LoRA, got tuple"),
@@ -124,7 +128,11 @@ OF_CALL = {
         ValueError,
         "got -1 at flat pos",
     ),
-    "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected a number in .*, got 0.0"),
+    "temperature": (
+        {"temperature": 0.0},
+        ValueError,
+        "temperature: expected a number .*, got 0.0",
+    ),
     "vocab_size": (
         {"vocab_size": 10},
         ValueError,

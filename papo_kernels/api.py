@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from .checks import check_type
+from .dispatch import refuse_forward_mode
 from .head.checks import loss_inputs, prepare
 from .head.head import LazyLogits
 from .head.passes import Operands
 from .head.shards import agree
-from .inputs import LossArguments, flat_ids, held_logits, shaped, targets_of_rows
+from .inputs import (
+    LossArguments,
+    checked_objective,
+    flat_ids,
+    held_logits,
+    log_probs,
+    shaped,
+    targets_of_rows,
+)
 from .objective import Objective, PolarityWeighting
 from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
 from .ops.in_place import run_policy_loss_in_place
 from .ops.policy_loss import run_policy_loss
+from .ops.token_loss import composed_targets, run_token_loss
 from .ops.token_stats import full_stats, run_logit_sums, run_token_stats
 from .types import (
     Compute,
     FullTokenStats,
     Logits,
+    LogProbs,
+    LogRatio,
     LossInputs,
     PolicyLossOutput,
-    TokenInputs,
+    RowParams,
+    Sequences,
     TokenStats,
+    TokenWeights,
     acc_dtype,
 )
 
@@ -33,7 +50,7 @@ def token_stats(
     logits: Tensor | Logits | LazyLogits,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     compute: Compute | None = None,
 ) -> TokenStats | FullTokenStats:
     """Log-probability, entropy and entropy polarity of sampled tokens, in one pass over the logits.
@@ -56,7 +73,8 @@ def token_stats(
             A GPU computes the logits of a head's ignored rows all the same: to leave them out it
             would have to wait for their number. With as many dimensions as the logits have,
             ``[..., k]``: k ids a row, of which -100 leaves out one.
-        temperature: in [1e-18, 1e18]. A compiled graph holds it as a constant: another value compiles it again.
+        temperature: in [1e-18, 1e18]; or each row's own, a tensor like `targets` (of k ids a row,
+            like their leading dimensions).
         compute: backend and memory; None for `Compute()`.
 
     Returns:
@@ -77,10 +95,12 @@ def token_stats(
     rows, full = targets_of_rows(logits, targets), compute.full_stats
     if isinstance(logits, LazyLogits):
         operands, call, _ = _head_call(logits, rows, temperature, compute, None)
+        refuse_forward_mode(operands)
         row, flat_targets = call.options.row, flat_ids(targets, rows)
         stats = run_head_token_stats(operands, call, flat_targets, full)
     else:
         values, row = held_logits(logits, rows, temperature)
+        refuse_forward_mode((values, row.temperatures))
         flat_targets = flat_ids(targets, rows)
         stats = run_token_stats(values, flat_targets, row, compute.backend or "", full)
         if full:
@@ -92,77 +112,122 @@ def token_stats(
 
 
 def policy_loss(
-    logits: Tensor | Logits | LazyLogits,
+    logits: Tensor | Logits | LazyLogits | LogProbs | TokenStats | FullTokenStats,
     targets: Tensor,
     advantages: Tensor,
-    token_weight: Tensor,
+    token_weight: Tensor | TokenWeights,
     *,
-    old_logp: Tensor | None = None,
+    old_logp: Tensor | LogRatio | Sequences | None = None,
     ref_logp: Tensor | None = None,
     objective: Objective | None = None,
     weighting: PolarityWeighting | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     compute: Compute | None = None,
 ) -> PolicyLossOutput:
-    """The clipped policy-gradient loss with polarity weighting, fused with its gradient.
-
-    For a token with advantage A: r = exp(logp - old_logp), A' = w A, and
-
-        L = -min(r A', clip(r, 1 - clip_low, 1 + clip_high) A')    (where A' < 0: <= -dual_clip A')
-          + kl_coef (exp(ref_logp - logp) - (ref_logp - logp) - 1) - entropy_coef H
-        loss = sum over tokens of token_weight L
-
-    w = scale (1 + strength phase h(polarity / sigma)) with polarity = r A c carries no gradient;
-    without `weighting`, w = 1.
-
-    Where a gradient is asked for, it is formed in the forward pass and multiplied by the upstream
-    scalar in backward (free where that is 1). For ``head(hidden)`` it is formed chunk by chunk, in
-    three matrix products, none of which is repeated. The head's weight is read in the forward pass
-    only, so under ZeRO-3 it need not be gathered for backward.
-
-    Args:
-        logits, targets, temperature, compute: as for `token_stats`. With half-precision hidden
-            states the gradient of a head's logits is half precision too: for float16 a loss scale
-            belongs in `token_weight`, where it keeps small gradients from vanishing.
-        advantages: like `targets`, any real dtype.
-        token_weight: like `targets`: the loss mask times the normalizer of the aggregation, e.g.
-            mask / mask.sum() for a token mean. A token of weight 0 contributes exactly nothing,
-            whatever its logits or hidden state hold, and all its outputs are 0.
-        old_logp: logp under the policy that sampled, like `targets`; None: on-policy, r = 1 with
-            the gradient of exp(logp - stop_gradient(logp)).
-        ref_logp: logp under the reference policy; needed where objective.kl_coef is not 0.
-        objective: the surrogate's options; None for `Objective()`.
-        weighting: polarity weighting, None for none.
-
-    Returns:
-        PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clip_side):
-        `loss` is a differentiable scalar, the rest is detached and shaped like `targets`.
-
-    Raises:
-        TypeError, ValueError: as for `token_stats`.
-    """
+    """DOC"""
     if compute is None:
         compute = _DEFAULT_COMPUTE
-    tokens = TokenInputs(advantages, token_weight, old_logp, ref_logp)
-    arguments = LossArguments(targets, tokens, objective, weighting)
+    check_type("compute", compute, Compute)
+    objective = checked_objective(objective)
+    arguments = LossArguments(
+        targets, advantages, token_weight, old_logp, ref_logp, objective, weighting
+    )
     if isinstance(logits, LazyLogits):
-        operands, call, inputs = _head_call(logits, targets, temperature, compute, arguments)
-        assert inputs is not None
-        loss, *parts = run_head_policy_loss(operands, call, inputs)
+        fields = _of_head(logits, arguments, temperature, compute)
+    elif isinstance(logits, (LogProbs, TokenStats, FullTokenStats)):
+        fields = _of_log_probs(logits, arguments, temperature)
     else:
-        check_type("compute", compute, Compute)
-        values, row = held_logits(logits, targets, temperature)
-        dtype = acc_dtype(values.dtype)
-        inputs = arguments.checked(row, dtype, compute.backend or "", "the logits")
-        run = run_policy_loss_in_place if compute.inplace else run_policy_loss
-        loss, *parts = run(values, inputs)
-    return PolicyLossOutput(loss, *shaped(parts, targets))
+        fields = _of_held_logits(logits, arguments, temperature, compute)
+    if objective.reduce:
+        return PolicyLossOutput(fields[0], *shaped(fields[1:], targets))
+    return PolicyLossOutput(*shaped(fields, targets))
+
+
+def _of_held_logits(
+    logits: Tensor | Logits,
+    arguments: LossArguments,
+    temperature: float | Tensor,
+    compute: Compute,
+) -> tuple[Tensor, ...]:
+    values, row = held_logits(logits, arguments.targets, temperature)
+    backend = compute.backend or ""
+    inputs = arguments.checked(row, acc_dtype(values.dtype), backend, "the logits")
+    refuse_forward_mode((values,), inputs)
+    run = run_policy_loss_in_place if compute.inplace else run_policy_loss
+    half = values.dtype is torch.float16 and torch.is_grad_enabled() and values.requires_grad
+    return _fused_or_composed(
+        inputs,
+        lambda inputs: run(values, inputs),
+        lambda targets: run_token_stats(values, targets, row, backend),
+        half,
+        compute.grad_scale,
+    )
+
+
+def _of_head(
+    logits: LazyLogits,
+    arguments: LossArguments,
+    temperature: float | Tensor,
+    compute: Compute,
+) -> tuple[Tensor, ...]:
+    operands, call, inputs = _head_call(logits, arguments.targets, temperature, compute, arguments)
+    assert inputs is not None
+    refuse_forward_mode(operands, inputs)
+    return _fused_or_composed(
+        inputs,
+        lambda inputs: run_head_policy_loss(operands, call, inputs),
+        lambda targets: run_head_token_stats(operands, call, targets),
+        operands.hidden.dtype is torch.float16 and any(operands.needs()),
+        compute.grad_scale,
+    )
+
+
+def _fused_or_composed(
+    inputs: LossInputs,
+    fused: Callable[[LossInputs], tuple[Tensor, ...]],
+    stats: Callable[[Tensor], tuple[Tensor, ...]],
+    half: bool,
+    grad_scale: float | None,
+) -> tuple[Tensor, ...]:
+    """The fields of `PolicyLossOutput`.
+
+    Args:
+        fused: the loss and its gradient in one pass.
+        stats: the statistics for targets, which the loss is composed of where it needs more than a
+            token's own row.
+        half: the loss has a float16 gradient. Whatever scales the loss must act before that is
+            rounded.
+    """
+    objective = inputs.objective
+    by_token = objective.reduce and objective.ratio_level == "token"
+    if not by_token or (half and grad_scale is None):
+        logp, entropy, unit_polarity, *_ = stats(composed_targets(inputs))
+        return run_token_loss(logp, entropy, unit_polarity, inputs)
+    if not half or grad_scale is None:
+        return fused(inputs)
+    loss, *parts = fused(inputs._replace(tokens=inputs.tokens.weighted(grad_scale)))
+    return loss / grad_scale, *parts
+
+
+def _of_log_probs(
+    given: LogProbs | TokenStats | FullTokenStats,
+    arguments: LossArguments,
+    temperature: float | Tensor,
+) -> tuple[Tensor, ...]:
+    logp, *others = log_probs(
+        given, arguments.targets, temperature, arguments.objective, arguments.weighting
+    )
+    # There are no rows, and nothing reads their parameters.
+    inputs = arguments.checked(RowParams(1.0, 0.0, 1), logp.dtype, "", "the log-probs")
+    refuse_forward_mode((logp, *others), inputs)
+    entropy, unit_polarity = (None if x is None else x.reshape(-1) for x in others)
+    return run_token_loss(logp.reshape(-1), entropy, unit_polarity, inputs)
 
 
 def _head_call(
     logits: LazyLogits,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     compute: Compute,
     loss: LossArguments | None,
 ) -> tuple[Operands, HeadCall, LossInputs | None]:

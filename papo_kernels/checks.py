@@ -140,16 +140,12 @@ def check_targets(like: str, rows: Tensor, targets: Tensor) -> None:
 
 
 def check_token_input(name: str, value: Tensor | None, targets: Tensor, source: str) -> None:
-    """`source`: what the loss is differentiable in."""
+    """All but the shape; `source` is what the loss is differentiable in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     check_tensor(name, value)
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
-    if value.shape != targets.shape:
-        raise ValueError(
-            f"{name}: expected shape {tuple(targets.shape)} like targets, got {tuple(value.shape)}"
-        )
     check_device(name, value, targets.device, "targets")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 T = TypeVar("T")
@@ -21,11 +22,19 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether nothing traces or intercepts a call on `tensor`, whose memory holds its values."""
     return (
         type(tensor) in _PLAIN_TYPES
-        and not tensor.is_neg()
         and not torch.compiler.is_compiling()
+        and not tensor.is_neg()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """`tensor` with its values in memory: not with their signs changed. An operation of a traced
+    graph gets no other."""
+    if torch.compiler.is_compiling() or not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg()
 
 
 def kernel_or_operation(
@@ -36,6 +45,25 @@ def kernel_or_operation(
         if tensor is not None and not is_plain(tensor):
             return operation
     return kernel
+
+
+def refuse_forward_mode(*groups: Iterable[object]) -> None:
+    """Raise where a tensor in one of the `groups`, or in a tuple in one, has a tangent, which a
+    kernel would lose.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation reached this call.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for value in (x for group in groups for x in group):
+        if isinstance(value, tuple):
+            refuse_forward_mode(value)
+        elif isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                "papo_kernels: forward-mode differentiation (torch.func.jvp, jacfwd, dual "
+                "tensors) is not implemented; use backward() or autograd.grad()"
+            )
 
 
 def filled(value: float, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .token_loss import token_loss
+from .token_loss import token_loss, weightless
 from .types import (
     ELSEWHERE,
     IGNORE_INDEX,
@@ -166,13 +166,6 @@ def _statistics_gradient(
     if row.softcap:
         dz = dz * (1.0 - torch.tanh(rows.logits / row.softcap) ** 2)
     return torch.where(alive, dz, 0.0)
-
-
-def weightless(tokens: TokenInputs) -> Tensor:
-    """Which tokens contribute nothing, `[N]` bool: no term has a weight."""
-    weights = (tokens.token_weight, tokens.kl_weight, tokens.entropy_weight)
-    zero = [w == 0 for w in weights if w is not None]
-    return torch.stack(zero).all(dim=0) if len(zero) > 1 else zero[0]
 
 
 def saturated(grad: Tensor, logits: Tensor) -> Tensor:

@@ -206,6 +206,13 @@ def _kl(objective: Objective, logp: Tensor, ref_logp: Tensor, scale: Tensor, r: 
 # ---- the token -----------------------------------------------------------------------------------
 
 
+def weightless(tokens: TokenInputs) -> Tensor:
+    """Which tokens contribute nothing, `[N]` bool: no term has a weight."""
+    weights = (tokens.token_weight, tokens.kl_weight, tokens.entropy_weight)
+    zero = [w == 0 for w in weights if w is not None]
+    return torch.stack(zero).all(dim=0) if len(zero) > 1 else zero[0]
+
+
 def _ratio(objective: Objective, logp: Tensor, tokens: TokenInputs) -> _Ratio:
     if tokens.log_ratio is not None:
         log = tokens.log_ratio.double()

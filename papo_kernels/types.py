@@ -183,12 +183,12 @@ class Sequences(NamedTuple):
     nor have a weight of 0 in every term.
 
     Attributes:
-        old_logp: as for `policy_loss`.
+        old_logp: as for `policy_loss`, None included.
         ids: like `targets`, int64; tokens of one id are one sequence, whatever their weights. -1:
             in none, where the ratio is 1.
     """
 
-    old_logp: Tensor
+    old_logp: Tensor | None
     ids: Tensor
 
 
@@ -256,6 +256,16 @@ class TokenInputs(NamedTuple):
     kl_weight: Tensor | None = None
     entropy_weight: Tensor | None = None
 
+    def weighted(self, factor: float) -> TokenInputs:
+        """The same with all weights times `factor`."""
+        policy, *others = (
+            None if weight is None else weight * factor
+            for weight in (self.token_weight, self.kl_weight, self.entropy_weight)
+        )
+        assert policy is not None
+        kl, entropy = others
+        return self._replace(token_weight=policy, kl_weight=kl, entropy_weight=entropy)
+
 
 class WeightingInputs(NamedTuple):
     """`PolarityWeighting` as a backend gets it: phase, sigma and scale are 0-dim on the logits'
@@ -270,7 +280,11 @@ class WeightingInputs(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """A policy loss's arguments beside the logits, as a backend takes them; `targets` is flat."""
+    """A policy loss's arguments beside the logits, as a backend takes them; `targets` is flat.
+
+    `sequences` is for losses whose ratio is a sequence's, which no backend forms: the id of each
+    token's sequence, ``[N]`` int64, negative where it is in none.
+    """
 
     targets: Tensor
     tokens: TokenInputs
@@ -278,6 +292,7 @@ class LossInputs(NamedTuple):
     weighting: WeightingInputs | None
     row: RowParams
     backend: str
+    sequences: Tensor | None = None
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ TRAIN = ROOT / "train.py"
 # before it. The package's __init__ is its front door and may import all of it.
 ORDER = {
     "papo_kernels": (
-        *("checks", "types", "dispatch", "inputs", "reference"),
+        *("checks", "objective", "types", "dispatch", "token_loss", "inputs", "reference"),
         *("backends", "head", "ops", "api"),
     ),
     "papo": (

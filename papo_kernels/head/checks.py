@@ -7,15 +7,14 @@ from torch import Tensor
 
 from papo_kernels.checks import (
     check_device,
-    check_factor,
     check_float,
     check_targets,
     check_tensor,
     check_type,
     counted_columns,
 )
-from papo_kernels.inputs import LossArguments
-from papo_kernels.types import Compute, LossInputs, RowParams, acc_dtype
+from papo_kernels.inputs import LossArguments, row_params
+from papo_kernels.types import Compute, LossInputs, acc_dtype
 
 from .head import LazyLogits, LoRA
 from .keep import KeepSet
@@ -27,7 +26,7 @@ UNKNOWN = -1
 def prepare(
     logits: LazyLogits,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     compute: Compute,
     rows: int | None = None,
 ) -> tuple[Operands, PassOptions]:
@@ -57,7 +56,6 @@ def prepare(
         lora = None if lora is None else lora._replace(a=lora.a.to(dtype), b=lora.b.to(dtype))
     check_gathered(weight, shard=rows is not None)
     _check_weight(hidden, weight)
-    check_factor("temperature", temperature)
     columns = 0
     if rows != UNKNOWN:
         total = weight.shape[0] if rows is None else rows
@@ -77,14 +75,13 @@ def prepare(
         offsets,
         ids,
     )
-    # softcap(s z) / temperature, with the scale s moved into the other two.
-    scale = float(head.logit_scale or 1.0)
-    row = RowParams(float(temperature) / scale, float(head.softcap or 0.0) / scale, columns)
+    logits_dtype = _logits_dtype(compute.logits_dtype, hidden.dtype)
+    scale, sums = float(head.logit_scale or 1.0), acc_dtype(logits_dtype)
     options = PassOptions(
-        row,
+        row_params(temperature, head.softcap, columns, targets, sums, scale),
         compute.backend or "",
         1.0 if lora is None else float(lora.scaling),
-        _logits_dtype(compute.logits_dtype, hidden.dtype),
+        logits_dtype,
         compute.chunk_bytes or 0,
     )
     return operands, options

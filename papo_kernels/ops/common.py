@@ -11,8 +11,6 @@ from torch.library import custom_op
 from papo_kernels.backends import Backend, choose
 from papo_kernels.dispatch import is_plain, kernel_or_operation
 
-ROW_SCHEMA = "float temperature, float softcap, SymInt vocab_size, str backend"
-
 
 def backend_for(requested: str, logits: Tensor) -> Backend:
     return choose(requested or None, logits.device, logits.dtype)

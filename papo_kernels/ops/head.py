@@ -19,17 +19,11 @@ from papo_kernels.head.checks import check_gathered
 from papo_kernels.head.passes import Operands, Passes, PassOptions
 from papo_kernels.head.plan import Needs
 from papo_kernels.head.split import Split
-from papo_kernels.types import LossInputs, RowParams
+from papo_kernels.types import LossInputs
 
-from .common import ROW_SCHEMA, refuse_double_backward
-from .policy_loss import (
-    LOSS_SCHEMA,
-    OUTPUT_SCHEMA,
-    FormedLoss,
-    fake_policy_loss,
-    flattened,
-    unflattened,
-)
+from .common import refuse_double_backward
+from .policy_loss import OUTPUT_SCHEMA, FormedLoss, fake_policy_loss
+from .schema import LOSS_SCHEMA, ROW_SCHEMA, flattened, flattened_row, unflattened, unflattened_row
 from .token_stats import fake_token_stats
 
 OPERAND_SCHEMA = (
@@ -66,8 +60,8 @@ class HeadCall(NamedTuple):
 
 
 def _flat(options: PassOptions) -> tuple[Any, ...]:
-    row, *rest = options
-    return *row[:3], *rest
+    row, backend, *chunks = options
+    return *flattened_row(row, backend), *chunks
 
 
 def _present(like: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -89,10 +83,8 @@ def _fake_gradients(operands: Operands, needs: list[bool]) -> tuple[Tensor, ...]
 
 def _unflattened(arguments: Sequence[Any]) -> tuple[Operands, HeadCall, Tensor]:
     """Operands, call and targets from an operation's arguments, `hidden` to `chunk_bytes`."""
-    *tensors, targets, temperature, softcap, vocab_size, backend = arguments[:12]
-    row = RowParams(temperature, softcap, vocab_size)
-    options = PassOptions(row, backend, *arguments[12:])
-    return Operands(*tensors), HeadCall(options, None), targets
+    options = PassOptions(*unflattened_row(arguments[8:12]), *arguments[12:])
+    return Operands(*arguments[:7]), HeadCall(options, None), arguments[7]
 
 
 def _stats(operands: Operands, call: HeadCall, targets: Tensor, full: bool) -> tuple[Tensor, ...]:
@@ -182,7 +174,8 @@ class _TokenStats(torch.autograd.Function):
         operands = Operands(*tensors)
         run = call.way(operands, _stats, _stats_operation)
         outputs = run(operands, call, targets, full)
-        ctx.save_for_backward(*operands, targets, outputs[4])
+        # The temperatures too: autograd then sees whether they were overwritten.
+        ctx.save_for_backward(*operands, targets, outputs[4], call.options.row.temperatures)
         ctx.call = call
         ctx.set_materialize_grads(False)
         if full:
@@ -195,7 +188,7 @@ class _TokenStats(torch.autograd.Function):
         grads = grads[:4]
         if all(g is None for g in grads):
             return (None,) * 10
-        *tensors, targets, state = ctx.saved_tensors
+        *tensors, targets, state, _ = ctx.saved_tensors
         operands, needs = Operands(*tensors), Needs(*ctx.needs_input_grad[3:8])
         run = ctx.call.way((*operands, *grads), _stats_bwd, _stats_bwd_operation)
         formed = run(operands, ctx.call, targets, state, grads, needs)

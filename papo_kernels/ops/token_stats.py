@@ -1,7 +1,7 @@
 """Statistics of logits as torch operations, and their autograd.
 
 The operations take flattened rows and resolve the backend when they run, so that a compiled graph
-does not depend on it. Their floats are constants of a graph: another temperature compiles it again.
+does not depend on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from papo_kernels.backends.targets import check_target_values
 from papo_kernels.dispatch import kernel_or_operation
 from papo_kernels.types import IGNORE_INDEX, STATE_SIZE, RowParams, acc_dtype
 
-from .common import ROW_SCHEMA, as_rows, backend_for, refuse_double_backward
+from .common import as_rows, backend_for, refuse_double_backward
+from .schema import ROW_SCHEMA, flattened_row, unflattened_row
 
 
 def _kernel(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tuple[Tensor, ...]:
@@ -35,8 +36,7 @@ def _kernel(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tu
 def token_stats(logits: Tensor, targets: Tensor, *row_and_backend: Any) -> tuple[Tensor, ...]:
     """logp, entropy, unit_polarity, lse and the row state that backward needs, as
     `several.token_stats_fwd` for `targets [N]` or `[N, k]`."""
-    *row, backend = row_and_backend
-    return _kernel(logits, targets, RowParams(*row), backend)
+    return _kernel(logits, targets, *unflattened_row(row_and_backend))
 
 
 @token_stats.register_fake
@@ -53,7 +53,7 @@ def fake_token_stats(like: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def _operation(logits: Tensor, targets: Tensor, row: RowParams, backend: str) -> tuple[Tensor, ...]:
-    return tuple(token_stats(logits, targets, *row[:3], backend))
+    return tuple(token_stats(logits, targets, *flattened_row(row, backend)))
 
 
 def _kernel_bwd(
@@ -75,9 +75,8 @@ def _kernel_bwd(
 )
 def token_stats_bwd(logits: Tensor, targets: Tensor, state: Tensor, *rest: Any) -> Tensor:
     """dlogits `[N, V]` for upstream gradients, None being zero."""
-    *grads, temperature, softcap, vocab_size, backend = rest
-    row = RowParams(temperature, softcap, vocab_size)
-    return _kernel_bwd(logits, targets, state, tuple(grads), row, backend)
+    row, backend = unflattened_row(rest[4:])
+    return _kernel_bwd(logits, targets, state, rest[:4], row, backend)
 
 
 @token_stats_bwd.register_fake
@@ -93,7 +92,8 @@ def _operation_bwd(
     row: RowParams,
     backend: str,
 ) -> Tensor:
-    dlogits: Tensor = token_stats_bwd(logits, targets, state, *grads, *row[:3], backend)
+    rest = flattened_row(row, backend)
+    dlogits: Tensor = token_stats_bwd(logits, targets, state, *grads, *rest)
     return dlogits
 
 
@@ -106,7 +106,8 @@ class _TokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         run = kernel_or_operation((logits,), _kernel, _operation)
         outputs = run(as_rows(logits), targets, row, backend)
-        ctx.save_for_backward(logits, targets, outputs[4])
+        # The temperatures too: autograd then sees whether they were overwritten.
+        ctx.save_for_backward(logits, targets, outputs[4], row.temperatures)
         ctx.row, ctx.backend = row, backend
         ctx.set_materialize_grads(False)
         if full:
@@ -118,7 +119,7 @@ class _TokenStats(torch.autograd.Function):
         refuse_double_backward()
         dlogits, grads = None, grads[:4]
         if any(g is not None for g in grads):
-            logits, targets, state = ctx.saved_tensors
+            logits, targets, state, _ = ctx.saved_tensors
             run = kernel_or_operation((logits, *grads), _kernel_bwd, _operation_bwd)
             rows = as_rows(logits)
             dlogits = run(rows, targets, state, grads, ctx.row, ctx.backend).view_as(logits)
@@ -145,8 +146,7 @@ def run_token_stats(
 )
 def logit_sums(logits: Tensor, *row_and_backend: Any) -> Tensor:
     """The sum of u over the columns that count, `[N]` float64."""
-    *row, _ = row_and_backend
-    return several.logit_sums(logits, RowParams(*row))
+    return several.logit_sums(logits, unflattened_row(row_and_backend)[0])
 
 
 @logit_sums.register_fake
@@ -154,10 +154,15 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float64)
 
 
+def _logit_sums_operation(logits: Tensor, row: RowParams) -> Tensor:
+    sums: Tensor = logit_sums(logits, *flattened_row(row, ""))
+    return sums
+
+
 def run_logit_sums(logits: Tensor, row: RowParams) -> Tensor:
     """The sum of u over the columns that count, `[N]` float64, without gradient."""
-    sums: Tensor = logit_sums(as_rows(logits.detach()), *row[:3], "")
-    return sums
+    run = kernel_or_operation((logits,), several.logit_sums, _logit_sums_operation)
+    return run(as_rows(logits.detach()), row)
 
 
 def full_stats(outputs: Sequence[Tensor], targets: Tensor, vocab_size: int) -> tuple[Tensor, ...]:

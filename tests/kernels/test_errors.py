@@ -54,8 +54,8 @@ ROW_ERRORS = [
     ("targets", 3, TypeError, r"targets: expected Tensor, got int"),
     ("targets", zeros(N), TypeError, r"targets: expected int64, got torch\.float32"),
     ("targets", zeros(N, dtype=torch.int32), TypeError, r"targets: .*torch\.int32"),
-    ("targets", zeros(N, 1, dtype=torch.int64), ValueError, r"targets: .*\(3,\).*\(3, 1\)"),
-    ("targets", zeros(N, V, dtype=torch.int64), ValueError, r"targets: expected shape \(3,\)"),
+    ("targets", zeros(N, 1, 1, dtype=torch.int64), ValueError, r"targets: .*\(3,\).*\(3, 1, 1\)"),
+    ("targets", zeros(2, 4, dtype=torch.int64), ValueError, r"targets: expected shape \(3,\)"),
     ("temperature", 0.0, ValueError, r"temperature: expected a number in .*, got 0\.0"),
     ("temperature", 1e-39, ValueError, r"temperature: .* in \[1e-18, 1e\+18\], got 1e-39"),
     ("temperature", 1e38, ValueError, r"temperature: .*got 1e\+38"),
@@ -77,10 +77,10 @@ ROW_ERRORS = [
     ("backend", "cudnn", ValueError, r"backend: expected one of .*'cudnn'"),
 ]
 LOSS_ERRORS = [
+    ("targets", zeros(N, 1, dtype=torch.int64), ValueError, r"targets: .*\(3,\).*\(3, 1\)"),
     ("advantages", 1.0, TypeError, r"advantages: expected a tensor, got float"),
     ("advantages", None, TypeError, r"advantages: expected a tensor, got NoneType"),
     ("advantages", zeros(N, 1), ValueError, r"advantages: expected shape \(3,\).*\(3, 1\)"),
-    ("advantages", torch.tensor(1.0), ValueError, r"advantages: expected shape \(3,\).*\(\)"),
     ("advantages", zeros(N, dtype=torch.complex64), TypeError, r"advantages: .*torch\.complex64"),
     ("token_weight", zeros(2), ValueError, r"token_weight: expected shape \(3,\).*\(2,\)"),
     ("token_weight", None, TypeError, r"token_weight: expected a tensor, got NoneType"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from papo_kernels.checks import check_factor, check_finite, check_type, check_vocab_size
 
 from .keep import KeepSet
+from .projection import check_hooks, is_linear, unwrapped
 from .split import check_group
 
 # What model configs call the number that logits are multiplied by (Cohere, Falcon-H1), the one they
@@ -137,22 +138,22 @@ class Head:
     @classmethod
     def of(cls, model: Any) -> Head:
         """The head of a transformers causal language model, with the soft cap and the scale that
-        the model's config asks for.
+        the model's config asks for, and PEFT's active LoRA adapter of its projection.
 
         Raises:
-            TypeError: `model` has no output embeddings, or they are more than a linear layer, as
-                with an adapter: make ``Head(weight, lora=LoRA(...))`` from their parts.
+            TypeError: `model` has no output embeddings, or they are more than a linear layer or
+                PEFT's LoRA of one: DoRA, a bias or dropout of LoRA, merged or several active
+                adapters, a hook.
         """
-        projection: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        # A layer of another kind may do more to the hidden states than multiply them, and a weight
-        # that is no parameter is one step's.
-        is_linear = getattr(type(projection), "forward", None) is torch.nn.Linear.forward
-        if not is_linear or not isinstance(projection.weight, torch.nn.Parameter):
+        given: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        projection, adapter = unwrapped(given)
+        if not is_linear(projection):
             raise TypeError(
                 "model: expected a causal language model whose get_output_embeddings() is an "
                 f"nn.Linear, got {type(model).__name__} with {type(projection).__name__}; make "
                 "Head(weight, bias=..., lora=...) of its parts"
             )
+        check_hooks(projection)
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "get_text_config") or config.is_encoder_decoder:
             raise TypeError(
@@ -161,7 +162,12 @@ class Head:
             )
         softcap, scale, size = _options_of(config)
         return cls(
-            projection.weight, projection.bias, softcap=softcap, logit_scale=scale, vocab_size=size
+            projection.weight,
+            projection.bias,
+            None if adapter is None else LoRA(*adapter),
+            softcap=softcap,
+            logit_scale=scale,
+            vocab_size=size,
         )
 
     def __call__(self, hidden: Tensor, *, keep: KeepSet | None = None) -> LazyLogits:

@@ -69,7 +69,8 @@ def run_kept_and_capped() -> None:
 
 
 def run_several_ids() -> None:
-    """k ids a row, in whichever shards they lie, and the statistics of whole rows."""
+    """k ids a row, in whichever shards they lie, the statistics of whole rows, and a temperature
+    for each."""
     for split in SPLITS[dist.get_world_size()]:
         case = some_case(split, Traits(softcap=6.0), dtype=torch.float64)
         g = torch.Generator().manual_seed(0)
@@ -77,12 +78,15 @@ def run_several_ids() -> None:
         ids[case.tokens.targets < 0] = ids[2, 0] = -100
         upstream = [torch.randn(shape, generator=g) for shape in ((23, 5), (23,), (23, 5), (23,))]
         upstream = [x.double() for x in upstream]
-        compute = Compute(full_stats=True, chunk_bytes=3000)
+        options = {
+            "temperature": torch.linspace(0.5, 2.0, 23),
+            "compute": Compute(full_stats=True, chunk_bytes=3000),
+        }
         z = case.tokens.logits.requires_grad_()
-        expected = token_stats(Logits(z, softcap=6.0), ids, compute=compute)
+        expected = token_stats(Logits(z, softcap=6.0), ids, **options)
         (dz,) = torch.autograd.grad(expected[:4], z, upstream)
         leaves = case.leaves()
-        actual = token_stats(case.logits(leaves), ids, compute=compute)
+        actual = token_stats(case.logits(leaves), ids, **options)
         names = ("hidden", "bias")
         grads = torch.autograd.grad(actual[:4], [leaves[name] for name in names], upstream)
         weight = case.parameters["weight"][:VOCAB]

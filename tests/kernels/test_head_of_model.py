@@ -175,9 +175,7 @@ MORE_THAN_LORA = {
 def test_what_is_more_than_lora_is_refused(kind):
     model, layer = adapted()
     MORE_THAN_LORA[kind](layer)
-    with pytest.raises(
-        TypeError, match=rf"model: .* or none, not {kind}, got .*default"
-    ):
+    with pytest.raises(TypeError, match=rf"model: .* or none, not {kind}, got .*default"):
         Head.of(model)
 
 

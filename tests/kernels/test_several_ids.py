@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,10 +63,9 @@ def assert_near(actual: Tensor, expected: Tensor, eps: float) -> None:
     torch.testing.assert_close(actual.double(), expected, equal_nan=True, **tolerances)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_several_ids_are_several_calls(options, backend, device, dtypes):
+def test_several_ids_are_several_calls(backend, device, dtypes, sizes):
     """And a row is read once: its ids may repeat, be masked, or be left out."""
-    for dtype in dtypes:
+    for dtype, options in itertools.product(dtypes, sizes(tuple(OPTIONS), ("capped",))):
         z, ids = logits_of(dtype, device).requires_grad_(), ids_of().to(device)
         upstream = upstream_of(device)
         expected, dz = definition(z, ids, upstream, **OPTIONS[options])
@@ -79,6 +80,7 @@ def test_several_ids_are_several_calls(options, backend, device, dtypes):
         assert not grad[1].any(), "a row whose ids are all left out"
 
 
+@pytest.mark.plumbing
 def test_the_gradient_keeps_its_digits_near_certainty(backend, device):
     """1 - p of 2e-10, though p is 1 in float32, and half-precision logits round it once."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -91,6 +93,7 @@ def test_the_gradient_keeps_its_digits_near_certainty(backend, device):
         assert float(grad[3, 9]) == pytest.approx(float(rest), rel=8e-3)
 
 
+@pytest.mark.plumbing
 def test_masked_ids_leave_the_other_ids_gradients(backend, device):
     z, ids = logits_of(torch.float32, device).requires_grad_(), ids_of().to(device)
     stats = token_stats(z, ids, compute=Compute(backend))
@@ -119,6 +122,7 @@ def heads(dtype: torch.dtype, device: str) -> dict[str, tuple[Head, KeepSet | No
     }
 
 
+@pytest.mark.plumbing
 @pytest.mark.parametrize("name", ["plain", "lora", "kept"])
 def test_several_ids_of_a_head(name, backend, device):
     """As of its logits that are held, for one chunk and for chunks of a row."""
@@ -146,6 +150,7 @@ def test_several_ids_of_a_head(name, backend, device):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.plumbing
 def test_leading_dimensions_and_the_loss(backend, device):
     z = logits_of(torch.float32, device).view(1, N, V)
     ids = ids_of().to(device).view(1, N, K)
@@ -165,6 +170,7 @@ def test_leading_dimensions_and_the_loss(backend, device):
             token_stats(z, ids, compute=Compute(backend))
 
 
+@pytest.mark.plumbing
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("of_head", [False, True])
 def test_more_statistics(of_head, several, backend, device):
@@ -192,6 +198,7 @@ def test_more_statistics(of_head, several, backend, device):
     assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=False))
 
 
+@pytest.mark.plumbing
 def test_more_statistics_are_without_gradient(backend, device):
     z = logits_of(torch.float32, device).requires_grad_()
     compute = Compute(backend, full_stats=True)

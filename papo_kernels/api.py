@@ -13,12 +13,21 @@ from .head.checks import loss_inputs, prepare
 from .head.head import LazyLogits
 from .head.passes import Operands
 from .head.shards import agree
-from .inputs import LossArguments, checked_objective, flat, held_logits, log_probs, shaped
+from .inputs import (
+    LossArguments,
+    checked_objective,
+    flat_ids,
+    held_logits,
+    log_probs,
+    shaped,
+    targets_of_rows,
+)
 from .objective import Objective, PolarityWeighting
 from .ops.head import HeadCall, run_head_policy_loss, run_head_token_stats
+from .ops.in_place import run_policy_loss_in_place
 from .ops.policy_loss import run_policy_loss
 from .ops.token_loss import composed_targets, run_token_loss
-from .ops.token_stats import run_token_stats
+from .ops.token_stats import full_stats, run_logit_sums, run_token_stats
 from .types import (
     Compute,
     FullTokenStats,
@@ -43,7 +52,7 @@ def token_stats(
     *,
     temperature: float | Tensor = 1.0,
     compute: Compute | None = None,
-) -> TokenStats:
+) -> TokenStats | FullTokenStats:
     """Log-probability, entropy and entropy polarity of sampled tokens, in one pass over the logits.
 
     With u = softcap(logits) / temperature, p = softmax(u) and sampled token a: logp = log p_a,
@@ -61,14 +70,18 @@ def token_stats(
             ``head(hidden)``, the logits of a `Head`, which are never held whole.
         targets: ``[...]`` int64, the sampled tokens; -100: ignored, all outputs and the gradient 0.
             A GPU computes the logits of a head's ignored rows all the same: to leave them out it
-            would have to wait for their number.
-        temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
+            would have to wait for their number. With as many dimensions as the logits have,
+            ``[..., k]``: k ids a row, of which -100 leaves out one.
+        temperature: in [1e-18, 1e18]; or each row's own, a tensor like `targets` (of k ids a row,
+            like their leading dimensions).
         compute: backend and memory; None for `Compute()`.
 
     Returns:
         TokenStats(logp, entropy, unit_polarity, lse), each shaped like `targets`; float32, or
         float64 for float64 logits. A row with NaN, +inf or nothing but -inf gives NaN. A sampled
-        token that is masked has logp -inf and its row's gradient is 0.
+        token that is masked has logp -inf and its row's gradient is 0. Of k ids a row logp and
+        unit_polarity are ``[..., k]``, and a masked one adds nothing to the gradient, which is 0
+        where all of a row's ids are masked. With compute.full_stats: a `FullTokenStats`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; among them a
@@ -77,16 +90,24 @@ def token_stats(
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE
+    check_type("compute", compute, Compute)
+    rows, full = targets_of_rows(logits, targets), compute.full_stats
     if isinstance(logits, LazyLogits):
-        operands, call, _ = _head_call(logits, targets, temperature, compute, None)
+        operands, call, _ = _head_call(logits, rows, temperature, compute, None)
         refuse_forward_mode(operands)
-        stats = run_head_token_stats(operands, call, flat(targets, torch.int64))
+        row, flat_targets = call.options.row, flat_ids(targets, rows)
+        stats = run_head_token_stats(operands, call, flat_targets, full)
     else:
-        check_type("compute", compute, Compute)
-        values, row = held_logits(logits, targets, temperature)
+        values, row = held_logits(logits, rows, temperature)
         refuse_forward_mode((values, row.temperatures))
-        stats = run_token_stats(values, flat(targets, torch.int64), row, compute.backend or "")
-    return TokenStats(*shaped(stats, targets))
+        flat_targets = flat_ids(targets, rows)
+        stats = run_token_stats(values, flat_targets, row, compute.backend or "", full)
+        if full:
+            stats = *stats, run_logit_sums(values, row)
+    if full:
+        stats = full_stats(stats, flat_targets, row.vocab_size)
+    fields = shaped(stats, targets, rows)
+    return FullTokenStats(*fields) if full else TokenStats(*fields)
 
 
 def policy_loss(
@@ -181,11 +202,11 @@ def _of_held_logits(
     backend = compute.backend or ""
     inputs = arguments.checked(row, acc_dtype(values.dtype), backend, "the logits")
     refuse_forward_mode((values,), inputs)
-    inplace = compute.inplace and _overwritable(values)
+    run = run_policy_loss_in_place if compute.inplace else run_policy_loss
     half = values.dtype is torch.float16 and torch.is_grad_enabled() and values.requires_grad
     return _fused_or_composed(
         inputs,
-        lambda inputs: run_policy_loss(values, inputs, inplace),
+        lambda inputs: run(values, inputs),
         lambda targets: run_token_stats(values, targets, row, backend),
         half,
         compute.grad_scale,
@@ -265,25 +286,3 @@ def _head_call(
         return operands, HeadCall(options, None), loss_inputs(loss, options)
     operands, options, inputs, split = agree(logits, targets, temperature, compute, loss)
     return operands, HeadCall(options, split), inputs
-
-
-def _overwritable(logits: Tensor) -> bool:
-    """Whether there is a gradient to put in place of the logits; raises where that is not safe."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        return False
-    if logits.is_leaf:
-        raise ValueError(
-            "inplace: expected False for logits that are a leaf requiring grad: "
-            "autograd would lose their value"
-        )
-    if logits._is_view():
-        raise ValueError(
-            "inplace: expected False for logits that are a view of another tensor; or pass that "
-            "tensor itself, any leading shape is accepted"
-        )
-    if not logits.is_contiguous():
-        raise ValueError(
-            f"inplace: expected False for logits that are not contiguous, got strides "
-            f"{logits.stride()} for shape {tuple(logits.shape)}"
-        )
-    return True

@@ -13,6 +13,10 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
 FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
 _LARGEST = torch.finfo(torch.float32).max
+# Of a factor on logits: kernels form the quotient of two, which float32 has to hold as a normal
+# number.
+_FACTORS = (1e-18, 1e18)
+_STRIDED = torch.strided
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -20,9 +24,28 @@ def check_type(name: str, value: object, expected: type) -> None:
         raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """A tensor whose elements lie in one piece of this process's memory."""
+    if type(value) is Tensor and value.layout is _STRIDED and not value.is_nested:
+        return
+    check_type(name, value, Tensor)
+    assert isinstance(value, Tensor)
+    if value.is_nested:
+        kind, instead = "a nested tensor", "its .values(), with those of the other inputs"
+    elif hasattr(value, "full_tensor"):
+        kind = f"a {type(value).__name__}"
+        instead = "its full_tensor(), or for a Head(group=...) its to_local()"
+    elif value.layout is not _STRIDED:
+        name_of_layout = str(value.layout).removeprefix("torch.").removeprefix("_")
+        kind, instead = f"one of layout {name_of_layout}", "its to_dense()"
+    else:
+        return
+    raise TypeError(f"{name}: expected an ordinary tensor, got {kind}; pass {instead}")
+
+
 def check_float(name: str, value: Tensor) -> None:
     """A floating-point tensor `[..., C]` with C >= 1."""
-    check_type(name, value, Tensor)
+    check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}"
@@ -39,16 +62,19 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str = "lo
         raise ValueError(f"{name}: expected a tensor on {device} like {like}, got {value.device}")
 
 
-def check_positive(name: str, value: float, expected: str = "a finite number > 0") -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+def check_factor(name: str, value: object, otherwise: str = "") -> None:
+    """A temperature, a soft cap or a scale of logits; `otherwise` says what else is allowed."""
+    low, high = _FACTORS
+    if not low <= check_number(name, value, otherwise) <= high:
+        raise ValueError(
+            f"{name}: expected {otherwise}a number in [{low:g}, {high:g}], got {value!r}"
+        )
 
 
-def check_number(name: str, value: object) -> float:
+def check_number(name: str, value: object, otherwise: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+        got = f"{type(value).__name__} {value!r}"
+        raise TypeError(f"{name}: expected {otherwise}a number, got {got}")
     return float(value)
 
 
@@ -101,7 +127,7 @@ def counted_columns(columns: int, vocab_size: int | None, counted: str) -> int:
 
 def check_targets(like: str, rows: Tensor, targets: Tensor) -> None:
     """`targets` against `rows [..., C]`, the tensor called `like`."""
-    check_type("targets", targets, Tensor)
+    check_tensor("targets", targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected int64, got {targets.dtype}")
     if targets.shape != rows.shape[:-1]:
@@ -117,6 +143,7 @@ def check_token_input(name: str, value: Tensor | None, targets: Tensor, source: 
     """All but the shape; `source` is what the loss is differentiable in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_tensor(name, value)
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
     check_device(name, value, targets.device, "targets")

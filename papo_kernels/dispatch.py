@@ -19,13 +19,22 @@ T = TypeVar("T")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether nothing traces or intercepts a call on `tensor`."""
+    """Whether nothing traces or intercepts a call on `tensor`, whose memory holds its values."""
     return (
         type(tensor) in _PLAIN_TYPES
         and not torch.compiler.is_compiling()
+        and not tensor.is_neg()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """`tensor` with its values in memory: not with their signs changed. An operation of a traced
+    graph gets no other."""
+    if torch.compiler.is_compiling() or not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg()
 
 
 def kernel_or_operation(

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from .checks import (
     check_device,
+    check_factor,
     check_float,
-    check_positive,
     check_targets,
+    check_tensor,
     check_token_input,
     check_type,
     check_vocab_size,
     counted_columns,
 )
-from .dispatch import filled, is_plain
+from .dispatch import filled, is_plain, resolved
 from .objective import Objective, PolarityWeighting
 from .token_loss import weightless
 from .types import (
@@ -51,11 +52,17 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
         value = value.detach()
     if value.dtype != dtype:
         value = value.to(dtype)
+    value = resolved(value)
     return value if value.is_contiguous() else value.contiguous()
 
 
-def shaped(values: Sequence[Tensor], targets: Tensor) -> Sequence[Tensor]:
-    """The inverse of `flat`: `values [N]` in the shape of `targets`."""
+def shaped(
+    values: Sequence[Tensor], targets: Tensor, rows: Tensor | None = None
+) -> Sequence[Tensor]:
+    """The inverse of `flat` and `flat_ids`: `values [N]` in the shape of `targets`, or of `rows`
+    where `values [N, k]` have that of `targets`."""
+    if rows is not None and rows is not targets:
+        return [x.view(targets.shape if x.dim() == 2 else rows.shape) for x in values]
     return values if targets.dim() == 1 else [x.view_as(targets) for x in values]
 
 
@@ -87,6 +94,32 @@ def _token_input(
     return flat(value, dtype)
 
 
+def targets_of_rows(logits: object, targets: Tensor) -> Tensor:
+    """`targets` where they are one a row, or of several ids each row's first.
+
+    Args:
+        logits: as the public functions take them; unchecked, as `targets` are.
+    """
+    if isinstance(logits, tuple):  # the logits of a head
+        logits = logits[0]
+    elif isinstance(logits, Logits):
+        logits = logits.values
+    if not (isinstance(logits, Tensor) and isinstance(targets, Tensor)):
+        return targets
+    if targets.dim() != logits.dim() or not targets.dim():
+        return targets
+    check_tensor("targets", targets)
+    if targets.shape[-1] == 0:
+        raise ValueError(f"targets: expected an id a row, got shape {tuple(targets.shape)}")
+    return targets[..., 0]
+
+
+def flat_ids(targets: Tensor, rows: Tensor) -> Tensor:
+    """Checked `targets` as `[N]`, or where `rows` are their first as `[N, k]`."""
+    flattened = flat(targets, torch.int64)
+    return flattened if rows is targets else flattened.view(-1, targets.shape[-1])
+
+
 # ---- logits and what stands in their place ------------------------------------------------------
 
 
@@ -98,7 +131,7 @@ def held_logits(
     if isinstance(logits, Logits):
         values, softcap, vocab_size = logits.values, logits.softcap, logits.vocab_size
         if softcap is not None:
-            check_positive("softcap", softcap, "None or a finite number > 0")
+            check_factor("softcap", softcap, "None or ")
         check_vocab_size(vocab_size)
     if not isinstance(values, Tensor):
         raise TypeError(
@@ -129,7 +162,7 @@ def row_params(
     """
     cap = float(softcap or 0.0) / scale
     if not isinstance(temperature, Tensor):
-        check_positive("temperature", temperature)
+        check_factor("temperature", temperature)
         return RowParams(float(temperature) / scale, cap, columns)
     source = "the logits"
     temperatures = _token_input("temperature", temperature, targets, dtype, source)
@@ -309,7 +342,7 @@ def _weighting_inputs(
         if not isinstance(value, Tensor):
             return filled(value, dtype, targets)
         check_device(f"weighting.{name}", value, targets.device)
-        return value.detach().to(dtype)
+        return value.detach().to(dtype).resolve_neg()
 
     return WeightingInputs(
         float(weighting.strength),

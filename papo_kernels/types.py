@@ -28,7 +28,7 @@ class Logits:
         values: ``[..., V]`` float16, bfloat16, float32, or float64 (reference and cpu backends).
             -inf masks a token: p = 0, gradient 0. Read without a copy where the leading dimensions
             flatten to one stride and the last has stride 1.
-        softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
+        softcap: u = softcap * tanh(z / softcap) / temperature; in [1e-18, 1e18], None for none.
         vocab_size: columns from there on are padding: never read, p = 0, gradient 0.
     """
 
@@ -58,9 +58,11 @@ class Compute:
             states are formed in the backward pass, from the upstream gradient; a head then computes
             its logits twice.
         inplace: `policy_loss` overwrites the logits it is given with their gradient instead of
-            allocating it. They must not be a leaf or a view, and belong to this loss alone: another
-            use in a loss, or a second backward, raises. No effect under no_grad, nor under
-            torch.compile, which places its buffers itself.
+            allocating it. They must not be a leaf, and belong to this loss alone: another use in a
+            loss, or a second backward, raises. Of a view, whose rows must be whole rows of a
+            contiguous tensor, such as ``logits[:, :-1]`` or ``logits.view(-1, V)``, all of that
+            tensor is overwritten. No effect under no_grad, nor under torch.compile, which places
+            its buffers itself.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of its range.
@@ -93,7 +95,8 @@ class Compute:
 
 class TokenStats(NamedTuple):
     """Statistics of the sampled tokens, each shaped like `targets`; float32 (float64 for float64
-    logits), in nats.
+    logits), in nats. Of k ids a row, logp and unit_polarity are like `targets`, and entropy and lse
+    have their leading dimensions.
 
     With u = softcap(logits) / temperature and p = softmax(u):
 
@@ -117,7 +120,7 @@ class FullTokenStats(NamedTuple):
     Attributes:
         logp, entropy, unit_polarity, lse: as in `TokenStats`.
         log_sum_sq_probs: log sum_v p_v^2.
-        mean_logits: the mean of u over the vocabulary.
+        mean_logits: the mean of u over the vocabulary; -inf where a token is masked.
         is_top1: bool, whether no token is more likely than the target.
     """
 

@@ -9,6 +9,7 @@ from papo_kernels.checks import (
     check_device,
     check_float,
     check_targets,
+    check_tensor,
     check_type,
     counted_columns,
 )
@@ -40,6 +41,14 @@ def prepare(
     check_float("hidden", hidden)
     weight, bias, lora = head.weight, head.bias, head.lora
     device = hidden.device.type
+    if device == "meta":
+        raise ValueError("hidden: expected a tensor with values, got one on meta")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if lora is not None:
+        check_tensor("lora.a", lora.a)
+        check_tensor("lora.b", lora.b)
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -143,7 +152,7 @@ def _checked_keep(keep: KeepSet | None, targets: Tensor) -> tuple[Tensor | None,
         return None, None
     check_type("keep", keep, KeepSet)
     for name, value in keep._asdict().items():
-        check_type(f"keep.{name}", value, Tensor)
+        check_tensor(f"keep.{name}", value)
         if value.dtype != torch.int64:
             raise TypeError(f"keep.{name}: expected int64, got {value.dtype}")
         if value.dim() != 1:

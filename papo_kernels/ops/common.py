@@ -54,7 +54,7 @@ def _scale(dlogits: Tensor, factor: Tensor, backend: str) -> None:
 
 def run_scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
     """`scale_`, by the shortest way."""
-    kernel_or_operation((dlogits,), _scale, scale_)(dlogits, factor, backend)
+    kernel_or_operation((dlogits, factor), _scale, scale_)(dlogits, factor, backend)
 
 
 def scaled(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:

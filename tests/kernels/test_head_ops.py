@@ -49,10 +49,11 @@ def samples(name, backend, device):
         acc = torch.float32
         tail = (V - 2, backend, 0.5, torch.float32, 700)
         if name == "linear_token_stats":
-            yield *head, targets, ROW, None, *tail
+            yield *head, targets, ROW, None, *tail, False
+            yield *head, targets[:, None].expand(N, 3).contiguous(), ROW, None, *tail, True
         elif name == "linear_token_stats_bwd":
             row = (targets, ROW, None, *tail)
-            state = torch.ops.papo.linear_token_stats(*head, *row)[-1]
+            state = torch.ops.papo.linear_token_stats(*head, *row, False)[4]
             g = torch.ones(2 * N, device=device)[::2]
             yield *head, *row, state, g, None, -g, g, needs
             yield *head, *row, state, None, g, None, None, [True, False, False, False, False]

@@ -61,6 +61,12 @@ def samples(name, backend, device):
     elif name == "token_stats_bwd":
         yield logits, targets, state, g, None, None, None, *row, backend
         yield strided, targets, state, None, g, -g, g, *row, backend
+        ids = torch.stack([targets, targets.flip(0)], 1)
+        state = torch.ops.papo.token_stats(logits, ids, *row, backend)[-1]
+        yield logits, ids, state, g[:, None].expand(-1, 2), g, None, None, *row, backend
+    elif name == "logit_sums":
+        yield logits, *row, backend
+        yield strided, ROW, temperatures, V - 2, backend
     elif name == "policy_loss":
         yield logits, *rest, backend, True
         yield strided, *without, backend, True
@@ -79,7 +85,7 @@ def samples(name, backend, device):
 
 
 OPERATIONS = (
-    *("token_stats", "token_stats_bwd", "token_loss"),
+    *("token_stats", "token_stats_bwd", "token_loss", "logit_sums"),
     *("policy_loss", "policy_loss_", "scale_"),
 )
 
@@ -268,7 +274,8 @@ def test_the_two_ways_of_a_call(path, device):
     logits = logits[:, : V - 2].contiguous().requires_grad_()
     with torch.profiler.profile() as profiler:
         total = policy_loss(logits.mul(1.0), targets, advantages, token_weight).loss
-        total = total + token_stats(logits, targets).entropy.sum()
+        stats = token_stats(logits, targets, compute=Compute(full_stats=True))
+        total = total + stats.entropy.sum()
         compute = Compute(inplace=True)
         out = policy_loss(logits.mul(1.0), targets, advantages, token_weight, compute=compute)
         (2.0 * (total + out.loss)).backward()

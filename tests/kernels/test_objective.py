@@ -103,9 +103,18 @@ def test_its_numbers_make_it_again(surrogate):
     more = {"ratio_cap": 20.0} if surrogate.startswith("dppo") else own.get(surrogate, {})
     for estimator in KL_ESTIMATORS:
         objective = Objective(
-            0.1, 0.3, kl_coef=0.01, entropy_coef=-0.02, surrogate=surrogate, negative_clip=(0.4, 2.0),
-            log_ratio_limit=20.0, kl_estimator=estimator, kl_ratio=True, kl_limit=10.0, **more,
-        )  # fmt: skip
+            clip_low=0.1,
+            clip_high=0.3,
+            negative_clip=(0.4, 2.0),
+            kl_coef=0.01,
+            entropy_coef=-0.02,
+            surrogate=surrogate,
+            log_ratio_limit=20.0,
+            kl_estimator=estimator,
+            kl_ratio=True,
+            kl_limit=10.0,
+            **more,
+        )
         names = (objective.surrogate, objective.kl_estimator, objective.kl_ratio)
         assert Objective.of_numbers(*names, objective.numbers()) == objective
         assert len(set(objective.numbers())) >= 10, "or two could be swapped"

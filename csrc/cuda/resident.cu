@@ -24,7 +24,7 @@ namespace {
 
 #if defined(PAPO_HAS_CLUSTERS)
 
-template <typename In, typename Out>
+template <typename In, typename Out, bool kOwn>
 class ResidentRows {
  public:
   PAPO_DEVICE explicit ResidentRows(const RowsCall& call)
@@ -102,8 +102,8 @@ class ResidentRows {
     return shared_ + static_cast<uint32_t>(layout_.plan + (k & 1) * kPlanBytes);
   }
 
-  PAPO_DEVICE RowQueue rows() const {
-    return RowQueue(call_, machine::block_index() / tile_.cluster,
+  PAPO_DEVICE RowQueue<kOwn> rows() const {
+    return RowQueue<kOwn>(call_, machine::block_index() / tile_.cluster,
                     machine::grid_blocks() / tile_.cluster, lane_);
   }
   // Stage s of this block's slice, in columns of the row.
@@ -123,7 +123,7 @@ class ResidentRows {
   // ---- copy ------------------------------------------------------------------------------------
 
   PAPO_DEVICE void copy() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     Cursor at;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
@@ -146,7 +146,7 @@ class ResidentRows {
   // ---- compute ---------------------------------------------------------------------------------
 
   PAPO_DEVICE void compute() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     Cursor scanned, finished;
     // With room for two rows, a row is summed before the gradient of the previous row is written.
     // Meanwhile the finish warp finishes the previous row.
@@ -164,7 +164,7 @@ class ResidentRows {
   }
 
   PAPO_DEVICE void scan(const Job& job, int k, Cursor& at, bool& masked) const {
-    const Scaling scaling = scaling_of(call_, job);
+    const Scaling scaling = scaling_of<kOwn>(call_, job);
     WarpScan<In> sums(scaling);
     const Cursor begin = at;
     const auto buffer = [&](int s) {
@@ -202,7 +202,7 @@ class ResidentRows {
     machine::barrier_wait(plan(k), parity(k), "plan");
     if (!call_.wants_gradient()) return;
     const ElementGrad g = load_plan(plan_address(k));
-    const Scaling scaling = scaling_of(call_, job);
+    const Scaling scaling = scaling_of<kOwn>(call_, job);
     const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
     for (int s = 0; s < tile_.stages; ++s) {
       const Span stage = stage_of(s);
@@ -221,7 +221,7 @@ class ResidentRows {
   // ---- finish ----------------------------------------------------------------------------------
 
   PAPO_DEVICE void finish_rows() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
@@ -232,7 +232,7 @@ class ResidentRows {
       // Every block needs the coefficients of a gradient. Without a gradient the blocks take turns.
       const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
       const bool writes = rank_ == owner && lane_ == 0;
-      const RowInputs in = load_inputs(call_, job.row);
+      const RowInputs in = load_inputs<kOwn>(call_, job.row);
       machine::barrier_wait(partial(k), parity(k), "partial");
       RowScan scan = merge_lanes(
           load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), in.inv_temperature),
@@ -240,7 +240,7 @@ class ResidentRows {
       if (tile_.cluster > 1) exchange_parts(scan, k);
       if (rank_ == owner || call_.wants_gradient()) {
         if (tile_.cluster > 1) scan = merge_cluster(k);
-        const ElementGrad g = finish_row(call_, job, scan, in, &weighting, writes);
+        const ElementGrad g = finish_row<kOwn>(call_, job, scan, in, &weighting, writes);
         if (lane_ == 0) store_plan(plan_address(k), g);
       }
       machine::warp_sync();
@@ -278,10 +278,10 @@ class ResidentRows {
 
 #endif  // PAPO_HAS_CLUSTERS
 
-template <typename In, typename Out>
+template <typename In, typename Out, bool kOwn>
 PAPO_KERNEL(kResidentThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call) {
 #if defined(PAPO_HAS_CLUSTERS)
-  ResidentRows<In, Out>(call).run();
+  ResidentRows<In, Out, kOwn>(call).run();
 #endif
 }
 
@@ -290,6 +290,12 @@ PAPO_KERNEL(kResidentThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call)
 // ---- launch -------------------------------------------------------------------------------------
 
 namespace {
+
+template <typename In, typename Out>
+auto kernel_of(const RowsCall& call) {
+  return call.own_temperatures() ? resident_kernel<In, Out, true>
+                                 : resident_kernel<In, Out, false>;
+}
 
 LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
   return {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
@@ -301,7 +307,7 @@ LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
 Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                       int* clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    *clusters = resident_clusters(resident_kernel<decltype(in), decltype(out)>,
+    *clusters = resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
                                   shape_of(call.tile, limits), launch.device, kClusterPtx);
     return Status::success();
   });
@@ -312,7 +318,7 @@ Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const L
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
     LaunchShape shape = shape_of(call.tile, limits);
     shape.blocks = even_grid(call.logits.rows, clusters) * call.tile.cluster;
-    return launch_kernel(resident_kernel<decltype(in), decltype(out)>, shape, launch.stream, call);
+    return launch_kernel(kernel_of<decltype(in), decltype(out)>(call), shape, launch.stream, call);
   });
 }
 

@@ -41,21 +41,26 @@ constexpr int kColumnElsewhere = -1;
 constexpr int kColumnInvalid = -2;   // out of range, or no temperature: the row becomes NaN
 constexpr int kColumnInactive = -3;  // the row contributes nothing and is not read
 
+// Below, kOwn says whether rows may have temperatures of their own. Where none has, inner loops read
+// the scaling from the kernel's parameters, and nothing is done for it once a row.
+
+template <bool kOwn>
 PAPO_DEVICE int sampled_column(const RowsCall& call, int64_t i) {
   const int64_t target = call.targets[i];
   if (target == kIgnoreIndex) return kColumnInactive;
   if (call.task == RowTask::kPolicyLoss && !has_weight<float>(call.tokens, i)) {
     return kColumnInactive;
   }
-  if (call.own_temperatures() && !call.row.of_row<float>(i).has_temperature()) {
+  if (kOwn && call.own_temperatures() && !call.row.of_row<float>(i).has_temperature()) {
     return kColumnInvalid;
   }
   if (target == kElsewhere && call.row.sharded) return kColumnElsewhere;
   return target >= 0 && target < call.row.vocab_size ? static_cast<int>(target) : kColumnInvalid;
 }
 
+template <bool kOwn>
 PAPO_DEVICE float unit_of(const RowsCall& call, int64_t i) {
-  if (!call.own_temperatures()) return call.scaling.unit;
+  if (!kOwn || !call.own_temperatures()) return call.scaling.unit;
   return Scaling::unit_of(call.row.of_row<float>(i).temperature);
 }
 
@@ -65,19 +70,22 @@ struct Job {
   float unit;  // of its Scaling
 
   static PAPO_DEVICE Job none() { return {-1, kColumnInactive, 0.0f}; }
+  template <bool kOwn>
   static PAPO_DEVICE Job of(const RowsCall& call, int64_t i) {
-    return {i, sampled_column(call, i), unit_of(call, i)};
+    return {i, sampled_column<kOwn>(call, i), unit_of<kOwn>(call, i)};
   }
 };
 
+template <bool kOwn>
 PAPO_DEVICE Scaling scaling_of(const RowsCall& call, const Job& job) {
   Scaling s = call.scaling;
-  if (call.own_temperatures()) s.set_unit(job.unit, call.logits.dtype);
+  if (kOwn && call.own_temperatures()) s.set_unit(job.unit, call.logits.dtype);
   return s;
 }
 
 // The rows first, first + step, ... of a call, for one warp. Its lanes look up 32 rows at a time,
 // so that a row's target and temperature are there when the row's turn comes.
+template <bool kOwn>
 class RowQueue {
  public:
   PAPO_DEVICE RowQueue(const RowsCall& call, int64_t first, int64_t step, int lane)
@@ -88,11 +96,10 @@ class RowQueue {
     if (at_ == 0) {
       const int64_t i = next_ + lane_ * step_;
       const bool is_row = i < call_.logits.rows;
-      column_ = is_row ? sampled_column(call_, i) : kColumnInactive;
-      if (is_row && call_.own_temperatures()) unit_ = unit_of(call_, i);
+      column_ = is_row ? sampled_column<kOwn>(call_, i) : kColumnInactive;
+      if (kOwn && is_row) unit_ = unit_of<kOwn>(call_, i);
     }
-    const float unit =
-        call_.own_temperatures() ? machine::broadcast(unit_, at_) : call_.scaling.unit;
+    const float unit = kOwn ? machine::broadcast(unit_, at_) : call_.scaling.unit;
     const Job job = {next_, machine::broadcast(column_, at_), unit};
     next_ += step_;
     at_ = (at_ + 1) % 32;

@@ -8,9 +8,6 @@
 namespace papo {
 namespace cuda {
 
-// log2 of the largest distance |s| of an element from the center.
-constexpr int kLogFarthest = 24;
-
 enum class GradMode : int {
   kScaledExp,  // du = a0 2^y, as for the usual policy loss
   kGeneral,
@@ -27,6 +24,16 @@ struct ElementGrad {
   GradMode mode;
 };
 
+// Room for the sum of four terms, and in two of them for s, keeps an element's gradient finite, and
+// so 0 where e = 0. No s is as large as 2^24.
+constexpr float kMost = 3.4028234663852886e38f;
+constexpr float kMostOfTerms = kMost / 4.0f;
+constexpr float kMostOfSlopes = kMostOfTerms / 16777216.0f;
+
+PAPO_DEVICE float clamped(double x, float most) {
+  return machine::min_nan(machine::max_nan(static_cast<float>(x), -most), most);
+}
+
 // What a row's finish needs beside its sums, and loads before they are there.
 struct RowInputs {
   RowParams row;
@@ -35,15 +42,19 @@ struct RowInputs {
   Upstream<float> upstream;  // of kStatsGradient
 };
 
+template <bool kOwn>
 PAPO_DEVICE RowInputs load_inputs(const RowsCall& call, int64_t i) {
   RowInputs in = {};
-  in.row = call.row.of_row<float>(i);
-  in.inv_temperature =
-      call.own_temperatures() ? 1.0 / in.row.temperature : call.inv_temperature;
+  in.row = call.row;
+  in.inv_temperature = call.inv_temperature;
+  if (kOwn && call.own_temperatures()) {
+    in.row = call.row.of_row<float>(i);
+    in.inv_temperature = 1.0 / in.row.temperature;
+  }
   if (call.task == RowTask::kPolicyLoss) {
     in.token = load_token<float, float>(call.tokens, i);
   } else if (call.task == RowTask::kStatsGradient) {
-    const auto at = [i](const void* array) { return saturated<float>(load_acc<float>(array, i)); };
+    const auto at = [i](const void* array) { return clamped(load_acc<float>(array, i), kMost); };
     in.upstream = {at(call.grads.logp), at(call.grads.entropy), at(call.grads.unit_polarity),
                    at(call.grads.lse)};
   }
@@ -60,14 +71,6 @@ PAPO_DEVICE void write_nothing(const RowsCall& call, int64_t i) {
   }
 }
 
-// x as a coefficient of at most 2^-log_room of the largest number. Room for the sum of four terms
-// and for s keeps an element's gradient finite, and so 0 where e = 0.
-PAPO_DEVICE float coefficient(double x, int log_room) {
-  const float most = papo::largest(float{}) * static_cast<float>(machine::power_of_two(-log_room));
-  const float c = static_cast<float>(x);
-  return c > most ? most : c < -most ? -most : c;
-}
-
 PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowScan& scan, double mu,
                                           const RowInputs& in, const Scaling& s) {
   const double temperature = in.row.temperature;
@@ -79,8 +82,7 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
   const double exact = abs_of(m - m_float) <= 1e-15 * abs_of(m) ? m_float : m;
   const double center = exact + mu * temperature;
   ElementGrad e;
-  const double target = chain_rule(g.target, scan.target_u * temperature, in.row);
-  e.target = saturated<float>(static_cast<float>(target));
+  e.target = clamped(chain_rule(g.target, scan.target_u * temperature, in.row), kMost);
   e.m = static_cast<float>(fast ? exact * unit : exact);
   e.center = static_cast<float>(fast ? center * unit : center);
   // What the rounding of m adds to every y, and how far the rounded center is from the maximum. The
@@ -89,11 +91,11 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
   const double r = fast ? e.center - exact * unit : (e.center - exact) * unit;
   const double k = exp2_near_zero(-o);
   const double by = k * in.inv_temperature;
-  e.a1 = coefficient(by * g.a1 * kLn2, 2 + kLogFarthest);
-  e.b0 = coefficient(k * by * (g.b0 + g.b1 * kLn2 * r), 2);
-  e.b1 = coefficient(k * by * g.b1 * kLn2, 2 + kLogFarthest);
+  e.a1 = clamped(by * g.a1 * kLn2, kMostOfSlopes);
+  e.b0 = clamped(k * by * (g.b0 + g.b1 * kLn2 * r), kMostOfTerms);
+  e.b1 = clamped(k * by * g.b1 * kLn2, kMostOfSlopes);
   const bool scaled_exp = e.a1 == 0.0f && e.b0 == 0.0f && e.b1 == 0.0f;
-  e.a0 = coefficient(by * (g.a0 + g.a1 * kLn2 * r), scaled_exp ? 0 : 2);
+  e.a0 = clamped(by * (g.a0 + g.a1 * kLn2 * r), scaled_exp ? kMost : kMostOfTerms);
   e.mode = !fast ? GradMode::kCareful : scaled_exp ? GradMode::kScaledExp : GradMode::kGeneral;
   return e;
 }
@@ -101,6 +103,7 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
 // Returns the row's gradient, if the call wants one: that of its token's loss, or of its statistics
 // with the upstream gradients. The thread for which `writes` is true writes the row's outputs. A
 // null `weighting` is loaded here.
+template <bool kOwn>
 PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan scan,
                                    const RowInputs& in, const WeightingValues<float>* weighting,
                                    bool writes) {
@@ -112,14 +115,14 @@ PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan
         stats, in.token, call.objective,
         weighting != nullptr ? *weighting : load_weighting<float, float>(call.weighting));
     if (writes) write_loss<float>(call.loss, job.row, stats, token);
-    up = {saturated<float>(token.dlogp), saturated<float>(token.dentropy), 0.0f, 0.0f};
+    up = {clamped(token.dlogp, kMost), clamped(token.dentropy, kMost), 0.0f, 0.0f};
   } else if (call.task == RowTask::kStats && writes) {
     write_stats<float>(call.stats, job.row, scan, stats);
   }
   if (!call.wants_gradient()) return ElementGrad{};
   const Upstream<double> g = {up.logp, up.entropy, up.unit_polarity, up.lse};
   return make_element_grad(make_row_grad(scan.state, stats, g), scan, stats.mu, in,
-                           scaling_of(call, job));
+                           scaling_of<kOwn>(call, job));
 }
 
 // A plan is a row's ElementGrad in shared memory. The warp that finishes the row leaves it there

@@ -61,7 +61,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
   const uint32_t plan = messages + static_cast<uint32_t>(warps * kWarpMessageBytes);
   const WeightingValues<float> weighting = load_weighting<float, float>(call.weighting);
 
-  RowQueue queue(call, machine::block_index(), machine::grid_blocks(), lane);
+  RowQueue<true> queue(call, machine::block_index(), machine::grid_blocks(), lane);
   for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
     if (job.column == kColumnInactive) {
       if (call.wants_gradient()) write_zero_columns<Out>(call, job.row, 0, 0, 1, share);
@@ -69,7 +69,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
       continue;
     }
     const GlobalRow<In> row = {element_at<In>(call.logits, job.row, 0), call.columns()};
-    const Scaling scaling = scaling_of(call, job);
+    const Scaling scaling = scaling_of<true>(call, job);
     WarpScan<In> sums(scaling);
     scan_row(sums, row, warp, lane);
     // Read before an in-place gradient overwrites it.
@@ -81,9 +81,9 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
     if (warp == 0) {
       const uint32_t from =
           messages + static_cast<uint32_t>((lane & (warps - 1)) * kWarpMessageBytes);
-      const RowInputs in = load_inputs(call, job.row);
+      const RowInputs in = load_inputs<true>(call, job.row);
       const RowScan scan = merge_lanes(load_warp_message(from, in.inv_temperature), warps);
-      const ElementGrad g = finish_row(call, job, scan, in, &weighting, lane == 0);
+      const ElementGrad g = finish_row<true>(call, job, scan, in, &weighting, lane == 0);
       if (lane == 0) store_plan(plan, g);
     }
     machine::block_sync();

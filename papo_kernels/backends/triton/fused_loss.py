@@ -91,14 +91,14 @@ class LossOut(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One token's inputs."""
+    """One token's inputs; of those of the KL term the addresses, as few losses have one."""
 
     advantage: tl.tensor
     token_weight: tl.tensor
-    kl_weight: tl.tensor
+    kl_weight_at: tl.tensor
     entropy_weight: tl.tensor
     old: tl.tensor
-    ref_logp: tl.tensor
+    ref_logp_at: tl.tensor
     phase: tl.tensor
     sigma: tl.tensor
     scale: tl.tensor
@@ -112,10 +112,10 @@ def load_token(inputs, i):
     return Token(
         tl.load(inputs.advantages + i),
         tl.load(inputs.rows.token_weight + i),
-        tl.load(inputs.rows.kl_weight + i),
+        inputs.rows.kl_weight + i,
         tl.load(inputs.rows.entropy_weight + i),
         tl.load(inputs.old + i),
-        tl.load(inputs.ref_logp + i),
+        inputs.ref_logp + i,
         tl.load(inputs.phase),
         tl.load(inputs.sigma),
         tl.load(inputs.scale),

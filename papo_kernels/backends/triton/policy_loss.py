@@ -84,7 +84,9 @@ def exponential(x):
 
 @triton.jit
 def times(e, x):
-    return product(product(x, e.root), e.square)
+    """x times an `Exponential`, like `product`."""
+    is_zero = ((x == 0.0) & (e.root == e.root)) | ((e.root == 0.0) & (x == x))
+    return tl.where(is_zero, 0.0, x * e.root * e.square)
 
 
 @triton.jit
@@ -302,7 +304,8 @@ def policy_token(row, token, o, how):
     policy, side = surrogate_term(o, adv, token.token_weight, r, row.logp, how.SURROGATE)
     loss, dlogp = policy.value, policy.dlogp
     if o.kl_coef != 0.0:
-        kl = kl_term(o, row.logp, token.ref_logp, o.kl_coef * token.kl_weight, r, how)
+        scale = o.kl_coef * tl.load(token.kl_weight_at)
+        kl = kl_term(o, row.logp, tl.load(token.ref_logp_at), scale, r, how)
         loss += kl.value
         dlogp = saturated(dlogp, HIGHEST) + saturated(kl.dlogp, HIGHEST)
     dentropy = -o.entropy_coef * token.entropy_weight

@@ -29,14 +29,6 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def resolved(tensor: Tensor) -> Tensor:
-    """`tensor` with its values in memory: not with their signs changed. An operation of a traced
-    graph gets no other."""
-    if torch.compiler.is_compiling() or not tensor.is_neg():
-        return tensor
-    return tensor.resolve_neg()
-
-
 def kernel_or_operation(
     tensors: Iterable[Tensor | None], kernel: Callable[..., T], operation: Callable[..., T]
 ) -> Callable[..., T]:

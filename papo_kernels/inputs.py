@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .checks import (
     check_device,
@@ -19,7 +20,7 @@ from .checks import (
     check_vocab_size,
     counted_columns,
 )
-from .dispatch import filled, is_plain, resolved
+from .dispatch import filled, is_plain
 from .objective import Objective, PolarityWeighting
 from .token_loss import weightless
 from .types import (
@@ -52,7 +53,8 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
         value = value.detach()
     if value.dtype != dtype:
         value = value.to(dtype)
-    value = resolved(value)
+    if not is_compiling() and value.is_neg():
+        value = value.resolve_neg()
     return value if value.is_contiguous() else value.contiguous()
 
 
@@ -95,18 +97,15 @@ def _token_input(
 
 
 def targets_of_rows(logits: object, targets: Tensor) -> Tensor:
-    """`targets` where they are one a row, or of several ids each row's first.
-
-    Args:
-        logits: as the public functions take them; unchecked, as `targets` are.
-    """
-    if isinstance(logits, tuple):  # the logits of a head
+    """`targets` where they are one a row, or of several ids each row's first; both unchecked."""
+    if isinstance(logits, tuple):  # of a head
         logits = logits[0]
     elif isinstance(logits, Logits):
         logits = logits.values
-    if not (isinstance(logits, Tensor) and isinstance(targets, Tensor)):
-        return targets
-    if targets.dim() != logits.dim() or not targets.dim():
+    try:
+        if targets.dim() != logits.dim() or not targets.dim():  # type: ignore[attr-defined]
+            return targets
+    except AttributeError:
         return targets
     check_tensor("targets", targets)
     if targets.shape[-1] == 0:

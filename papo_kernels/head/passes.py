@@ -80,7 +80,7 @@ class Passes:
         self._operands, self._options, self._split = operands, options, split
         vocab_size = options.row.vocab_size
         if not checked:
-            check_target_values(targets.view(-1), vocab_size)
+            check_target_values(targets, vocab_size)
         self._first = split.first if split is not None else 0
         held = operands.weight.shape[0]
         cut = max(0, min(held, vocab_size - self._first))

@@ -171,7 +171,9 @@ def _statistics_gradient(
 def saturated(grad: Tensor, logits: Tensor) -> Tensor:
     """Upstream gradients at most as large as those that sums for these logits hold: infinite ones
     would turn a zero of the row's gradient into NaN."""
-    most = torch.finfo(acc_dtype(logits.dtype)).max
+    acc = acc_dtype(logits.dtype)
+    # In float64, in which the sums are formed, with room for a sum of such numbers.
+    most = torch.finfo(acc).max / (1024.0 if acc == torch.float64 else 1.0)
     return grad.double().clamp(-most, most)
 
 
@@ -243,8 +245,8 @@ def policy_loss_fwd(
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
-    """``dlogits *= factor``, and 0 where the factor is: a gradient may have overflowed."""
-    dlogits.copy_(torch.where(factor == 0, 0.0, dlogits * factor))
+    """``dlogits *= factor``, and 0 where either is: the other may have overflowed."""
+    dlogits.copy_(torch.where(factor == 0, 0.0, dlogits * saturated(factor, dlogits)))
 
 
 # ---- split vocabularies --------------------------------------------------------------------------

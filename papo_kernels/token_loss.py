@@ -63,13 +63,16 @@ class _Ratio(NamedTuple):
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y, and 0 where x is, however large y."""
-    return torch.where((x == 0) & ~y.isnan(), 0.0, x * y)
+    """x y, and 0 where either is, however large the other."""
+    zero = ((x == 0) & ~y.isnan()) | ((y == 0) & ~x.isnan())
+    return torch.where(zero, 0.0, x * y)
 
 
 def _times_exp(x: Tensor, exponent: Tensor) -> Tensor:
-    """x e^exponent, and 0 where x is, however large the exponent."""
-    return _product(x, exponent.exp())
+    """The same for y = e^exponent, which may itself leave float64."""
+    root = (0.5 * exponent).exp()
+    far = _product(_product(x, root), root)
+    return torch.where(exponent > 709, far, _product(x, exponent.exp()))
 
 
 # ---- the weight ----------------------------------------------------------------------------------
@@ -124,8 +127,9 @@ def _divergence(objective: Objective, logp: Tensor, old_logp: Tensor) -> Tensor:
     p, p_old = logp.exp(), old_logp.exp()
     if objective.surrogate == "dppo_tv":
         return p - p_old
-    rest, rest_old = -torch.expm1(logp) + _DPPO_EPS, -torch.expm1(old_logp) + _DPPO_EPS
-    kl = _product(p_old, old_logp - logp) + (1.0 - p_old) * (rest_old / rest).log()
+    rest, old_rest = (-torch.expm1(x).clamp(max=0.0) for x in (logp, old_logp))
+    odds = (old_rest + _DPPO_EPS) / (rest + _DPPO_EPS)
+    kl = _product(p_old, old_logp - logp) + old_rest * odds.log()
     return torch.where(p > p_old, kl, torch.where(p < p_old, -kl, 0.0))
 
 
@@ -150,7 +154,7 @@ def _surrogate(
         t = torch.where(positive, positive_t, other_t).to(r)
         gate, rest = torch.sigmoid(t * (r - 1.0)), torch.sigmoid(-t * (r - 1.0))
         slope = _times_exp(4.0 * gate * rest * scaled, ratio.log)
-        return _Term(-4.0 / t * gate * scaled, none, -slope), _side(none > 0, none > 0)
+        return _Term(-4.0 * gate * scaled / t, none, -slope), _side(none > 0, none > 0)
 
     lo, hi = 1.0 - clip_low, 1.0 + clip_high
     low, high = r < lo, r > hi
@@ -181,6 +185,7 @@ def _surrogate(
 def _kl(objective: Objective, logp: Tensor, ref_logp: Tensor, scale: Tensor, r: _Ratio) -> _Term:
     """`scale` is the coefficient times the token's weight."""
     x, name = logp - ref_logp, objective.kl_estimator.removesuffix("+")
+    growth = torch.expm1(-x) if name == "k3" else torch.zeros_like(x)
     if name == "k1":
         value, slope = x, torch.ones_like(x)
     elif name == "k2":
@@ -188,19 +193,23 @@ def _kl(objective: Objective, logp: Tensor, ref_logp: Tensor, scale: Tensor, r: 
     elif name == "abs":
         value, slope = x.abs(), x.sign()
     else:
-        growth = torch.expm1(-x)
         value, slope = torch.where(growth.isposinf(), growth, growth + x), -growth
     if objective.kl_limit is not None:
         beyond = value.abs() > objective.kl_limit
         value = value.clamp(-objective.kl_limit, objective.kl_limit)
-        slope = torch.where(beyond, 0.0, slope)
+        slope, growth = torch.where(beyond, 0.0, slope), torch.where(beyond, 0.0, growth)
     if objective.kl_estimator.endswith("+"):
         slope = x
-    value, slope = _product(scale, value), _product(scale, slope)
-    if not objective.kl_ratio:
-        return _Term(value, slope, torch.zeros_like(value))
-    value, slope = _times_exp(value, r.log), _times_exp(slope, r.log)
-    return _Term(value, slope, value)
+    exponent = r.log if objective.kl_ratio else torch.zeros_like(x)
+    # Where e^-x leaves float64, its weight or the ratio may bring it back.
+    far, vanishes = growth.isposinf(), exponent.isneginf()
+    far_value = _times_exp(scale, torch.where(vanishes, exponent, exponent - x))
+    value = torch.where(far, far_value, _times_exp(_product(scale, value), exponent))
+    if objective.kl_estimator == "k3":
+        slope = torch.where(far, -far_value, _times_exp(_product(scale, slope), exponent))
+    else:
+        slope = _times_exp(_product(scale, slope), exponent)
+    return _Term(value, slope, value if objective.kl_ratio else torch.zeros_like(value))
 
 
 # ---- the token -----------------------------------------------------------------------------------

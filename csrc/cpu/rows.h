@@ -143,7 +143,9 @@ class Rows {
     if (!plan.active) return zero_columns(i, 0, dlogits);
     if (target != kElsewhere) {
       const RowParams row = row_of(i);
-      const double dz = chain_rule(plan.grad.target, plan.target_u * row.temperature, row);
+      const double du = plan.grad.target, capped = plan.target_u * row.temperature;
+      const double dz = logits_.dtype == DType::kFloat64 ? chain_rule<double>(du, capped, row)
+                                                         : chain_rule<float>(du, capped, row);
       kernels_.store(element_at(dlogits, i, target), dlogits.dtype, dz);
     }
     zero_columns(i, row_.vocab_size, dlogits);

@@ -6,7 +6,10 @@ namespace cpu {
 
 Status launch_scale(const Matrix& matrix, const void* factor, const Launch& launch) {
   double value = 0;
-  with_acc(matrix.dtype, [&](auto acc) { value = load_acc<decltype(acc)>(factor, 0); });
+  with_acc(matrix.dtype, [&](auto acc) {
+    using A = decltype(acc);
+    value = saturated<A>(double(load_acc<A>(factor, 0)));
+  });
   if (value == 1.0) return Status::success();
   const RowKernels& kernels = row_kernels();
   parallel_for(matrix.rows, useful_threads(launch.threads, matrix.rows * matrix.cols), 1,

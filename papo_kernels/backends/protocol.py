@@ -156,4 +156,5 @@ class Backend(Protocol):
 
     def scale_(self, dlogits: Tensor, factor: Tensor) -> None:
         """``dlogits *= factor`` for a 0-dim `factor` on the same device. A factor of 1 changes no
-        bit; one of 0 gives zeros, infinite elements or not."""
+        bit; one of 0 gives zeros, infinite elements or not. An infinite one counts as the largest
+        number of the accumulation dtype."""

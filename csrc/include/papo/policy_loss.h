@@ -47,10 +47,10 @@ struct TokenOut {
 
 // ---- products of what may overflow --------------------------------------------------------------
 
-// x y, and 0 where x is, however large y.
+// x y, and 0 where either is, however large the other.
 template <typename C>
 PAPO_HD C product(C x, C y) {
-  return x == C(0) && y == y ? C(0) : x * y;
+  return (x == C(0) && y == y) || (y == C(0) && x == x) ? C(0) : x * y;
 }
 
 // e^x, kept as a square where it leaves C: a product with a small number may not.
@@ -65,7 +65,7 @@ struct Exponential {
   }
 
   PAPO_HD C value() const { return root * square; }
-  PAPO_HD C times(C x) const { return x == C(0) && root == root ? C(0) : x * root * square; }
+  PAPO_HD C times(C x) const { return product(product(x, root), square); }
 };
 
 // ---- the weight ---------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ struct Term {
 // The ratio of a token. Its log is clamped, and does not move the loss where the clamp acts.
 template <typename C>
 struct Ratio {
+  C log;
   Exponential<C> exp;
   C value;
   C old_logp;
@@ -109,7 +110,8 @@ struct Ratio {
                                               : C(0);
     const C limit = static_cast<C>(objective.log_ratio_limit);
     Ratio r;
-    r.exp = Exponential<C>::of(log > limit ? limit : log < -limit ? -limit : log);
+    r.log = log > limit ? limit : log < -limit ? -limit : log;
+    r.exp = Exponential<C>::of(r.log);
     r.value = r.exp.value();
     r.old_logp = in.past == Past::kOldLogp ? in.old : logp - log;
     r.moves = !(abs_of(log) > limit);
@@ -117,14 +119,22 @@ struct Ratio {
   }
 };
 
+// 0 where x is negative, as 1 - p is by rounding.
+template <typename C>
+PAPO_HD C positive_part(C x) {
+  return x < C(0) ? C(0) : x;
+}
+
 // DPPO's divergence of the token, negative where the token has become less likely.
 template <typename C>
 PAPO_HD C dppo_divergence(Surrogate surrogate, C logp, C old_logp) {
   const C p = exp_of(logp), old = exp_of(old_logp);
   if (surrogate == Surrogate::kDppoTv) return p - old;
   const C eps = C(1e-8);  // keeps the logarithms finite, as in verl
-  const C kl = product(old, old_logp - logp) +
-               (C(1) - old) * log_of((eps - expm1_of(old_logp)) / (eps - expm1_of(logp)));
+  const C rest = positive_part(-expm1_of(logp));
+  const C old_rest = positive_part(-expm1_of(old_logp));
+  const C kl =
+      product(old, old_logp - logp) + old_rest * log_of((old_rest + eps) / (rest + eps));
   return p > old ? kl : p < old ? -kl : C(0);
 }
 
@@ -142,7 +152,7 @@ PAPO_HD Term<C> surrogate_term(const Objective& o, C adv, C weighted, const Rati
       const C t = static_cast<C>(positive ? o.sapo_positive : o.sapo_other);
       const C x = t * (r.value - C(1));
       const C gate = C(1) / (C(1) + exp_of(-x)), rest = C(1) / (C(1) + exp_of(x));
-      return {C(-4) / t * gate * weighted, C(0), -r.exp.times(C(4) * gate * rest * weighted)};
+      return {C(-4) * gate * weighted / t, C(0), -r.exp.times(C(4) * gate * rest * weighted)};
     }
     case Surrogate::kDppoTv:
     case Surrogate::kDppoKl: {
@@ -188,44 +198,37 @@ PAPO_HD Term<C> surrogate_term(const Objective& o, C adv, C weighted, const Rati
 // `scale` is the coefficient times the token's weight.
 template <typename C>
 PAPO_HD Term<C> kl_term(const Objective& o, C logp, C ref_logp, C scale, const Ratio<C>& r) {
-  const C x = logp - ref_logp;
-  C value = x, slope = C(1);
+  const C x = logp - ref_logp, limit = static_cast<C>(o.kl_limit);
+  C value = x, slope = C(1), growth = C(0);
   if (o.kl_estimator == KlEstimator::kK2) {
     value = C(0.5) * x * x;
     slope = x;
   } else if (o.kl_estimator == KlEstimator::kAbs) {
     value = abs_of(x);
     slope = x > C(0) ? C(1) : x < C(0) ? C(-1) : C(0);
-  }
-  const C limit = static_cast<C>(o.kl_limit);
-  if (o.kl_estimator == KlEstimator::kK3) {
-    // expm1 keeps the digits where the policies are close.
-    const C growth = expm1_of(-x);
+  } else if (o.kl_estimator == KlEstimator::kK3) {
+    growth = expm1_of(-x);  // keeps the digits where the policies are close
     value = growth == infinity<C>() ? growth : growth + x;
     slope = -growth;
   }
-  // What only the weight brings back into C.
-  const bool is_far = o.kl_estimator == KlEstimator::kK3 && value == infinity<C>();
-  const bool beyond = abs_of(value) > limit;
-  if (beyond) {
+  if (abs_of(value) > limit) {
     value = value > C(0) ? limit : -limit;
-    slope = C(0);
+    slope = growth = C(0);
   }
-  Term<C> term;
-  if (is_far && !beyond) {
-    term.value = Exponential<C>::of(-x).times(scale);
-    term.dlogp = -term.value;
-  } else {
-    term.value = product(scale, value);
-    term.dlogp = product(scale, slope);
+  if (o.kl_slope_of_k2) slope = x;
+  const auto weighted = [&](C y) {
+    return o.kl_ratio ? r.exp.times(product(scale, y)) : product(scale, y);
+  };
+  Term<C> term = {weighted(value), weighted(slope), C(0)};
+  if (growth == infinity<C>()) {
+    // e^-x leaves C. Its weight or the ratio, which is infinitely small for a masked token, may
+    // bring it back.
+    C exponent = -x;
+    if (o.kl_ratio) exponent = r.log == -infinity<C>() ? r.log : exponent + r.log;
+    term.value = Exponential<C>::of(exponent).times(scale);
+    if (!o.kl_slope_of_k2) term.dlogp = -term.value;
   }
-  if (o.kl_slope_of_k2) term.dlogp = product(scale, x);
-  term.dlog_ratio = C(0);
-  if (o.kl_ratio) {
-    term.value = r.exp.times(term.value);
-    term.dlogp = r.exp.times(term.dlogp);
-    term.dlog_ratio = term.value;
-  }
+  if (o.kl_ratio) term.dlog_ratio = term.value;
   return term;
 }
 

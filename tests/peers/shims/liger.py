@@ -28,6 +28,7 @@ from papo_kernels import (
     LogRatio,
     Objective,
     PolicyLossOutput,
+    Sequences,
     TokenWeights,
     policy_loss,
     token_stats,
@@ -97,6 +98,9 @@ def grpo_loss(
         advantages = advantages * bound
         if o.use_bias_correction_kl:
             weights = weights._replace(kl=weights.kl * bound)
+    if o.importance_sampling_level == "sequence":
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        old = Sequences(old, torch.where(o.mask > 0, rows, -1))
     out = policy_loss(
         logits,
         ids,

@@ -37,16 +37,20 @@ def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _is_of(value: Any, shim: ModuleType) -> bool:
+    """Whether `value` is the peer's, under whatever name a test has loaded the peer's file."""
+    owner = getattr(value, "__self__", value)
+    return callable(value) and getattr(owner, "__module__", "").startswith(shim.MODULES)
+
+
 def _replace(module: ModuleType, shim: ModuleType) -> None:
     for name, function in shim.FUNCTIONS.items():
-        value = module.__dict__.get(name)
-        # A test may have loaded the peer's file under another name: there, too, it is the peer's.
-        if callable(value) and getattr(value, "__module__", "").startswith(shim.MODULES):
+        if _is_of(module.__dict__.get(name), shim):
             setattr(module, name, counted(name, function))
     for path, function in shim.METHODS.items():
         owner, name = path.split(".")
         value = module.__dict__.get(owner)
-        if isinstance(value, type) and value.__module__.startswith(shim.MODULES):
+        if isinstance(value, type) and _is_of(value, shim):
             setattr(value, name, counted(path, function))
 
 

@@ -131,7 +131,7 @@ def row_params(
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         return RowParams(float(temperature) / scale, cap, columns)
-    source = "logits and the parameters of a head"
+    source = "the logits"
     temperatures = _token_input("temperature", temperature, targets, dtype, source)
     if temperatures.is_cpu and is_plain(temperatures):
         good = (temperatures > 0) & (temperatures < torch.inf)
@@ -163,19 +163,24 @@ def log_probs(
             "temperature: expected 1.0 with log-probs, which have one already, got "
             f"{tuple(temperature.shape) if isinstance(temperature, Tensor) else temperature!r}"
         )
-    needed = {"logp": "", "entropy": "", "unit_polarity": ""}
-    needed["logp"] = "which the loss is a function of"
-    if objective.entropy_coef:
-        needed["entropy"] = f"since objective.entropy_coef is {objective.entropy_coef}"
-    if weighting is not None:
-        needed["unit_polarity"] = "since weighting is given"
-    for name, why in needed.items():
+    needed = {
+        "logp": True,
+        "entropy": objective.entropy_coef != 0,
+        "unit_polarity": weighting is not None,
+    }
+    for name, is_needed in needed.items():
         value = getattr(given, name)
-        if value is None and not why:
+        if value is None and not is_needed:
             continue
         if not isinstance(value, Tensor):
-            expected = f"expected a tensor, {why}" if why else "expected a tensor or None"
-            raise TypeError(f"logits.{name}: {expected}, got {type(value).__name__}")
+            reasons = {
+                "entropy": f", since objective.entropy_coef is {objective.entropy_coef}",
+                "unit_polarity": ", since a weighting is given",
+            }
+            why = reasons.get(name, "") if is_needed else " or None"
+            raise TypeError(
+                f"logits.{name}: expected a tensor{why}, got {type(value).__name__}"
+            )
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"logits.{name}: expected float32 or float64, got {value.dtype}")
         if value.shape != targets.shape:

@@ -140,8 +140,9 @@ def _surrogate(
     positive, negative, name = advantage > 0, advantage < 0, objective.surrogate
     other = objective.negative_clip or (objective.clip_low, objective.clip_high)
     r, scaled, none = ratio.value, token_weight * advantage, torch.zeros_like(advantage)
-    clip_low = torch.where(positive, objective.clip_low, other[0]).to(r)
-    clip_high = torch.where(positive, objective.clip_high, other[1]).to(r)
+    # Sums, as a choice of two numbers would be float32.
+    clip_low = torch.where(positive, none + objective.clip_low, none + other[0])
+    clip_high = torch.where(positive, none + objective.clip_high, none + other[1])
     if name.startswith("dppo"):
         divergence = _divergence(objective, logp, ratio.old_logp)
         low, high = ~positive & (divergence < -clip_low), positive & (divergence > clip_high)
@@ -151,7 +152,7 @@ def _surrogate(
         return _Term(-_product(kept, logp), -kept, none), _side(low, high)
     if name == "sapo":
         positive_t, other_t = objective.sapo_temperature
-        t = torch.where(positive, positive_t, other_t).to(r)
+        t = torch.where(positive, none + positive_t, none + other_t)
         gate, rest = torch.sigmoid(t * (r - 1.0)), torch.sigmoid(-t * (r - 1.0))
         slope = _times_exp(4.0 * gate * rest * scaled, ratio.log)
         return _Term(-4.0 * gate * scaled / t, none, -slope), _side(none > 0, none > 0)

@@ -66,7 +66,7 @@ class Call:
         self.weighting = WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6)
         g = torch.Generator().manual_seed(3)
         self.grads = tuple(
-            torch.randn(n, generator=g).to(device=device, dtype=self.acc) for _ in range(3)
+            torch.randn(n, generator=g).to(device=device, dtype=self.acc) for _ in range(4)
         )
 
     def whole(self):
@@ -203,7 +203,7 @@ def test_state_of_a_shard_without_a_distribution(value, backend, device):
     *again, _ = impl.token_stats_fwd(good, elsewhere, RowParams(1.0, 0.0, 50, sharded=True), whole)
     assert all(x.isnan().all() for x in again)
     assert not any(x[:1].isnan().any() for x in stats)
-    grads = (torch.ones(2, device=device),) * 3
+    grads = (torch.ones(2, device=device),) * 4
     dz = impl.token_stats_bwd(good, elsewhere, whole, grads, RowParams(1.0, 0.0, 50, sharded=True))
     assert dz.isnan().all()
 
@@ -286,11 +286,11 @@ def test_no_rows_and_no_gradients(backend, device):
     *stats, state = impl.token_stats_fwd(logits, targets, row)
     assert state.shape == (0, 6)
     assert all(x.shape == (0,) for x in stats)
-    dz = impl.token_stats_bwd(logits, targets, state, (None, None, None), row)
+    dz = impl.token_stats_bwd(logits, targets, state, (None,) * 4, row)
     assert dz.shape == (0, 9)
     logits, targets = torch.randn(3, 9, device=device), torch.tensor([1, 2, 3], device=device)
     *_, state = impl.token_stats_fwd(logits, targets, row)
-    dz = impl.token_stats_bwd(logits, targets, state, (None, None, None), row)
+    dz = impl.token_stats_bwd(logits, targets, state, (None,) * 4, row)
     assert dz.eq(0).all()
 
 

@@ -77,7 +77,7 @@ PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
   if (row.softcap > 0.0 && du != A(0)) {
     const A t = capped / static_cast<A>(row.softcap);
     constexpr A kRoundings = sizeof(Acc) == 8 ? A(0x1p-51) : A(0x1p-22);
-    du = A(1) - abs_of(t) < kRoundings ? A(0) : du * softcap_slope(t);
+    du *= A(1) - abs_of(t) < kRoundings ? A(0) : softcap_slope(t);
   }
   return du / static_cast<A>(row.temperature);
 }

@@ -13,22 +13,32 @@ from .head.keep import KeepSet
 from .objective import Objective, PolarityWeighting
 from .types import (
     Compute,
+    FullTokenStats,
     Logits,
+    LogProbs,
+    LogRatio,
     PolicyLossOutput,
+    Sequences,
     TokenStats,
+    TokenWeights,
 )
 
 __all__ = [
     "Compute",
+    "FullTokenStats",
     "Head",
     "KeepSet",
     "LazyLogits",
     "LoRA",
+    "LogProbs",
+    "LogRatio",
     "Logits",
     "Objective",
     "PolarityWeighting",
     "PolicyLossOutput",
+    "Sequences",
     "TokenStats",
+    "TokenWeights",
     "policy_loss",
     "token_stats",
 ]

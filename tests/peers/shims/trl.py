@@ -25,13 +25,16 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     return token_stats(logits, index).entropy.to(logits.dtype)
 
 
-def chunked_log_prob(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """`_ChunkedLogProbFunction.apply`; before TRL 1.11 it takes no bias and gives two tensors."""
-    bias, *arguments = arguments if isinstance(arguments[1], Tensor) else (None, *arguments)
+def chunked_log_prob(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`_ChunkedLogProbFunction.apply`; before it had a bias, it gave two tensors."""
+    has_bias = isinstance(arguments[1], Tensor)
+    bias, *arguments = arguments if has_bias else (None, *arguments)
     targets, temperature, _, softcap, logit_scale = (*arguments, None, 1.0)[:5]
     head = Head(weight, bias, softcap=softcap, logit_scale=logit_scale)
     compute = Compute(full_stats=True)
     stats = token_stats(head(hidden), targets, temperature=temperature, compute=compute)
+    if not has_bias:
+        return stats.logp, stats.entropy
     return stats.logp, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 
 

@@ -120,7 +120,7 @@ def grpo_loss(
     return out, kl, clipped & (o.loss_type != "vespo")
 
 
-def _weights(o: SimpleNamespace) -> TokenWeights:
+def weights_of(o: SimpleNamespace) -> TokenWeights:
     """Of `o.loss_type`'s aggregation: one number for all tokens but for the kinds of mean."""
     mask, (sequences, length) = o.mask, o.mask.shape
     tokens = mask.sum(-1, keepdim=True)
@@ -150,7 +150,7 @@ def chunked_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]
         with torch.no_grad():
             o.ref_logp = token_stats(reference, ids, temperature=float(o.temperature)).logp
     logits = Head(o.weight, o.bias)(o._input)
-    out, kl, clipped = grpo_loss(logits, ids, o, _weights(o), reduce=True)
+    out, kl, clipped = grpo_loss(logits, ids, o, weights_of(o), reduce=True)
     metrics = [_masked_mean(kl, o.mask)] if o.beta != 0.0 else []
     return out.loss, (*metrics, _masked_mean(clipped, o.mask))
 

@@ -24,8 +24,9 @@ def _stub(name: str, *values: str) -> None:
 _stub("flash_attn.bert_padding", "index_first_axis", "pad_input", "rearrange", "unpad_input")
 _stub("flash_attn.utils.distributed", "all_gather")
 
-from openrlhf.models.loss import aggregate_loss  # noqa: E402
+from openrlhf.models.loss import PolicyLoss, aggregate_loss  # noqa: E402
 from openrlhf.models.utils import KL_IS_WEIGHT_CLIP, masked_mean  # noqa: E402
+from openrlhf.models.utils import compute_approx_kl as openrlhf_kl  # noqa: E402
 
 
 def _ids(logp: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def _ids(logp: Tensor) -> Tensor:
     return torch.zeros_like(logp, dtype=torch.long)
 
 
-def _correction(loss: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _correction(loss: PolicyLoss, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Factors on tokens against the sampler's own log-probs, and which it has left out or cut."""
     ratio, by_sequence = (old - rollout).exp(), loss.is_correction_level == "seq"
     p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
@@ -53,7 +54,7 @@ def _correction(loss: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[
 
 
 def policy_loss_forward(
-    self: Any,
+    self: PolicyLoss,
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -62,7 +63,7 @@ def policy_loss_forward(
     **batch: Any,
 ) -> tuple[Tensor | None, ...]:
     """`PolicyLoss.forward`."""
-    mask, gspo = action_mask.float(), self.policy_loss_type == "gspo"
+    mask, gspo = action_mask.to(log_probs), self.policy_loss_type == "gspo"
     corrected = self.is_correction_level != "off"
     out = policy_loss(
         LogProbs(log_probs),

@@ -31,7 +31,8 @@ def chunked_log_prob(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[T
     bias, *arguments = arguments if has_bias else (None, *arguments)
     targets, temperature, _, softcap, logit_scale = (*arguments, None, 1.0)[:5]
     head = Head(weight, bias, softcap=softcap, logit_scale=logit_scale)
-    compute = Compute(full_stats=True)
+    # Its logits have the dtype of the hidden states.
+    compute = Compute(full_stats=True, logits_dtype=hidden.dtype)
     stats = token_stats(head(hidden), targets, temperature=temperature, compute=compute)
     if not has_bias:
         return stats.logp, stats.entropy

@@ -47,10 +47,10 @@ def policy_loss_of(surrogate: str) -> Callable[..., tuple[Tensor, dict[str, floa
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        mask = response_mask.float()
+        mask = response_mask.to(log_prob)
         out = policy_loss(
             LogProbs(log_prob),
-            response_mask.long() - 1,  # no token is ignored: 0 or -1
+            torch.zeros_like(log_prob, dtype=torch.long),  # which tokens they are does not matter
             advantages,
             mask if rollout_is_weights is None else mask * rollout_is_weights,
             old_logp=old_log_prob,
@@ -58,16 +58,16 @@ def policy_loss_of(surrogate: str) -> Callable[..., tuple[Tensor, dict[str, floa
         )
         mode = "seq-mean-token-mean" if surrogate == "sapo" else loss_agg_mode
         total = agg_loss(out.loss, response_mask, mode, **config.global_batch_info)
-        # `masked_mean` cannot take the log of a masked token's ratio, which is 0 there anyway.
-        log_ratio = (log_prob - old_log_prob).detach()
-        dual = out.clip_side == CLIPPED_DUAL
+        inside, dual = out.clip_side == INSIDE, out.clip_side == CLIPPED_DUAL
+        if surrogate.startswith("dppo"):
+            dual = inside & (out.ratio > config.get("clip_ratio_c", 20.0))
         metrics = {
-            "actor/pg_clipfrac": (out.clip_side != INSIDE) & ~dual,
-            "actor/ppo_kl": -log_ratio,
+            "actor/pg_clipfrac": ~inside & ~dual,
+            "actor/ppo_kl": (old_log_prob - log_prob).detach(),
             "actor/pg_clipfrac_lower": dual,
         }
         return total, {
-            name: masked_mean(x.float(), response_mask).item() for name, x in metrics.items()
+            name: masked_mean(x.to(log_prob), response_mask).item() for name, x in metrics.items()
         }
 
     return loss

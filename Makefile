@@ -59,7 +59,7 @@ peers:
 	$(PEERS)/venv/bin/python -m pip install -q --no-deps verl==0.9.1 openrlhf==0.11.2
 	$(PEERS)/venv/bin/python -m pip install -q -e .
 	$(PEERS)/venv/bin/python -m tests.peers.suites $(PEERS)
-	$(PEERS)/venv/bin/python -m pytest tests/peers
+	$(PEERS)/venv/bin/python -m pytest tests/peers $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_cpu

@@ -93,6 +93,7 @@ class Suite:
         chosen: pytest's expression for those that run.
         passes, reaches: how many pass, and how many of them call papo_kernels.
         exceptions: parts of the ids of tests that may fail.
+        large: its cases take minutes each.
     """
 
     peer: Peer
@@ -102,10 +103,12 @@ class Suite:
     reaches: int
     chosen: str = ""
     exceptions: tuple[str, ...] = ()
+    large: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.peer.name} {Path(self.paths[0]).stem}"
+        size = " at vocabularies of models" if self.large else ""
+        return f"{self.peer.name} {Path(self.paths[0]).stem}{size}"
 
     def run(self, sources: Path, report: Path) -> tuple[Report, str]:
         """What happened, and what pytest printed."""
@@ -148,7 +151,23 @@ def _half_precision() -> Iterator[str]:
 
 
 SUITES = (
-    Suite(LIGER, "liger", ("test/transformers/test_grpo_loss.py",), 104, 104),
+    Suite(
+        LIGER,
+        "liger",
+        ("test/transformers/test_grpo_loss.py",),
+        90,
+        90,
+        chosen="not 64000 and not 151936",
+    ),
+    Suite(
+        LIGER,
+        "liger",
+        ("test/transformers/test_grpo_loss.py",),
+        14,
+        14,
+        chosen="64000 or 151936",
+        large=True,
+    ),
     Suite(
         LIGER,
         "liger",

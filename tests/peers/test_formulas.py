@@ -192,7 +192,7 @@ def test_openrlhf_kl_estimators(name: str, unbiased: bool) -> None:
 
     ref = _tokens().ref.float()  # it computes in float32
     results = []
-    for estimate in (shim.compute_approx_kl, shim.openrlhf_kl):
+    for estimate in (shim.compute_approx_kl, shim.utils.compute_approx_kl):
         logp = _tokens().logp.float().requires_grad_()
         value = estimate(logp, ref, kl_estimator=name, unbiased_gradient=unbiased)
         results.append((value.detach(), *torch.autograd.grad(value.sum(), logp)))

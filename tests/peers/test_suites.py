@@ -1,6 +1,7 @@
 """The peers' own tests, run on papo_kernels through the shims.
 
-`make peers` installs the peers, fetches their tests into $PEERS_SRC and runs this file.
+`make peers` installs the peers, fetches their tests into $PEERS_SRC and runs this file;
+`make peers ARGS="-m large"` what takes an hour.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from _pytest.mark.structures import ParameterSet
 from .suites import SUITES, Suite
 
 
-def _with_need(suite: Suite) -> ParameterSet:
-    return pytest.param(suite, marks=pytest.mark.needs(f"{suite.peer.name}'s tests"), id=suite.name)
+def _marked(suite: Suite) -> ParameterSet:
+    marks = [pytest.mark.needs(f"{suite.peer.name}'s tests")]
+    return pytest.param(suite, id=suite.name, marks=marks + [pytest.mark.large] * suite.large)
 
 
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("suite", map(_with_need, SUITES))
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("suite", [_marked(suite) for suite in SUITES])
 def test_suite(suite: Suite, tmp_path: Path) -> None:
     sources = Path(os.environ["PEERS_SRC"]).resolve()
     report, output = suite.run(sources, tmp_path / "report.json")

@@ -24,9 +24,9 @@ def _stub(name: str, *values: str) -> None:
 _stub("flash_attn.bert_padding", "index_first_axis", "pad_input", "rearrange", "unpad_input")
 _stub("flash_attn.utils.distributed", "all_gather")
 
+from openrlhf.models import utils  # noqa: E402
 from openrlhf.models.loss import PolicyLoss, aggregate_loss  # noqa: E402
-from openrlhf.models.utils import KL_IS_WEIGHT_CLIP, masked_mean  # noqa: E402
-from openrlhf.models.utils import compute_approx_kl as openrlhf_kl  # noqa: E402
+from openrlhf.models.utils import masked_mean  # noqa: E402
 
 
 def _ids(logp: Tensor) -> Tensor:
@@ -34,7 +34,9 @@ def _ids(logp: Tensor) -> Tensor:
     return torch.zeros_like(logp, dtype=torch.long)
 
 
-def _correction(loss: PolicyLoss, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _correction(
+    loss: PolicyLoss, old: Tensor, rollout: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """Factors on tokens against the sampler's own log-probs, and which it has left out or cut."""
     ratio, by_sequence = (old - rollout).exp(), loss.is_correction_level == "seq"
     p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
@@ -118,7 +120,7 @@ def compute_approx_kl(
         return _estimate(logp, base, kl_estimator + "+", 10.0)
     k2, ratio = _estimate(logp, base, "k2", None), 1.0
     if log_probs_old is not None:
-        ratio = (logp - log_probs_old.float()).exp().clamp(max=KL_IS_WEIGHT_CLIP).detach()
+        ratio = (logp - log_probs_old.float()).exp().clamp(max=utils.KL_IS_WEIGHT_CLIP).detach()
     return _estimate(logp, base, kl_estimator, 10.0).detach() + ratio * (k2 - k2.detach())
 
 

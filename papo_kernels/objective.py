@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +16,15 @@ SURROGATES = ("clip", "cispo", "sapo", "dppo_tv", "dppo_kl", "ce_gppo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
 WEIGHT_SHAPES = ("sign", "tanh")
+
+
+def _plain(value: Any) -> Any:
+    """A number of another library, or numbers, as Python's; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_plain(x) for x in value)
+    return (
+        float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
+    )
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,13 @@ class Objective:
         check_at_least("kl_coef", self.kl_coef, 0.0)
         check_finite("entropy_coef", self.entropy_coef)
         self._check_surrogate()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _plain(value))
 
     def _check_pair(self, name: str) -> None:
         pair = getattr(self, name)
-        if pair is None:
+        if pair is None and name == "negative_clip":
             return
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"{name}: expected a tuple of two numbers, got {pair!r}")
@@ -130,6 +144,12 @@ class Objective:
             raise ValueError(f"dual_clip: expected None for surrogate {self.surrogate!r}")
         if self.ratio_cap is not None and not dppo:
             raise ValueError(f"ratio_cap: expected None for surrogate {self.surrogate!r}")
+        for name, owner in (("sapo_temperature", "sapo"), ("gppo_scale", "ce_gppo")):
+            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.surrogate != owner and given != default:
+                raise ValueError(
+                    f"{name}: expected {default} for surrogate {self.surrogate!r}, got {given!r}"
+                )
         if dppo and self.ratio_level != "token":
             raise ValueError(
                 f"ratio_level: expected 'token' for surrogate {self.surrogate!r}, whose divergence "

@@ -276,6 +276,10 @@ def draw_objective(data):
         options["dual_clip"] = draw(None, 1.01, 3.0)
     if surrogate.startswith("dppo"):
         options["ratio_cap"] = draw(None, 1.2)
+    if surrogate == "sapo":
+        options["sapo_temperature"] = draw((1.0, 1.05), (5.0, 0.3))
+    if surrogate == "ce_gppo":
+        options["gppo_scale"] = draw((0.75, 1.0), (0.0, 2.0))
     return Objective(
         clip_low=draw(0.0, 0.2, 0.03, 1.0, math.inf),
         clip_high=draw(0.0, 0.28, 0.03, math.inf),
@@ -284,8 +288,6 @@ def draw_objective(data):
         entropy_coef=draw(0.0, 0.01, -0.5),
         surrogate=surrogate,
         log_ratio_limit=draw(None, 0.3),
-        sapo_temperature=draw((1.0, 1.05), (5.0, 0.3)),
-        gppo_scale=draw((0.75, 1.0), (0.0, 2.0)),
         kl_estimator=draw(*KL_ESTIMATORS),
         kl_ratio=draw(False, True),
         kl_limit=draw(None, 0.1),

@@ -231,6 +231,37 @@ def test_where_the_gradient_goes(where, call):
         assert buffer.eq(3.0).all()
 
 
+@pytest.mark.parametrize("softcap", [0.0, 25.0])
+def test_temperatures_of_rows(softcap, backend, device, sizes):
+    """Each row as in a call whose only temperature is its own, bit for bit; one that is none makes
+    its row NaN, unless that is ignored."""
+    impl, n = named(backend), sizes(9, 5)
+    case = make_loss_case("masked", n, 300, device=device, objective=PARAMS)
+    case.targets[-1] = IGNORED
+    values = torch.tensor([0.5, 1.0, 0.6875, 0.0, 3.0, -1.0, torch.nan, torch.inf, 0.5])[:n]
+    values[-1] = torch.nan
+    tokens = TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp)
+
+    def run(row):
+        *stats, state = impl.token_stats_fwd(case.logits, case.targets, row)
+        grads = (case.advantages,) * 4
+        dstats = impl.token_stats_bwd(case.logits, case.targets, state, grads, row)
+        dloss = torch.empty_like(case.logits)
+        loss = impl.policy_loss_fwd(case.logits, case.targets, tokens, PARAMS, None, row, dloss)
+        return *stats, state, dstats, *loss, dloss
+
+    together = run(RowParams(1.0, softcap, 300, temperatures=values.to(device)))
+    for i, temperature in enumerate(values.tolist()):
+        if 0.0 < temperature < torch.inf:
+            alone = run(RowParams(temperature, softcap, 300))
+            assert all(torch.equal(a[i], b[i]) for a, b in zip(together, alone, strict=True))
+        elif case.targets[i] == IGNORED:
+            assert all(x[i].eq(0).all() for x in together)
+        else:
+            assert all(x[i].isnan().all() for x in together[:4])
+            assert together[5][i].isnan().all()
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_of_float32_logits(half, call, backend):
     """For the linear entry points: float32 out of the matrix product, half precision into the next.

@@ -10,7 +10,7 @@ import torch
 from papo_kernels import Objective
 from tests.cases import P_A, one_token
 
-LOGP = math.log(P_A)
+LOGP = math.log(P_A)  # of the sampled token
 INSIDE, LOW, HIGH, DUAL = range(4)
 # ratio, advantage, objective, loss, dloss/dlogp, clip_side. At a bound itself a token is inside.
 BRANCHES = {

@@ -49,9 +49,8 @@ def token_stats(
     With u = softcap(logits) / temperature, p = softmax(u) and sampled token a: logp = log p_a,
     entropy = H = -sum_v p_v log p_v, and the unit polarity c = sum_v p_v^2 (log p_v + H) -
     p_a (log p_a + H), the first-order change of H per unit of advantage and step when a is
-    reinforced (arXiv 2605.11775). All in nats. logp, entropy and unit_polarity are differentiable,
-    once: in the logits, or in the hidden states, the head's weight, bias and LoRA factors. Using
-    lse in a loss raises in backward.
+    reinforced (arXiv 2605.11775). All in nats. All are differentiable, once: in the logits, or in
+    the hidden states, the head's weight, bias and LoRA factors.
 
     For ``head(hidden)``, backward computes the logits of each chunk again. Beyond its results it
     needs the workspace. A half-precision weight whose tokens need several slabs also needs the
@@ -63,7 +62,8 @@ def token_stats(
         targets: ``[...]`` int64, the sampled tokens; -100: ignored, all outputs and the gradient 0.
             A GPU computes the logits of a head's ignored rows all the same: to leave them out it
             would have to wait for their number.
-        temperature: > 0. A compiled graph holds it as a constant: another value compiles it again.
+        temperature: > 0; or each row's, a tensor like `targets` ``[B, T]`` or ``[B]``, ``[B, 1]``,
+            ``[1, T]`` or ``[]``. A compiled graph serves every value.
         compute: backend and memory; None for `Compute()`.
 
     Returns:
@@ -73,8 +73,10 @@ def token_stats(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; among them a
-            weight of zero elements, which is what ZeRO-3 leaves outside a gather. A target out of
-            range raises for CPU tensors; on a GPU it makes its row NaN.
+            weight of zero elements, which is what ZeRO-3 leaves outside a gather. A target or a
+            row's temperature out of range raises for CPU tensors; on a GPU, and a temperature in
+            compiled code, it makes its row NaN.
+        NotImplementedError: under forward-mode differentiation.
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE
@@ -103,7 +105,57 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     compute: Compute | None = None,
 ) -> PolicyLossOutput:
-    """DOC"""
+    """The policy-gradient loss of `Objective` with polarity weighting, fused with its gradient.
+
+    For a token with advantage A, ratio r = exp(logp - old_logp) and A' = w A, the surrogate is a
+    function of r and A' that `Objective` gives for each name, and
+
+        loss = sum over tokens of
+            policy weight * surrogate(r, A') + kl weight * kl_coef KL(logp, ref_logp)
+            - entropy weight * entropy_coef H
+
+    where every weight is `token_weight` unless `TokenWeights` says otherwise. w = scale (1 +
+    strength phase h(polarity / sigma)) with polarity = r A c carries no gradient; without
+    `weighting`, w = 1.
+
+    Where a gradient is asked for, it is formed in the forward pass and multiplied by the upstream
+    scalar in backward (free where that is 1). For ``head(hidden)`` it is formed chunk by chunk, in
+    three matrix products, none of which is repeated. The head's weight is read in the forward pass
+    only, so under ZeRO-3 it need not be gathered for backward. A loss per token
+    (``objective.reduce=False``), one with the ratios of sequences, and one with float16 gradients
+    and no ``compute.grad_scale`` is composed instead: its gradient is formed in backward, a head
+    computes its logits twice, and ``compute.inplace`` has no effect.
+
+    Per-token inputs are like `targets` ``[B, T]``, or broadcast to it: ``[B]``, ``[B, 1]``,
+    ``[1, T]`` or ``[]``.
+
+    Args:
+        logits: as for `token_stats`; or `LogProbs` or a `TokenStats`, in which the loss is then
+            differentiable. Their tokens' targets say no more than which are ignored.
+        targets, temperature, compute: as for `token_stats`. With log-probs the temperature is 1.
+        advantages: any real dtype.
+        token_weight: the loss mask times the normalizer of the aggregation, any real dtype, bool
+            included: for a token mean mask / mask.sum().clamp(min=1), which an all-masked batch
+            does not make NaN. Or `TokenWeights`, one for each term. A token of weight 0 in every
+            term contributes exactly nothing, whatever its logits or hidden state hold, and all its
+            outputs are 0.
+        old_logp: logp under the policy that sampled; None: on-policy, r = 1 with the gradient of
+            exp(logp - stop_gradient(logp)). `LogRatio`: the log of the ratio itself. `Sequences`:
+            with the ids of the sequences that `objective.ratio_level` asks for.
+        ref_logp: logp under the reference policy; needed where objective.kl_coef is not 0.
+        objective: the surrogate and the other terms; None for `Objective()`.
+        weighting: polarity weighting, None for none.
+
+    Returns:
+        PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clip_side):
+        `loss` is a differentiable scalar, or like `targets` where not objective.reduce; the rest is
+        detached and like `targets`. Float32, or float64 for float64 logits; clip_side is uint8.
+        From `LogProbs`, what needs a field that is not given is NaN.
+
+    Raises:
+        TypeError, ValueError: as for `token_stats`.
+        NotImplementedError: under forward-mode differentiation.
+    """
     if compute is None:
         compute = _DEFAULT_COMPUTE
     check_type("compute", compute, Compute)

@@ -80,6 +80,10 @@ def _token_input(
     name: str, value: Tensor | None, targets: Tensor, dtype: torch.dtype, source: str
 ) -> Tensor:
     """The checked `value`, `[N]` of `dtype`."""
+    if type(value) is Tensor and value.dtype is dtype and value.shape == targets.shape:
+        # As most are: the checks below take longer than a small kernel's launch.
+        if value.device == targets.device and value.is_contiguous() and not value.requires_grad:
+            return value if value.dim() == 1 else value.view(-1)
     check_token_input(name, value, targets, source)
     assert value is not None
     if value.shape != targets.shape:

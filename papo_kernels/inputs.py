@@ -80,10 +80,16 @@ def _token_input(
     name: str, value: Tensor | None, targets: Tensor, dtype: torch.dtype, source: str
 ) -> Tensor:
     """The checked `value`, `[N]` of `dtype`."""
-    if type(value) is Tensor and value.dtype is dtype and value.shape == targets.shape:
-        # As most are: the checks below take longer than a small kernel's launch.
-        if value.device == targets.device and value.is_contiguous() and not value.requires_grad:
-            return value if value.dim() == 1 else value.view(-1)
+    # As most are: one call in place of three.
+    if (
+        type(value) is Tensor
+        and value.dtype is dtype
+        and value.shape == targets.shape
+        and value.device == targets.device
+        and value.is_contiguous()
+        and not value.requires_grad
+    ):
+        return value if value.dim() == 1 else value.view(-1)
     check_token_input(name, value, targets, source)
     assert value is not None
     if value.shape != targets.shape:
@@ -182,9 +188,7 @@ def log_probs(
                 "unit_polarity": ", since a weighting is given",
             }
             why = reasons.get(name, "") if is_needed else " or None"
-            raise TypeError(
-                f"logits.{name}: expected a tensor{why}, got {type(value).__name__}"
-            )
+            raise TypeError(f"logits.{name}: expected a tensor{why}, got {type(value).__name__}")
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"logits.{name}: expected float32 or float64, got {value.dtype}")
         if value.shape != targets.shape:

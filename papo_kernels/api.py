@@ -73,7 +73,7 @@ def token_stats(
             would have to wait for their number. With as many dimensions as the logits have,
             ``[..., k]``: k ids a row, of which -100 leaves out one.
         temperature: in [1e-18, 1e18]; or each row's own, a tensor like `targets` (of k ids a row,
-            like their leading dimensions).
+            like their leading dimensions). A compiled graph serves every value.
         compute: backend and memory; None for `Compute()`.
 
     Returns:
@@ -85,8 +85,10 @@ def token_stats(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; among them a
-            weight of zero elements, which is what ZeRO-3 leaves outside a gather. A target out of
-            range raises for CPU tensors; on a GPU it makes its row NaN.
+            weight of zero elements, which is what ZeRO-3 leaves outside a gather. A target or a
+            row's temperature out of range raises for CPU tensors; on a GPU, and a temperature in
+            compiled code, it makes its row NaN.
+        NotImplementedError: under forward-mode differentiation.
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE
@@ -143,7 +145,7 @@ def policy_loss(
     An objective.ratio_level of sequences, objective.reduce False, and float16 without
     compute.grad_scale need more than a token's own row. They are `token_stats` and a step over its
     results: backward forms the gradient from the upstream one, and a head computes its logits
-    again, for which its weight has to be there.
+    again, for which its weight has to be there. ``compute.inplace`` has no effect on them.
 
     Each input that is per token is like `targets`, ``[B, T]``, or broadcasts to it: 0-dim,
     ``[B]``, ``[B, 1]`` or ``[1, T]``.
@@ -169,10 +171,12 @@ def policy_loss(
     Returns:
         PolicyLossOutput(loss, logp, entropy, unit_polarity, polarity, weight, ratio, clip_side):
         `loss` is a differentiable scalar, or with objective.reduce False like `targets`; the rest
-        is detached and shaped like `targets`.
+        is detached and shaped like `targets`. What needs a field that `LogProbs` does not have is
+        NaN.
 
     Raises:
         TypeError, ValueError: as for `token_stats`.
+        NotImplementedError: under forward-mode differentiation.
     """
     if compute is None:
         compute = _DEFAULT_COMPUTE

@@ -19,6 +19,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,13 @@ def _built() -> Path:
         if not shared.exists():
             sources = [f"csrc/cuda/{stem}.cu" for stem in SOURCES] + ["tests/cpp/emulated_cuda.cpp"]
             objects = [f"{partial}/{Path(source).stem}.o" for source in sources]
-            for source, target in zip(sources, objects, strict=True):
+
+            def compile_one(source: str, target: str) -> None:
                 command = ["g++", *FLAGS, "-x", "c++", "-c", source, "-o", target]
                 subprocess.run(command, cwd=ROOT, check=True)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, sources, objects))
             subprocess.run(["g++", "-shared", *objects, "-o", f"{partial}/all.so"], check=True)
             os.replace(f"{partial}/all.so", shared)
     return shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -155,6 +156,14 @@ class Objective:
                 f"ratio_level: expected 'token' for surrogate {self.surrogate!r}, whose divergence "
                 f"is a token's, got {self.ratio_level!r}"
             )
+
+    @cached_property
+    def _hash(self) -> int:
+        # Of numbers alone, whose hash is the same in every process that unpickles it.
+        return hash(self.numbers())
+
+    def __hash__(self) -> int:  # once, not in every call
+        return self._hash
 
     def numbers(self) -> tuple[float, ...]:
         """The numbers in the order in which kernels take them; inf stands for no limit."""

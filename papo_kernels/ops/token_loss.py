@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from papo_kernels.dispatch import kernel_or_operation
 from papo_kernels.token_loss import token_loss, weightless
-from papo_kernels.types import IGNORE_INDEX, LossInputs
+from papo_kernels.types import IGNORE_INDEX, INSIDE, LossInputs
 
 from .common import refuse_double_backward
 from .schema import LOSS_SCHEMA, flattened, unflattened
@@ -70,10 +70,14 @@ def _kernel(
     targets, tokens, objective, weighting = inputs[:4]
     left_out = (targets == IGNORE_INDEX) | weightless(tokens)
     stats = [torch.where(left_out, 0.0, x.double()) for x in (logp, entropy, unit_polarity)]
+    terms = token_loss(stats[0], stats[1], stats[2], tokens, objective, weighting)
+    # A row without a distribution is NaN in all that is made of it.
+    spoiled = stats[0].isnan() | stats[1].isnan()
     loss, polarity, weight, ratio, side, *derivatives = (
-        torch.where(left_out, 0, x)
-        for x in token_loss(stats[0], stats[1], stats[2], tokens, objective, weighting)
+        torch.where(left_out, 0, torch.where(spoiled, torch.nan, x) if x.is_floating_point() else x)
+        for x in terms
     )
+    side = torch.where(spoiled, INSIDE, side)
     outputs = [x.to(logp.dtype) for x in (loss, polarity, weight, ratio)]
     return *outputs, side, *derivatives
 

@@ -253,11 +253,14 @@ PAPO_HD TokenOut<C> policy_token(C logp, C entropy, C unit_polarity, const Token
   if (objective.kl_coef != 0.0 && in.has_ref) {
     const C scale = static_cast<C>(objective.kl_coef) * in.kl_weight;
     const Term<C> kl = kl_term(objective, logp, in.ref_logp, scale, ratio);
-    sum = {sum.value + kl.value, sum.dlogp + kl.dlogp, sum.dlog_ratio + kl.dlog_ratio};
+    // Saturated, as infinite slopes of opposite signs would make NaN.
+    sum = {sum.value + kl.value, saturated<C>(sum.dlogp) + saturated<C>(kl.dlogp),
+           saturated<C>(sum.dlog_ratio) + saturated<C>(kl.dlog_ratio)};
   }
   out.dentropy = -static_cast<C>(objective.entropy_coef) * in.entropy_weight;
   out.loss = sum.value + out.dentropy * entropy;
-  out.dlogp = sum.dlogp + (ratio.moves ? sum.dlog_ratio : C(0));
+  out.dlogp =
+      saturated<C>(sum.dlogp) + (ratio.moves ? saturated<C>(sum.dlog_ratio) : C(0));
   return out;
 }
 

@@ -55,7 +55,7 @@ class Objective:
             unless 0.
         entropy_coef: coefficient of the entropy bonus, which is subtracted from the loss.
         surrogate: one of the names above.
-        negative_clip: (clip_low, clip_high) of tokens with a negative advantage; None: the same.
+        negative_clip: (clip_low, clip_high) of tokens with A' <= 0; None: the same.
         ratio_level: "token"; "sequence", r is the exponential of a sequence's mean log-ratio (GSPO,
             arXiv 2507.18071); "sequence_token", its value is that and its gradient a token's own.
         log_ratio_limit: log r is clamped to its negative and it, > 0, with no gradient beyond
@@ -224,7 +224,7 @@ class PolarityWeighting:
         dead_zone: for "sign", >= 0.
 
     A tensor's value is not checked: reading it would synchronize the device. A compiled graph
-    serves every phase, sigma and scale, float or tensor; the other fields are its constants.
+    serves every value of the numbers; `shape` is its constant.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of its range.

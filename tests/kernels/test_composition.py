@@ -12,14 +12,17 @@ from papo_kernels import (
     Compute,
     Head,
     Logits,
+    LogProbs,
+    LogRatio,
     Objective,
     PolarityWeighting,
+    Sequences,
     TokenStats,
+    TokenWeights,
     policy_loss,
     token_stats,
 )
 from papo_kernels.objective import KL_ESTIMATORS, SURROGATES
-from papo_kernels.types import LogProbs, LogRatio, Sequences, TokenWeights
 
 B, T, V = 3, 5, 9
 WEIGHTING = PolarityWeighting(0.4, 0.7, shape="tanh")

@@ -302,7 +302,7 @@ def test_float16_loses_nothing_before_the_scale(kind, grad_scale, path):
         (grad,) = torch.autograd.grad(65536.0 * loss, leaf)
         if grad_scale != 1024.0:
             assert torch.equal(grad == 0, rounded == 0)
-        # One rounding to half, of which 2^-25 is the least; a head also rounds its logits' gradient.
+        # One rounding to half, at least 2^-25; a head rounds the gradient of its logits too.
         least = 2.0**-25 * 65536.0 / (grad_scale or 65536.0)
         if kind == "hidden":
             least += 1e-3 * expected.abs().amax().item()

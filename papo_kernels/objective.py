@@ -55,7 +55,7 @@ class Objective:
             unless 0.
         entropy_coef: coefficient of the entropy bonus, which is subtracted from the loss.
         surrogate: one of the names above.
-        negative_clip: (clip_low, clip_high) of tokens with a negative advantage; None: the same.
+        negative_clip: (clip_low, clip_high) of tokens with A' <= 0; None: the same.
         ratio_level: "token"; "sequence", r is the exponential of a sequence's mean log-ratio (GSPO,
             arXiv 2507.18071); "sequence_token", its value is that and its gradient a token's own.
         log_ratio_limit: log r is clamped to its negative and it, > 0, with no gradient beyond
@@ -71,7 +71,7 @@ class Objective:
             and OpenRLHF: 10). None: off.
         reduce: False: the loss is each token's, like `targets`, and not their sum.
 
-    A compiled graph serves every value of its numbers; the other fields are its constants.
+    A compiled graph serves every value of the numbers; the other fields are its constants.
 
     Raises:
         TypeError, ValueError: an option of the wrong type, out of its range, or of another
@@ -145,6 +145,8 @@ class Objective:
             raise ValueError(f"dual_clip: expected None for surrogate {self.surrogate!r}")
         if self.ratio_cap is not None and not dppo:
             raise ValueError(f"ratio_cap: expected None for surrogate {self.surrogate!r}")
+        if self.negative_clip is not None and self.surrogate == "sapo":
+            raise ValueError("negative_clip: expected None for surrogate 'sapo'")
         for name, owner in (("sapo_temperature", "sapo"), ("gppo_scale", "ce_gppo")):
             given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if self.surrogate != owner and given != default:
@@ -185,9 +187,9 @@ class Objective:
         cls, surrogate: str, kl_estimator: str, kl_ratio: bool, numbers: Sequence[float]
     ) -> Objective:
         """The objective that gives these `numbers`."""
-        low, high, negative_low, negative_high, *limits = numbers[:8]
+        low, high, *negative = numbers[:4]
         dual_clip, log_ratio_limit, ratio_cap, kl_limit = (
-            None if limit == math.inf else limit for limit in limits
+            None if limit == math.inf else limit for limit in numbers[4:8]
         )
         positive, other, low_scale, high_scale, kl_coef, entropy_coef = numbers[8:]
         return cls(
@@ -197,7 +199,7 @@ class Objective:
             kl_coef,
             entropy_coef,
             surrogate,
-            (negative_low, negative_high),
+            None if surrogate == "sapo" else (negative[0], negative[1]),
             log_ratio_limit=log_ratio_limit,
             ratio_cap=ratio_cap,
             sapo_temperature=(positive, other),
@@ -224,7 +226,7 @@ class PolarityWeighting:
         dead_zone: for "sign", >= 0.
 
     A tensor's value is not checked: reading it would synchronize the device. A compiled graph
-    serves every phase, sigma and scale, float or tensor; the other fields are its constants.
+    serves every value of the numbers; `shape` is its constant.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of its range.

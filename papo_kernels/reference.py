@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .token_loss import token_loss, weightless
+from .token_loss import saturated, token_loss, weightless
 from .types import (
     ELSEWHERE,
     IGNORE_INDEX,
@@ -168,15 +168,6 @@ def _statistics_gradient(
     return torch.where(alive, dz, 0.0)
 
 
-def saturated(grad: Tensor, logits: Tensor) -> Tensor:
-    """Upstream gradients at most as large as those that sums for these logits hold: infinite ones
-    would turn a zero of the row's gradient into NaN."""
-    acc = acc_dtype(logits.dtype)
-    # In float64, in which the sums are formed, with room for a sum of such numbers.
-    most = torch.finfo(acc).max / (1024.0 if acc == torch.float64 else 1.0)
-    return grad.double().clamp(-most, most)
-
-
 def _row_gradient(grad: Tensor, rows: _Rows, like: Tensor) -> Tensor:
     """`grad` in the shape and dtype of the logits: bad rows NaN, ignored rows and padding 0."""
     grad = torch.where(rows.bad[:, None], torch.nan, grad)
@@ -212,7 +203,8 @@ def token_stats_bwd(
 ) -> Tensor:
     """The gradient of the statistics."""
     rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
-    upstream = [torch.zeros_like(state[:, 0]) if g is None else saturated(g, logits) for g in grads]
+    acc, none = acc_dtype(logits.dtype), torch.zeros_like(state[:, 0])
+    upstream = [none if g is None else saturated(g, acc) for g in grads]
     stats = _statistics_from(state, rows, row)
     grad = _statistics_gradient(stats, upstream, rows, row)
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
@@ -235,10 +227,11 @@ def policy_loss_fwd(
     stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
     token = token_loss(*stats[:3], tokens, objective, weighting)
     per_token = (token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
-    outputs = [_reported(x, rows).to(acc_dtype(logits.dtype)) for x in per_token]
+    acc = acc_dtype(logits.dtype)
+    outputs = [_reported(x, rows).to(acc) for x in per_token]
     if dlogits is not None:
-        g_logp = saturated(token.dlogp + token.dlog_ratio, logits)
-        g_entropy, none = saturated(token.dentropy, logits), torch.zeros_like(g_logp)
+        g_logp = saturated(token.dlogp + token.dlog_ratio, acc)
+        g_entropy, none = saturated(token.dentropy, acc), torch.zeros_like(g_logp)
         grad = _statistics_gradient(stats, (g_logp, g_entropy, none, none), rows, row)
         dlogits.copy_(_row_gradient(grad, rows, dlogits))
     return (*outputs, torch.where(rows.ignored | rows.bad, INSIDE, token.clip_side))
@@ -246,7 +239,8 @@ def policy_loss_fwd(
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
     """``dlogits *= factor``, and 0 where either is: the other may have overflowed."""
-    dlogits.copy_(torch.where(factor == 0, 0.0, dlogits * saturated(factor, dlogits)))
+    finite = saturated(factor, acc_dtype(dlogits.dtype))
+    dlogits.copy_(torch.where(factor == 0, 0.0, dlogits * finite))
 
 
 # ---- split vocabularies --------------------------------------------------------------------------

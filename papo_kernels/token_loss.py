@@ -75,10 +75,12 @@ def _times_exp(x: Tensor, exponent: Tensor) -> Tensor:
     return torch.where(exponent > 709, far, _product(x, exponent.exp()))
 
 
-def _finite(slope: Tensor) -> Tensor:
-    """`slope`, saturated: infinite slopes of opposite signs would make NaN of their sum."""
-    most = torch.finfo(slope.dtype).max / 1024.0
-    return slope.clamp(-most, most)
+def saturated(slope: Tensor, acc: torch.dtype = torch.float64) -> Tensor:
+    """`slope` in float64, at most as large as sums in `acc` hold. Infinite ones would turn a 0, or
+    the sum of two of opposite signs, into NaN."""
+    # In float64, in which the sums are formed, with room for a sum of such numbers.
+    most = torch.finfo(acc).max / (1024.0 if acc == torch.float64 else 1.0)
+    return slope.double().clamp(-most, most)
 
 
 # ---- the weight ----------------------------------------------------------------------------------
@@ -263,10 +265,10 @@ def token_loss(
         kl_weight = token_weight if tokens.kl_weight is None else tokens.kl_weight.double()
         scale = objective.kl_coef * kl_weight
         kl = _kl(objective, logp, tokens.ref_logp.double(), scale, ratio)
-        loss, dlogp = loss + kl.value, _finite(dlogp) + _finite(kl.dlogp)
-        dlog_ratio = _finite(dlog_ratio) + _finite(kl.dlog_ratio)
+        loss, dlogp = loss + kl.value, saturated(dlogp) + saturated(kl.dlogp)
+        dlog_ratio = saturated(dlog_ratio) + saturated(kl.dlog_ratio)
     given = tokens.entropy_weight
     dentropy = -objective.entropy_coef * (token_weight if given is None else given.double())
     loss = loss + _product(dentropy, entropy)
-    dlogp, dlog_ratio = _finite(dlogp), _finite(torch.where(ratio.moves, dlog_ratio, 0.0))
+    dlogp, dlog_ratio = saturated(dlogp), saturated(torch.where(ratio.moves, dlog_ratio, 0.0))
     return TokenLoss(loss, polarity, weight, ratio.value, side, dlogp, dlog_ratio, dentropy)

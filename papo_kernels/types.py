@@ -40,7 +40,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Compute:
-    """How a call is computed. No option changes a result but by rounding.
+    """How a call is computed. No option changes a number but by rounding.
 
     Args:
         backend: "reference", "cpu", "triton" or "cuda"; None: ``PAPO_BACKEND`` or else the fastest
@@ -306,13 +306,12 @@ class TokenInputs(NamedTuple):
 
     def weighted(self, factor: float) -> TokenInputs:
         """The same with all weights times `factor`."""
-        policy, *others = (
-            None if weight is None else weight * factor
-            for weight in (self.token_weight, self.kl_weight, self.entropy_weight)
+        kl, entropy = self.kl_weight, self.entropy_weight
+        return self._replace(
+            token_weight=self.token_weight * factor,
+            kl_weight=None if kl is None else kl * factor,
+            entropy_weight=None if entropy is None else entropy * factor,
         )
-        assert policy is not None
-        kl, entropy = others
-        return self._replace(token_weight=policy, kl_weight=kl, entropy_weight=entropy)
 
 
 class WeightingInputs(NamedTuple):

@@ -13,12 +13,13 @@ import papo_kernels
 from papo_kernels import (
     Compute,
     Logits,
+    LogRatio,
     Objective,
     PolarityWeighting,
     PolicyLossOutput,
     TokenStats,
+    TokenWeights,
 )
-from papo_kernels.types import LogRatio, TokenWeights
 from tests.oracle import (
     acc_dtype,
     divergence,

@@ -162,7 +162,7 @@ def kl_estimate(o: Objective, logp: Tensor, ref_logp: Tensor) -> Tensor:
 def plain_policy_loss(
     case: Case, dtype: torch.dtype = torch.float64, logits: Tensor | None = None
 ) -> PolicyLossOutput:
-    """Sections 2 and 3 of the specification in `dtype`, `loss` differentiable in `logits`."""
+    """The loss of docs/method.md in `dtype`, differentiable in `logits`."""
     logits = case.logits if logits is None else logits
     policy_weight, kl_weight, entropy_weight = (w.to(dtype) for w in case.weights)
     ignored = (policy_weight == 0) & (kl_weight == 0) & (entropy_weight == 0)

@@ -104,7 +104,7 @@ class ResidentRows {
 
   PAPO_DEVICE RowQueue<kOwn> rows() const {
     return RowQueue<kOwn>(call_, machine::block_index() / tile_.cluster,
-                    machine::grid_blocks() / tile_.cluster, lane_);
+                          machine::grid_blocks() / tile_.cluster, lane_);
   }
   // Stage s of this block's slice, in columns of the row.
   PAPO_DEVICE Span stage_of(int s) const {

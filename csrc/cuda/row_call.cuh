@@ -41,8 +41,8 @@ constexpr int kColumnElsewhere = -1;
 constexpr int kColumnInvalid = -2;   // out of range, or no temperature: the row becomes NaN
 constexpr int kColumnInactive = -3;  // the row contributes nothing and is not read
 
-// Below, kOwn says whether rows may have temperatures of their own. Where none has, inner loops read
-// the scaling from the kernel's parameters, and nothing is done for it once a row.
+// Below, kOwn says whether rows may have temperatures of their own. Where none has, inner loops
+// read the scaling from the kernel's parameters, and no row pays for it.
 
 template <bool kOwn>
 PAPO_DEVICE int sampled_column(const RowsCall& call, int64_t i) {

@@ -161,7 +161,7 @@ class LossConfig(Section):
     """The ratio is clipped above 1 + clip_high. With DPPO, how far a token's divergence may rise
     before it trains no more."""
     negative_clip: Annotated[tuple[ClipLow, PositiveFloat], Field(strict=False)] | None = None
-    """`clip_low` and `clip_high` of tokens with a negative advantage; by default the same."""
+    """`clip_low` and `clip_high` of tokens with an advantage of 0 or below; by default the same."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Bound on the loss at negative advantages, as a multiple of the advantage, for `surrogate:
     clip`; off by default."""

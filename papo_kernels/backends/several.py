@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from papo_kernels.token_loss import saturated
 from papo_kernels.types import ELSEWHERE, IGNORE_INDEX, STATE_SIZE, RowParams, acc_dtype
 
 from .protocol import Backend
@@ -189,13 +190,12 @@ class _Upstream(NamedTuple):
 def _upstream(
     ids: Tensor, u: Tensor, grads: Sequence[Tensor | None], dtype: torch.dtype
 ) -> _Upstream:
-    most = torch.finfo(dtype).max
     counts = (ids != IGNORE_INDEX) & ~u.isneginf()
 
     def given(grad: Tensor | None, of_ids: bool) -> Tensor:
         if grad is None:
             return torch.zeros_like(u if of_ids else u[:, :1])
-        grad = grad.double().clamp(-most, most)
+        grad = saturated(grad, dtype)
         return torch.where(counts, grad, 0.0) if of_ids else grad[:, None]
 
     g_logp, g_entropy, g_polarity, g_lse = grads

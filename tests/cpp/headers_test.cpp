@@ -142,7 +142,8 @@ double scaled_logit(double z, const papo::RowParams& row) {
   return (z == -kInf ? z : capped) / row.temperature;
 }
 
-// The gradient of g.logp logp + g.entropy H + g.unit_polarity c + g.lse lse in z, u = softcap(z) / temperature.
+// The gradient of g.logp logp + g.entropy H + g.unit_polarity c + g.lse lse in z, where
+// u = softcap(z) / temperature.
 Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
                  const papo::RowParams& row) {
   Row u(z.size());

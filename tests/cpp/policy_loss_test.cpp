@@ -172,7 +172,8 @@ void test_weighting() {
   check(token(1.1, 0, o, 0.1).weight == 1.5, "no advantage, no polarity");
   check_close(token(1.1, 2, o, 0.1).polarity, 1.1 * 2 * 0.1, 1e-12, 0, "polarity");
   // Clipping is decided without the weight, which scales value and slope alike.
-  expect_token(token(1.1, 2, o, 0.1), -2.2 * 2.1, -2.2 * 2.1, ClipSide::kInside, "weighted, inside");
+  const double inside = -2.2 * 2.1;
+  expect_token(token(1.1, 2, o, 0.1), inside, inside, ClipSide::kInside, "weighted, inside");
   expect_token(token(1.3, 2, o, 0.1), -2.4 * 2.1, 0, ClipSide::kHigh, "weighted, clipped");
   o.weighting.shape = papo::WeightShape::kTanh;
   o.weighting.sigma = 0.1;

@@ -12,12 +12,12 @@ from papo_kernels import (
     Compute,
     Head,
     Logits,
+    LogProbs,
     Objective,
     PolarityWeighting,
     policy_loss,
     token_stats,
 )
-from papo_kernels.types import LogProbs
 from tests.cases import make_case, make_loss_case
 
 pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]

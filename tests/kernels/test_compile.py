@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from papo_kernels import Compute, Head, Logits, Objective, PolarityWeighting, policy_loss
-from papo_kernels.types import LogProbs
+from papo_kernels import Compute, Head, Logits, LogProbs, Objective, PolarityWeighting, policy_loss
 
 pytestmark = pytest.mark.plumbing
 B, T, V, D = 2, 3, 7, 4

@@ -49,6 +49,11 @@ REFUSED = [
         "dual_clip: expected None for .*'cispo'",
     ),
     ({"ratio_cap": 20.0}, ValueError, "ratio_cap: expected None for surrogate 'clip'"),
+    (
+        {"surrogate": "sapo", "negative_clip": (0.2, 0.2)},
+        ValueError,
+        "negative_clip: expected None for surrogate 'sapo'",
+    ),
     ({"surrogate": "dppo_tv", "ratio_cap": 0.0}, ValueError, "ratio_cap: .*> 0, got 0.0"),
     (
         {"surrogate": "dppo_kl", "ratio_level": "sequence"},
@@ -105,7 +110,7 @@ def test_its_numbers_make_it_again(surrogate):
         objective = Objective(
             clip_low=0.1,
             clip_high=0.3,
-            negative_clip=(0.4, 2.0),
+            negative_clip=None if surrogate == "sapo" else (0.4, 2.0),
             kl_coef=0.01,
             entropy_coef=-0.02,
             surrogate=surrogate,

@@ -7,9 +7,16 @@ import math
 import pytest
 import torch
 
-from papo_kernels import Compute, Logits, Objective, PolarityWeighting, policy_loss, token_stats
+from papo_kernels import (
+    Compute,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    TokenWeights,
+    policy_loss,
+    token_stats,
+)
 from papo_kernels.objective import SURROGATES
-from papo_kernels.types import TokenWeights
 
 OBJECTIVES = {name: Objective(surrogate=name) for name in SURROGATES}
 OBJECTIVES["dual clip"] = Objective(dual_clip=3.0)

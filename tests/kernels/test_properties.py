@@ -272,6 +272,8 @@ def draw_objective(data):
 
     surrogate = data.draw(st.sampled_from(SURROGATES))
     options = {}
+    if surrogate != "sapo":
+        options["negative_clip"] = draw(None, (0.1, 0.3), (0.0, math.inf))
     if surrogate == "clip":
         options["dual_clip"] = draw(None, 1.01, 3.0)
     if surrogate.startswith("dppo"):
@@ -283,7 +285,6 @@ def draw_objective(data):
     return Objective(
         clip_low=draw(0.0, 0.2, 0.03, 1.0, math.inf),
         clip_high=draw(0.0, 0.28, 0.03, math.inf),
-        negative_clip=draw(None, (0.1, 0.3), (0.0, math.inf)),
         kl_coef=draw(0.0, 0.04, 1.0),
         entropy_coef=draw(0.0, 0.01, -0.5),
         surrogate=surrogate,

@@ -226,6 +226,7 @@ def test_every_option_of_the_objective_reaches_it(load):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_what_the_objective_refuses_is_refused_when_the_config_is_read(surrogate):
     options = {"dual_clip": 3.0, "ratio_cap": 20.0, "ratio_level": "sequence"}
+    options["negative_clip"] = (0.1, 0.1)
     for name, value in options.items():
         try:
             Objective(surrogate=surrogate, **{name: value})

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_type
+from .checks import check_at_least, check_type
 
 AGGREGATIONS = (
     "token-mean",
@@ -77,7 +77,7 @@ def sequence_weights(
         aggregation, total, constant_length: as for `normalized_mask`.
 
     Returns:
-        Like `lengths`, float64; 0 for a sequence without tokens.
+        Like `lengths`, float64; 0 for a sequence without tokens, NaN where a length or `total` is.
 
     Raises:
         TypeError, ValueError: as for `normalized_mask`.
@@ -89,12 +89,22 @@ def sequence_weights(
         counted = lengths if aggregation == "token-mean" else (lengths > 0).double()
         count = counted.sum()
     else:
+        _check_total(total)
         count = torch.zeros((), dtype=torch.float64, device=lengths.device) + total
     if aggregation == "seq-mean-token-mean":
         divisor = count * lengths
     else:
         divisor = (count * (constant_length or 1)).expand_as(lengths)
-    return torch.where((lengths > 0) & (divisor > 0), 1.0 / divisor, 0.0)
+    return torch.where((lengths == 0) | (divisor == 0), 0.0, 1.0 / divisor)
+
+
+def _check_total(total: object) -> None:
+    if not isinstance(total, Tensor):
+        check_at_least("total", total, 0.0)
+    elif total.dim() != 0:
+        raise ValueError(
+            f"total: expected a number or a 0-dim tensor, got shape {tuple(total.shape)}"
+        )
 
 
 def _check(aggregation: str, constant_length: int | None) -> None:

@@ -225,9 +225,11 @@ def policy_loss_fwd(
     ignored = (targets == IGNORE_INDEX) | weightless(tokens)
     rows = _rows(logits, targets, ignored, row, state)
     stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
-    token = token_loss(*stats[:3], tokens, objective, weighting)
-    per_token = (token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
+    # Rounded first, as an earlier call rounded old_logp: its ratio to the same logp is exactly 1.
     acc = acc_dtype(logits.dtype)
+    rounded = [x.to(acc).double() for x in stats[:3]]
+    token = token_loss(rounded[0], rounded[1], rounded[2], tokens, objective, weighting)
+    per_token = (token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
     outputs = [_reported(x, rows).to(acc) for x in per_token]
     if dlogits is not None:
         g_logp = saturated(token.dlogp + token.dlog_ratio, acc)

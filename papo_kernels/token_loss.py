@@ -109,8 +109,9 @@ def polarity_weight(
     h: Tensor, strength: float, phase: float | Tensor, scale: float | Tensor
 ) -> Tensor:
     """w of `PolarityWeighting`, in the shape and dtype of `h`; `phase` and `scale` are numbers or
-    0-dim tensors."""
-    return scale * (1.0 + strength * phase * h)
+    0-dim tensors. At a strength or phase of 0 it is exactly `scale`, whatever h is."""
+    swing = strength * phase
+    return scale * (1.0 + torch.where(torch.zeros_like(h) + swing == 0, 0.0, swing * h))
 
 
 def _weight(w: WeightingInputs | None, polarity: Tensor, unit_polarity: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def _surrogate(
     """The policy term of every token and the bound that acted on it; `advantage` is A'."""
     positive, negative, name = advantage > 0, advantage < 0, objective.surrogate
     other = objective.negative_clip or (objective.clip_low, objective.clip_high)
-    r, scaled, none = ratio.value, token_weight * advantage, torch.zeros_like(advantage)
+    r, scaled, none = ratio.value, _product(token_weight, advantage), torch.zeros_like(advantage)
     # Sums, as a choice of two numbers would be float32.
     clip_low = torch.where(positive, none + objective.clip_low, none + other[0])
     clip_high = torch.where(positive, none + objective.clip_high, none + other[1])
@@ -257,7 +258,7 @@ def token_loss(
     """The loss of every token, from statistics ``[N]`` float64."""
     ratio = _ratio(objective, logp, tokens)
     advantages, token_weight = tokens.advantages.double(), tokens.token_weight.double()
-    polarity = _times_exp(advantages * unit_polarity, ratio.log)
+    polarity = _times_exp(_product(advantages, unit_polarity), ratio.log)
     weight = _weight(weighting, polarity, unit_polarity)
     policy, side = _surrogate(objective, weight * advantages, token_weight, ratio, logp)
     loss, dlogp, dlog_ratio = policy
@@ -268,7 +269,9 @@ def token_loss(
         loss, dlogp = loss + kl.value, saturated(dlogp) + saturated(kl.dlogp)
         dlog_ratio = saturated(dlog_ratio) + saturated(kl.dlog_ratio)
     given = tokens.entropy_weight
-    dentropy = -objective.entropy_coef * (token_weight if given is None else given.double())
+    entropy_weight = token_weight if given is None else given.double()
+    coef = torch.zeros_like(entropy_weight) - objective.entropy_coef
+    dentropy = _product(coef, entropy_weight)
     loss = loss + _product(dentropy, entropy)
     dlogp, dlog_ratio = saturated(dlogp), saturated(torch.where(ratio.moves, dlog_ratio, 0.0))
     return TokenLoss(loss, polarity, weight, ratio.value, side, dlogp, dlog_ratio, dentropy)

@@ -113,8 +113,10 @@ def _operation(
 
 
 def _times(grad: Tensor, derivative: Tensor) -> Tensor:
-    """Their product, and 0 where one of them is, however large the other."""
-    return torch.where((grad == 0) | (derivative == 0), 0.0, grad * derivative)
+    """Their product. An upstream 0 gives 0 whatever the other is, as in `scale_`, and a derivative
+    of 0 however large the upstream one is."""
+    zero = (grad == 0) | ((derivative == 0) & ~grad.isnan())
+    return torch.where(zero, 0.0, grad * derivative)
 
 
 def _narrowed(grad: Tensor, like: Tensor) -> Tensor:

@@ -104,3 +104,28 @@ def test_a_mask_is_a_tensor_with_a_dimension():
         normalized_mask([1.0])
     with pytest.raises(ValueError, match="mask: expected shape"):
         normalized_mask(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("total", "error", "message"),
+    [
+        (-3.0, ValueError, r"total: expected a finite number >= 0, got -3\.0"),
+        (float("inf"), ValueError, "total: expected a finite number >= 0, got inf"),
+        (float("nan"), ValueError, "total: expected a finite number >= 0, got nan"),
+        (True, TypeError, "total: expected a number, got bool True"),
+        ("2", TypeError, "total: expected a number, got str '2'"),
+        (
+            torch.ones(3),
+            ValueError,
+            r"total: expected a number or a 0-dim tensor, got shape \(3,\)",
+        ),
+    ],
+)
+def test_bad_total_is_named(total, error, message):
+    with pytest.raises(error, match=message):
+        normalized_mask(torch.ones(2, 3), total=total)
+
+
+def test_a_total_that_is_nan_is_seen():
+    """Nothing reads the tensor's value, and zeros would train on nothing without a word."""
+    assert normalized_mask(torch.ones(2, 3), total=torch.tensor(torch.nan)).isnan().all()

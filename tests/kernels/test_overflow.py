@@ -63,6 +63,33 @@ def test_no_advantage(name, weighting, backend, device):
         assert out.loss.item() == pytest.approx(-0.923632, abs=1e-6)
 
 
+def test_infinite_inputs(backend, device):
+    """A weight or an advantage without bound: 0 where the other factor is, and infinite elsewhere."""
+    zeros, inf = [[0.0] * 4] * 2, math.inf
+    out, _ = run(backend, device, zeros, [0, 1], [0.0, 1.0], token_weight=[inf, 1.0])
+    assert out.loss.item() == -1.0
+    out, _ = run(backend, device, zeros, [0, 1], [1.0, 1.0], token_weight=[inf, 1.0])
+    assert out.loss.item() == -inf
+    weights = TokenWeights(
+        torch.tensor([0.0, 1.0], device=device), torch.tensor([1.0, 1.0], device=device)
+    )
+    more = {"token_weight": weights, "ref_logp": [-1.0, -1.0], "objective": Objective(kl_coef=0.1)}
+    out, _ = run(backend, device, zeros, [0, 1], [inf, 1.0], **more)
+    gap = -1.0 + math.log(4.0)
+    assert out.loss.item() == pytest.approx(-1.0 + 0.2 * (math.exp(gap) - gap - 1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k3+"])
+def test_a_token_that_the_reference_cannot_sample(estimator, backend, device):
+    """Its KL is infinite. The slope of k3 is 1, and that of k2 without bound."""
+    objective = Objective(kl_coef=0.1, kl_estimator=estimator)
+    more = {"ref_logp": [-math.inf], "objective": objective}
+    out, dz = run(backend, device, [[0.0] * 8], [1], [0.0], **more)
+    assert out.loss.item() == math.inf
+    if estimator == "k3":
+        assert dz[0].tolist() == pytest.approx([-0.0125, 0.0875] + [-0.0125] * 6)
+
+
 @pytest.mark.parametrize("surrogate", ["clip", "ce_gppo"])
 def test_a_small_weight_brings_a_ratio_back(surrogate, backend, device):
     """e^92.9 is beyond float32, and a millionth of it is not; beside an entropy bonus too."""
@@ -104,6 +131,19 @@ def test_a_ratio_brings_k3_back(backend, device):
     out, dz = run(backend, device, [[0.0, -101.0]], [1], [0.0], **more)
     assert out.loss.item() == pytest.approx(0.5 * math.exp(-0.5), rel=1e-4)
     assert dz.abs().max() < 1e-6, "and constant"
+    # e^88 is within float32, e^88 times its weight is not; and e^-104 is not.
+    logp = -math.log(8.0)
+    for weight, past, exact in (
+        (100.0, 60.0, 100.0 * math.exp(28.0)),
+        (1.0, 104.0, math.exp(-16.0)),
+    ):
+        weights = TokenWeights(
+            torch.tensor([0.0], device=device), torch.tensor([weight], device=device)
+        )
+        more = {"old_logp": [logp + past], "ref_logp": [logp + 88.0], "token_weight": weights}
+        objective = Objective(kl_coef=1.0, kl_ratio=True)
+        out, _ = run(backend, device, [[0.0] * 8], [1], [0.0], **more, objective=objective)
+        assert out.loss.item() == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.parametrize("terms", [{}, EVERY_TERM], ids=["policy", "every_term"])

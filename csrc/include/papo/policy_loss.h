@@ -211,18 +211,21 @@ PAPO_HD Term<C> kl_term(const Objective& o, C logp, C ref_logp, C scale, const R
     value = growth == infinity<C>() ? growth : growth + x;
     slope = -growth;
   }
-  if (abs_of(value) > limit) {
+  const bool is_beyond = abs_of(value) > limit;
+  if (is_beyond) {
     value = value > C(0) ? limit : -limit;
-    slope = growth = C(0);
+    slope = C(0);
   }
   if (o.kl_slope_of_k2) slope = x;
   const auto weighted = [&](C y) {
     return o.kl_ratio ? r.exp.times(product(scale, y)) : product(scale, y);
   };
   Term<C> term = {weighted(value), weighted(slope), C(0)};
-  if (growth == infinity<C>()) {
-    // e^-x leaves C. Its weight or the ratio, which is infinitely small for a masked token, may
-    // bring it back.
+  // From here on nothing of k3 but e^-x counts.
+  constexpr C kFar = sizeof(C) == 4 ? C(40) : C(700);
+  if (growth > C(0) && !is_beyond && (growth == infinity<C>() || (o.kl_ratio && -x > kFar))) {
+    // e^-x, or its product with the weight, may leave C. The weight, or the ratio, which is
+    // infinitely small for a masked token, may bring it back.
     C exponent = -x;
     if (o.kl_ratio) exponent = r.log == -infinity<C>() ? r.log : exponent + r.log;
     term.value = Exponential<C>::of(exponent).times(scale);
@@ -245,20 +248,20 @@ PAPO_HD TokenOut<C> policy_token(C logp, C entropy, C unit_polarity, const Token
   }
   const Ratio<C> ratio = Ratio<C>::of(in, logp, objective);
   out.ratio = ratio.value;
-  out.polarity = ratio.exp.times(in.advantage * unit_polarity);
+  out.polarity = ratio.exp.times(product(in.advantage, unit_polarity));
   out.weight = polarity_weight(w, unit_polarity, out.polarity);
   const C adv = out.weight * in.advantage;
   Term<C> sum =
-      surrogate_term(objective, adv, in.token_weight * adv, ratio, logp, &out.clip_side);
+      surrogate_term(objective, adv, product(in.token_weight, adv), ratio, logp, &out.clip_side);
   if (objective.kl_coef != 0.0 && in.has_ref) {
-    const C scale = static_cast<C>(objective.kl_coef) * in.kl_weight;
+    const C scale = product(static_cast<C>(objective.kl_coef), in.kl_weight);
     const Term<C> kl = kl_term(objective, logp, in.ref_logp, scale, ratio);
     // Saturated, as infinite slopes of opposite signs would make NaN.
     sum = {sum.value + kl.value, saturated<C>(sum.dlogp) + saturated<C>(kl.dlogp),
            saturated<C>(sum.dlog_ratio) + saturated<C>(kl.dlog_ratio)};
   }
-  out.dentropy = -static_cast<C>(objective.entropy_coef) * in.entropy_weight;
-  out.loss = sum.value + out.dentropy * entropy;
+  out.dentropy = product(-static_cast<C>(objective.entropy_coef), in.entropy_weight);
+  out.loss = sum.value + product(out.dentropy, entropy);
   out.dlogp =
       saturated<C>(sum.dlogp) + (ratio.moves ? saturated<C>(sum.dlog_ratio) : C(0));
   return out;

@@ -215,7 +215,7 @@ def surrogate_term(o, adv, token_weight, r, logp, SURROGATE: tl.constexpr):
     a = Advantage(
         positive=positive,
         negative=adv < 0.0,
-        weighted=token_weight * adv,
+        weighted=product(token_weight, adv),
         clip_low=tl.where(positive, o.clip_low, o.negative_low),
         clip_high=tl.where(positive, o.clip_high, o.negative_high),
     )
@@ -244,8 +244,8 @@ def weighed(x, scale, r, how):
 
 @triton.jit
 def far_k3_term(x, scale, r, how):
-    """Where e^-x leaves float32. Its weight or the ratio, which is infinitely small for a masked
-    token, may bring it back."""
+    """Where e^-x, or its product with the weight, may leave float32. The weight, or the ratio, which
+    is infinitely small for a masked token, may bring it back."""
     exponent = -x
     if how.KL_RATIO:
         exponent = tl.where(r.log == NEG_INF, NEG_INF, exponent + r.log)
@@ -270,7 +270,6 @@ def kl_term(o, logp, ref_logp, scale, r, how):
     elif how.KL_ESTIMATOR == "k3":
         value, growth = expm1_pair(-x)
         slope = -growth
-    is_far = (value == POS_INF) & (o.kl_limit == POS_INF)
     beyond = tl.abs(value) > o.kl_limit
     value = tl.where(beyond, tl.where(value > 0.0, o.kl_limit, -o.kl_limit), value)
     slope = tl.where(beyond, 0.0, slope)
@@ -281,6 +280,10 @@ def kl_term(o, logp, ref_logp, scale, r, how):
     term = Term(weighed(value, scale, r, how), weighed(slope, scale, r, how))
     if how.KL_ESTIMATOR == "k3":
         far = far_k3_term(x, scale, r, how)
+        is_far = growth == POS_INF
+        if how.KL_RATIO:
+            is_far = -x > 40.0  # from here on nothing of k3 but e^-x counts
+        is_far = is_far & (beyond == 0)
         return Term(
             tl.where(is_far, far.value, term.value), tl.where(is_far, far.dlogp, term.dlogp)
         )
@@ -296,7 +299,7 @@ def policy_token(row, token, o, how):
     """The loss of one token; ``row`` has its statistics."""
     bad = row.entropy != row.entropy
     r = ratio_of(row.logp, token, o, bad)
-    polarity = times(r.exp, token.advantage * row.unit_polarity)
+    polarity = times(r.exp, product(token.advantage, row.unit_polarity))
     weight = tl.where(bad, float("nan"), 1.0)
     if o.has_weighting > 0.0:
         weight *= polarity_weight(polarity, row.unit_polarity, token, o)
@@ -304,13 +307,13 @@ def policy_token(row, token, o, how):
     policy, side = surrogate_term(o, adv, token.token_weight, r, row.logp, how.SURROGATE)
     loss, dlogp = policy.value, policy.dlogp
     if o.kl_coef != 0.0:
-        scale = o.kl_coef * tl.load(token.kl_weight_at)
+        scale = product(o.kl_coef, tl.load(token.kl_weight_at))
         kl = kl_term(o, row.logp, tl.load(token.ref_logp_at), scale, r, how)
         loss += kl.value
         dlogp = saturated(dlogp, HIGHEST) + saturated(kl.dlogp, HIGHEST)
-    dentropy = -o.entropy_coef * token.entropy_weight
+    dentropy = product(-o.entropy_coef, token.entropy_weight)
     return TokenOut(
-        loss=tl.fma(dentropy, row.entropy, loss),
+        loss=loss + product(dentropy, row.entropy),
         polarity=polarity,
         weight=weight,
         ratio=r.value,

@@ -185,7 +185,7 @@ class Sequences(NamedTuple):
     Attributes:
         old_logp: as for `policy_loss`, None included.
         ids: like `targets`, int64; tokens of one id are one sequence, whatever their weights. -1:
-            in none, where the ratio is 1.
+            in none, where the ratio is 1 and constant: such a token has no policy gradient.
     """
 
     old_logp: Tensor | None
@@ -204,8 +204,8 @@ class PolicyLossOutput(NamedTuple):
             it.
         weight: w, the factor on the advantage.
         ratio: exp(logp - old_logp), or as objective says; 1 where on-policy.
-        clip_side: uint8, which bound acted on the token's policy gradient: one of INSIDE,
-            CLIPPED_LOW, CLIPPED_HIGH and CLIPPED_DUAL.
+        clip_side: uint8, the bound that acted on the token's policy gradient: 0 none, 1 the lower,
+            2 the upper, 3 the dual clip.
     """
 
     loss: Tensor

@@ -244,8 +244,8 @@ def weighed(x, scale, r, how):
 
 @triton.jit
 def far_k3_term(x, scale, r, how):
-    """Where e^-x, or its product with the weight, may leave float32. The weight, or the ratio, which
-    is infinitely small for a masked token, may bring it back."""
+    """Where e^-x, or its product with the weight, may leave float32. The weight, or the ratio,
+    which is infinitely small for a masked token, may bring it back."""
     exponent = -x
     if how.KL_RATIO:
         exponent = tl.where(r.log == NEG_INF, NEG_INF, exponent + r.log)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_above, check_type
+from .checks import check_above, check_device, check_type
 from .objective import Objective
 
 IGNORE_INDEX = -100
@@ -244,10 +244,13 @@ class PolicyLossOutput(NamedTuple):
               and k3, exp(x) - 1 - x, of KL(old policy || policy).
 
         Raises:
-            ValueError: a tensor that is not shaped like the results.
+            TypeError, ValueError: what is not a tensor, or is not shaped like the results or beside
+                them.
         """
         given = {"mask": mask} if old_logp is None else {"mask": mask, "old_logp": old_logp}
         for name, value in given.items():
+            check_type(name, value, Tensor)
+            check_device(name, value, self.logp.device, "the results")
             if value.shape != self.logp.shape:
                 raise ValueError(
                     f"{name}: expected shape {tuple(self.logp.shape)} like targets, got "

@@ -50,6 +50,10 @@ def _check(logits: Tensor) -> None:
             "inplace: expected False for logits that are a leaf requiring grad: "
             "autograd would lose their value"
         )
+    if logits.retains_grad or (logits._base is not None and logits._base.retains_grad):
+        raise ValueError(
+            "inplace: expected False for logits that retain their gradient: it takes their place"
+        )
     if logits._base is None and not logits.is_contiguous():
         raise ValueError(
             f"inplace: expected False for logits that are not contiguous, got strides "
@@ -73,10 +77,10 @@ def _check_base(logits: Tensor, base: Tensor) -> None:
                 f"of the tensor whose memory they share, got {name}"
             )
         node = node.next_functions[0][0]
-    if logits._backward_hooks or logits.retains_grad:
+    if logits._backward_hooks:
         raise ValueError(
-            "inplace: expected False for a view with a hook or a retained gradient: the gradient "
-            "goes to the tensor that it is a view of"
+            "inplace: expected False for a view with a hook: the gradient goes to the tensor that "
+            "it is a view of"
         )
     if not _is_whole_rows(logits, base):
         raise ValueError(
@@ -84,6 +88,11 @@ def _check_base(logits: Tensor, base: Tensor) -> None:
             f"tensor, got strides {logits.stride()} for shape {tuple(logits.shape)}; pass all "
             "logits, with targets of -100 where they do not count, and "
             "Logits(logits, vocab_size=...) for their first columns"
+        )
+    if logits.grad_fn is None or logits.grad_fn.next_functions[0][0] is not base.grad_fn:
+        raise ValueError(
+            "inplace: expected False for a view of a view: the gradient goes to the tensor that "
+            "both are views of, past what may be hooked to the one in between"
         )
 
 

@@ -64,7 +64,7 @@ def test_no_advantage(name, weighting, backend, device):
 
 
 def test_infinite_inputs(backend, device):
-    """A weight or an advantage without bound: 0 where the other factor is, and infinite elsewhere."""
+    """A weight or an advantage without bound: 0 where the other factor is, else infinite."""
     zeros, inf = [[0.0] * 4] * 2, math.inf
     out, _ = run(backend, device, zeros, [0, 1], [0.0, 1.0], token_weight=[inf, 1.0])
     assert out.loss.item() == -1.0

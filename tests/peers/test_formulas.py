@@ -310,3 +310,24 @@ def test_openrlhf_kl_estimators(name: str, unbiased: bool) -> None:
     for mine, peers in zip(*results, strict=True):
         # k3 of small differences cancels: expm1 has the digits, exp(x) - 1 has not.
         torch.testing.assert_close(mine, peers, rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trl_half_precision(dtype: torch.dtype) -> None:
+    """Why TRL's tests of half-precision logits are exceptions: a result here is the exact one,
+    rounded once, and what they compare it with is not."""
+    from tests.peers.shims import trl
+
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(4, 32, 1024, generator=generator).to(dtype)
+    ids = torch.randint(1024, (4, 32), generator=generator)
+    results = []
+    for logp in (logits.log_softmax(-1), logits.double().log_softmax(-1)):
+        results.append((logp.gather(-1, ids[..., None])[..., 0], -(logp.exp() * logp).sum(-1)))
+    ours = trl.selective_log_softmax(logits, ids), trl.entropy_from_logits(logits)
+    # Half a unit in the last place, and what float32 adds to it.
+    rounding = 0.51 * torch.finfo(dtype).eps
+    for mine, theirs, exact in zip(ours, *results, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), exact, rtol=rounding, atol=0)
+        assert ((theirs.double() - exact).abs() > rounding * exact.abs()).any()

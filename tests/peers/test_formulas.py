@@ -277,16 +277,16 @@ def test_openrlhf_surrogates(kind: str, dual_clip: float | None) -> None:
 @pytest.mark.parametrize("shape", WEIGHTINGS)
 @pytest.mark.parametrize("kind", ["ppo", "gspo"])
 def test_weighted_openrlhf_surrogates(kind: str, shape: str) -> None:
-    from openrlhf.models.loss import PolicyLoss, aggregate_loss
+    from tests.peers.shims import openrlhf as shim
 
     weighting, by_sequence = WEIGHTINGS[shape], kind == "gspo"
     level = "sequence" if by_sequence else "token"
     objective = Objective(0.1, 0.25, 1.6, ratio_level=level, reduce=False)
-    peer = PolicyLoss(0.1, 0.25, 1.6, policy_loss_type=kind)
+    peer = shim.PolicyLoss(0.1, 0.25, 1.6, policy_loss_type=kind)
 
     def ours(logp: Tensor) -> Tensor:
         loss = _weighted(logp, objective, weighting, MASK)
-        return aggregate_loss(loss, MASK, peer.token_level_loss)
+        return shim.aggregate_loss(loss, MASK, peer.token_level_loss)
 
     def theirs(logp: Tensor) -> Tensor:
         advantages = _weighted_advantages(logp, weighting, by_sequence)
@@ -331,3 +331,23 @@ def test_trl_half_precision(dtype: torch.dtype) -> None:
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), exact, rtol=rounding, atol=0)
         assert ((theirs.double() - exact).abs() > rounding * exact.abs()).any()
+
+
+@pytest.mark.needs("trl")
+@pytest.mark.parametrize("options", [(), (4.0, 0.7)], ids=["plain", "softcap and scale"])
+def test_trl_chunked_log_probs(options: tuple[float, ...]) -> None:
+    from trl.kernels import ChunkedLogProbFunction
+
+    from tests.peers.shims import trl
+
+    generator = torch.Generator().manual_seed(7)
+    shapes, ids = ((12, 16), (50, 16), (50,)), torch.randint(50, (12,), generator=generator)
+    inputs = [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
+    upstream = torch.randn(2, 12, generator=generator)
+    results = []
+    for function in (trl.chunked_log_prob, ChunkedLogProbFunction.apply):
+        outputs = function(*inputs, ids, 0.8, 16, *options)
+        grads = torch.autograd.grad(outputs[:2], inputs, list(upstream))
+        results.append((*(x.detach() for x in outputs), *grads))
+    for mine, peers in zip(*results, strict=True):
+        torch.testing.assert_close(mine, peers, rtol=1e-5, atol=2e-6)

@@ -54,6 +54,8 @@ test-fast: $(STAMP)
 # Two peers are installed without what they depend on: see tests/peers/requirements.txt.
 peers: export PEERS_SRC = $(PEERS)
 peers:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11) and \
+		'make peers needs Python 3.11: PYTHON=python3.11')"
 	$(PYTHON) -m venv $(PEERS)/venv
 	$(PEERS)/venv/bin/python -m pip install -q "$(TORCH)" -r tests/peers/requirements.txt
 	$(PEERS)/venv/bin/python -m pip install -q --no-deps verl==0.9.1 openrlhf==0.11.2

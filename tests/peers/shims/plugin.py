@@ -23,6 +23,7 @@ _running = ""
 _reached: set[str] = set()
 _calls: Counter[str] = Counter()
 _outcomes: dict[str, str] = {}
+_messages: dict[str, str] = {}
 
 
 def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,17 +80,17 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         _outcomes[report.nodeid] = report.outcome
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        _messages[report.nodeid] = crash.message if crash else report.longreprtext
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--report")
     if path is None:
         return
-    by_outcome = {
-        o: sorted(n for n, x in _outcomes.items() if x == o) for o in ("passed", "failed")
-    }
+    passed = sorted(n for n, outcome in _outcomes.items() if outcome == "passed")
     skipped = sum(outcome == "skipped" for outcome in _outcomes.values())
     reached = sorted(n for n in _reached if _outcomes.get(n) == "passed")
-    path.write_text(
-        json.dumps({**by_outcome, "skipped": skipped, "reached": reached, "calls": _calls})
-    )
+    report = {"passed": passed, "failed": _messages, "skipped": skipped, "reached": reached}
+    path.write_text(json.dumps({**report, "calls": _calls}))

@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 
 # Eight units in the last place of float32; and what the float64 formulas may be off by themselves.
 FLOOR = {torch.float32: 8 * 2.0**-23, torch.float64: 1e-11}
-GOLDEN = Path(__file__).parent / "golden" / "cases.json"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden_cases() -> list[dict[str, Any]]:
-    """The cases of ``golden/``; see the README there."""
-    cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["cases"]
+    """The rows of ``golden/``; see the README there."""
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())["cases"]
     return cases
+
+
+def golden_objectives() -> dict[str, Any]:
+    """The batch of ``golden/``, and its losses by objective."""
+    objectives: dict[str, Any] = json.loads((GOLDEN / "objectives.json").read_text())
+    return objectives
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

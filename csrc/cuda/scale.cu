@@ -40,11 +40,12 @@ PAPO_DEVICE void scale_run(char* data, int count, float factor, Share share) {
   }
 }
 
-// Rows are cut into `parts` of kScalePart columns: part p of row i is item i * parts + p.
+// Rows are cut into `parts` of kScalePart columns: part p of row i is item i * parts + p. An element
+// may be infinite where the factor is 0, and 0 where the factor is infinite.
 template <typename T>
 PAPO_KERNEL(kThreads, 1) scale_kernel(const PAPO_PARAM Matrix m, const float* factor,
                                       int64_t parts) {
-  const float f = *factor;
+  const float f = saturated<float>(*factor);
   if (f == 1.0f) return;
   const Share share = {machine::thread_index(), machine::block_threads()};
   const int64_t items = m.rows * parts;

@@ -1,4 +1,4 @@
-"""Backward passes: gradcheck, and every way in which autograd may ask for a gradient or not."""
+"""Backward passes: every way in which autograd may ask for a gradient or not."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from torch.autograd import forward_ad
 from papo_kernels import (
     Compute,
     Head,
-    Logits,
     LogProbs,
-    Objective,
     PolarityWeighting,
     policy_loss,
     token_stats,
@@ -22,64 +20,6 @@ from tests.cases import make_case, make_loss_case
 
 pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]
 FIELDS = ("logp", "entropy", "unit_polarity", "lse")
-
-
-@pytest.mark.parametrize("kind", ["normal", "peaked", "masked", "offset_up"])
-@pytest.mark.parametrize("softcap", [None, 8.0])
-def test_gradcheck_with_zero_probabilities(kind, softcap, backend, dtypes):
-    """In float64, with -inf entries in `masked` (p (log p + H) is 0 * inf there)."""
-    if torch.float64 not in dtypes:
-        return
-    if softcap and kind == "offset_up":
-        return  # the cap leaves nothing of it to differentiate
-    row = {"temperature": 0.8, "softcap": softcap, "vocab_size": 9}
-    case = make_case(kind, 6, 11, dtype=torch.float64, **row)
-    finite = case.logits[:, :9].isfinite()
-    base = case.logits.clone()
-
-    def statistics(values):
-        logits = base.clone()
-        logits[:, :9] = logits[:, :9].masked_scatter(finite, values)
-        return case.token_stats(logits, backend)
-
-    values = base[:, :9][finite].clone().requires_grad_()
-    eps = 1e-6 if kind != "offset_up" else 1e-4
-    assert torch.autograd.gradcheck(statistics, (values,), eps=eps, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("on_policy", [False, True])
-def test_gradcheck_of_the_loss(on_policy, backend, dtypes):
-    """Away from the kinks, where weight and clipping are constant under the small step."""
-    if torch.float64 not in dtypes:
-        return
-    objective = Objective(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0)
-    case = make_loss_case(
-        "normal", 8, 7, dtype=torch.float64, on_policy=on_policy, objective=objective, softcap=6.0
-    )
-    if on_policy:
-        # r = exp(logp - stop_gradient(logp)) is 1 under a finite step too: its difference quotient
-        # is not its gradient. exp(logp - old_logp) at old_logp = logp has both.
-        leaf = case.logits.requires_grad_()
-        (here,) = torch.autograd.grad(case.policy_loss(leaf, backend).loss, leaf)
-        old_logp = case.token_stats(case.logits, backend).logp.detach()
-        out = policy_loss(
-            Logits(leaf, softcap=6.0),
-            case.targets,
-            case.advantages,
-            case.token_weight,
-            old_logp=old_logp,
-            ref_logp=case.ref_logp,
-            objective=objective,
-            compute=Compute(backend),
-        )
-        torch.testing.assert_close(here, torch.autograd.grad(out.loss, leaf)[0])
-        return
-    leaf = case.logits.requires_grad_()
-
-    def loss(z):
-        return 1.7 * case.policy_loss(z, backend).loss
-
-    assert torch.autograd.gradcheck(loss, (leaf,), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 def test_absent_upstream_gradients(backend, device, dtypes):

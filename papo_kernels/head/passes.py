@@ -13,6 +13,7 @@ from torch import Tensor
 
 from papo_kernels.backends import choose, several
 from papo_kernels.backends.targets import check_target_values
+from papo_kernels.token_loss import weightless
 from papo_kernels.types import (
     ELSEWHERE,
     IGNORE_INDEX,
@@ -170,9 +171,6 @@ class Passes:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """What `policy_loss_fwd` of a backend returns for all tokens, and the gradients of the loss
         as `token_stats_bwd` does."""
-        # Here, since importing papo_kernels loads no backend.
-        from papo_kernels.reference import weightless
-
         tokens, objective, weighting = inputs.tokens, inputs.objective, inputs.weighting
         hidden, dtype = self._operands.hidden, acc_dtype(self._options.logits_dtype)
         rows = hidden.shape[0]

@@ -1,8 +1,8 @@
 // papo_kernels._C: pointers come in as integers, errors go out as exceptions. The caller owns the
 // tensors, and has checked them.
 //
-// A struct that differs from call to call is a tuple of integers in Python, one for each member; one
-// that calls share is an object.
+// A struct that differs from call to call is a tuple of integers in Python, one for each member;
+// one that calls share is an object.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -210,7 +210,8 @@ def _of_held_logits(
     half = values.dtype is torch.float16 and torch.is_grad_enabled() and values.requires_grad
     if _is_composed(inputs.objective, half, compute.grad_scale):
         stats = run_token_stats(values, composed_targets(inputs), row, backend)
-        return run_token_loss(*stats[:3], inputs)
+        logp, entropy, unit_polarity, _ = stats
+        return run_token_loss(logp, entropy, unit_polarity, inputs)
     run = run_policy_loss_in_place if compute.inplace else run_policy_loss
     if half and compute.grad_scale is not None:
         return _scaled(partial(run, values), inputs, compute.grad_scale)
@@ -229,7 +230,8 @@ def _of_head(
     half = operands.hidden.dtype is torch.float16 and any(operands.needs())
     if _is_composed(inputs.objective, half, compute.grad_scale):
         stats = run_head_token_stats(operands, call, composed_targets(inputs))
-        return run_token_loss(*stats[:3], inputs)
+        logp, entropy, unit_polarity, _ = stats
+        return run_token_loss(logp, entropy, unit_polarity, inputs)
     if half and compute.grad_scale is not None:
         run = partial(run_head_policy_loss, operands, call)
         return _scaled(run, inputs, compute.grad_scale)

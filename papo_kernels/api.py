@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -206,15 +207,15 @@ def _of_held_logits(
     backend = compute.backend or ""
     inputs = arguments.checked(row, acc_dtype(values.dtype), backend, "the logits")
     refuse_forward_mode((values,), inputs)
-    run = run_policy_loss_in_place if compute.inplace else run_policy_loss
     half = values.dtype is torch.float16 and torch.is_grad_enabled() and values.requires_grad
-    return _fused_or_composed(
-        inputs,
-        lambda inputs: run(values, inputs),
-        lambda targets: run_token_stats(values, targets, row, backend),
-        half,
-        compute.grad_scale,
-    )
+    if _is_composed(inputs.objective, half, compute.grad_scale):
+        stats = run_token_stats(values, composed_targets(inputs), row, backend)
+        logp, entropy, unit_polarity, _ = stats
+        return run_token_loss(logp, entropy, unit_polarity, inputs)
+    run = run_policy_loss_in_place if compute.inplace else run_policy_loss
+    if half and compute.grad_scale is not None:
+        return _scaled(partial(run, values), inputs, compute.grad_scale)
+    return run(values, inputs)
 
 
 def _of_head(
@@ -226,40 +227,34 @@ def _of_head(
     operands, call, inputs = _head_call(logits, arguments.targets, temperature, compute, arguments)
     assert inputs is not None
     refuse_forward_mode(operands, inputs)
-    return _fused_or_composed(
-        inputs,
-        lambda inputs: run_head_policy_loss(operands, call, inputs),
-        lambda targets: run_head_token_stats(operands, call, targets),
-        operands.hidden.dtype is torch.float16 and any(operands.needs()),
-        compute.grad_scale,
-    )
+    half = operands.hidden.dtype is torch.float16 and any(operands.needs())
+    if _is_composed(inputs.objective, half, compute.grad_scale):
+        stats = run_head_token_stats(operands, call, composed_targets(inputs))
+        logp, entropy, unit_polarity, _ = stats
+        return run_token_loss(logp, entropy, unit_polarity, inputs)
+    if half and compute.grad_scale is not None:
+        run = partial(run_head_policy_loss, operands, call)
+        return _scaled(run, inputs, compute.grad_scale)
+    return run_head_policy_loss(operands, call, inputs)
 
 
-def _fused_or_composed(
-    inputs: LossInputs,
-    fused: Callable[[LossInputs], tuple[Tensor, ...]],
-    stats: Callable[[Tensor], tuple[Tensor, ...]],
-    half: bool,
-    grad_scale: float | None,
-) -> tuple[Tensor, ...]:
-    """The fields of `PolicyLossOutput`.
+def _is_composed(objective: Objective, half: bool, grad_scale: float | None) -> bool:
+    """Whether the loss needs more than a token's own row, so that it is composed of statistics.
 
     Args:
-        fused: the loss and its gradient in one pass.
-        stats: the statistics for targets, which the loss is composed of where it needs more than a
-            token's own row.
         half: the loss has a float16 gradient. Whatever scales the loss must act before that is
             rounded.
     """
-    objective = inputs.objective
     by_token = objective.reduce and objective.ratio_level == "token"
-    if not by_token or (half and grad_scale is None):
-        logp, entropy, unit_polarity, *_ = stats(composed_targets(inputs))
-        return run_token_loss(logp, entropy, unit_polarity, inputs)
-    if not half or grad_scale is None:
-        return fused(inputs)
-    loss, *parts = fused(inputs._replace(tokens=inputs.tokens.weighted(grad_scale)))
-    return loss / grad_scale, *parts
+    return not by_token or (half and grad_scale is None)
+
+
+def _scaled(
+    run: Callable[[LossInputs], tuple[Tensor, ...]], inputs: LossInputs, factor: float
+) -> tuple[Tensor, ...]:
+    """What `run` returns, with a gradient that it forms times `factor`."""
+    loss, *parts = run(inputs._replace(tokens=inputs.tokens.weighted(factor)))
+    return loss / factor, *parts
 
 
 def _of_log_probs(

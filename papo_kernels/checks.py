@@ -15,7 +15,7 @@ FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
 _LARGEST = torch.finfo(torch.float32).max
 # Of a factor on logits: kernels form the quotient of two, which float32 has to hold as a normal
 # number.
-_FACTORS = (1e-18, 1e18)
+FACTORS = (1e-18, 1e18)
 _STRIDED = torch.strided
 
 
@@ -64,7 +64,9 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str = "lo
 
 def check_factor(name: str, value: object, otherwise: str = "") -> None:
     """A temperature, a soft cap or a scale of logits; `otherwise` says what else is allowed."""
-    low, high = _FACTORS
+    low, high = FACTORS
+    if type(value) is float and low <= value <= high:
+        return
     if not low <= check_number(name, value, otherwise) <= high:
         raise ValueError(
             f"{name}: expected {otherwise}a number in [{low:g}, {high:g}], got {value!r}"

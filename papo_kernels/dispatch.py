@@ -12,7 +12,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import peek_interpreter_stack as transform
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 T = TypeVar("T")
@@ -22,10 +25,10 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether nothing traces or intercepts a call on `tensor`, whose memory holds its values."""
     return (
         type(tensor) in _PLAIN_TYPES
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not tensor.is_neg()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not dispatch_modes()
+        and transform() is None
     )
 
 

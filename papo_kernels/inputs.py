@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .checks import (
+    FACTORS,
     check_device,
     check_factor,
     check_float,
@@ -85,25 +86,46 @@ def _like_targets(name: str, value: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _token_input(
-    name: str, value: Tensor | None, targets: Tensor, dtype: torch.dtype, source: str
-) -> Tensor:
-    """The checked `value`, `[N]` of `dtype`."""
-    # As most are: one call in place of three.
-    if (
-        type(value) is Tensor
-        and value.dtype is dtype
-        and value.shape == targets.shape
-        and value.device == targets.device
-        and value.is_contiguous()
-        and not value.requires_grad
-    ):
-        return value if value.dim() == 1 else value.view(-1)
-    check_token_input(name, value, targets, source)
-    assert value is not None
-    if value.shape != targets.shape:
-        value = _like_targets(name, value, targets)
-    return flat(value, dtype)
+class TokenLike(NamedTuple):
+    """What the inputs that are per token have to be like, looked up once.
+
+    Attributes:
+        dtype: what they are made.
+        source: what the loss is differentiable in, for messages.
+    """
+
+    targets: Tensor
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+    source: str
+    eager: bool
+
+    @classmethod
+    def of(cls, targets: Tensor, dtype: torch.dtype, source: str) -> TokenLike:
+        return cls(targets, targets.shape, targets.device, dtype, source, not is_compiling())
+
+    def checked(self, name: str, value: Tensor | None) -> Tensor:
+        """The checked `value`, `[N]` of `dtype`."""
+        # As most are: one call in place of three.
+        if (
+            self.eager
+            and type(value) is Tensor
+            and value.dtype is self.dtype
+            and value.layout is torch.strided
+            and not value.is_nested
+            and value.shape == self.shape
+            and value.device == self.device
+            and value.is_contiguous()
+            and not value.is_neg()
+            and not value.requires_grad
+        ):
+            return value if value.dim() == 1 else value.view(-1)
+        check_token_input(name, value, self.targets, self.source)
+        assert value is not None
+        if value.shape != self.shape:
+            value = _like_targets(name, value, self.targets)
+        return flat(value, self.dtype)
 
 
 def targets_of_rows(logits: object, targets: Tensor) -> Tensor:
@@ -173,15 +195,16 @@ def row_params(
     if not isinstance(temperature, Tensor):
         check_factor("temperature", temperature)
         return RowParams(float(temperature) / scale, cap, columns)
-    source = "the logits"
-    temperatures = _token_input("temperature", temperature, targets, dtype, source)
+    like = TokenLike.of(targets, dtype, "the logits")
+    temperatures = like.checked("temperature", temperature)
     if temperatures.is_cpu and is_plain(temperatures):
-        good = (temperatures > 0) & (temperatures < torch.inf)
+        low, high = FACTORS
+        good = (temperatures >= low) & (temperatures <= high)
         bad = (~good & (targets.reshape(-1) != IGNORE_INDEX)).nonzero()
         if bad.numel():
             at = int(bad[0])
             raise ValueError(
-                "temperature: expected finite values > 0, got "
+                f"temperature: expected numbers in [{low:g}, {high:g}], got "
                 f"{temperatures[at].item()} at flat position {at}"
             )
     return RowParams(
@@ -254,12 +277,13 @@ class LossArguments(NamedTuple):
             source: what the loss is differentiable in, for messages.
         """
         targets, objective, weighting = self.targets, self.objective, self.weighting
-        advantages = _token_input("advantages", self.advantages, targets, dtype, source)
-        weights = self._weights(dtype, source)
-        old_logp, log_ratio = self._ratio(dtype, source)
+        like = TokenLike.of(targets, dtype, source)
+        advantages = like.checked("advantages", self.advantages)
+        weights = self._weights(like)
+        old_logp, log_ratio = self._ratio(like)
         ref_logp = self.ref_logp
         if ref_logp is not None:
-            ref_logp = _token_input("ref_logp", ref_logp, targets, dtype, source)
+            ref_logp = like.checked("ref_logp", ref_logp)
         elif objective.kl_coef:
             raise ValueError(
                 f"ref_logp: expected a tensor, since objective.kl_coef is {objective.kl_coef}"
@@ -272,25 +296,23 @@ class LossArguments(NamedTuple):
             None if weighting is None else _weighting_inputs(weighting, dtype, targets),
             row,
             backend,
-            None if objective.ratio_level == "token" else self._sequences(tokens),
+            None if objective.ratio_level == "token" else self._sequences(like, tokens),
         )
 
-    def _weights(
-        self, dtype: torch.dtype, source: str
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _weights(self, like: TokenLike) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the policy term, the KL term and the entropy bonus."""
-        given, targets = self.token_weight, self.targets
+        given = self.token_weight
         if not isinstance(given, TokenWeights):
-            return _token_input("token_weight", given, targets, dtype, source), None, None
+            return like.checked("token_weight", given), None, None
         policy, kl, entropy = (
-            None if x is None else _token_input(f"token_weight.{name}", x, targets, dtype, source)
+            None if x is None else like.checked(f"token_weight.{name}", x)
             for name, x in given._asdict().items()
         )
         if policy is None:
             raise TypeError("token_weight.policy: expected a tensor, got NoneType")
         return policy, kl, entropy
 
-    def _ratio(self, dtype: torch.dtype, source: str) -> tuple[Tensor | None, Tensor | None]:
+    def _ratio(self, like: TokenLike) -> tuple[Tensor | None, Tensor | None]:
         """old_logp, or the log of the ratio itself."""
         given, level = self.old_logp, self.objective.ratio_level
         if isinstance(given, LogRatio):
@@ -299,8 +321,7 @@ class LossArguments(NamedTuple):
                     "old_logp: expected a tensor or Sequences, since objective.ratio_level is "
                     f"{level!r}, got LogRatio"
                 )
-            name = "old_logp.values"
-            return None, _token_input(name, given.values, self.targets, dtype, source)
+            return None, like.checked("old_logp.values", given.values)
         name = "old_logp"
         if isinstance(given, Sequences):
             if level == "token":
@@ -311,9 +332,9 @@ class LossArguments(NamedTuple):
             name, given = "old_logp.old_logp", given.old_logp
         if given is None:
             return None, None
-        return _token_input(name, given, self.targets, dtype, source), None
+        return like.checked(name, given), None
 
-    def _sequences(self, tokens: TokenInputs) -> Tensor:
+    def _sequences(self, like: TokenLike, tokens: TokenInputs) -> Tensor:
         """The id of each token's sequence, `[N]`; negative where it is in none."""
         targets, given = self.targets, self.old_logp
         if isinstance(given, Sequences):
@@ -321,7 +342,7 @@ class LossArguments(NamedTuple):
             check_type(name, given.ids, Tensor)
             if given.ids.dtype != torch.int64:
                 raise TypeError(f"{name}: expected int64, got {given.ids.dtype}")
-            return _token_input(name, given.ids, targets, torch.int64, "")
+            return like._replace(dtype=torch.int64).checked(name, given.ids)
         if targets.dim() < 2:
             raise ValueError(
                 f"old_logp: expected Sequences(old_logp, ids) for targets of shape "

@@ -232,14 +232,9 @@ def library() -> ctypes.CDLL:
 class Native:
     """What papo_kernels._C offers the CUDA backend, on the emulated machine."""
 
-    Matrix = Matrix
     RowParams = RowParams
-    TokenStatsOut = TokenStatsOut
-    TokenStatsGrads = TokenStatsGrads
-    TokenInputs = TokenInputs
     Objective = Objective
     Weighting = Weighting
-    PolicyLossOut = PolicyLossOut
     TileChoice = TileChoice
     Launch = Launch
 
@@ -260,19 +255,22 @@ class Native:
             raise RuntimeError(message.decode())
 
     def token_stats_fwd(self, logits, targets, state, row, out, launch):
-        nothing = Matrix(0, 0, 0, 0, 0)
-        self._call("token_stats_fwd", [logits, nothing], logits, targets, state, row, out, launch)
+        matrix, nothing = Matrix(*logits), Matrix(0, 0, 0, 0, 0)
+        args = (matrix, targets, state, row, TokenStatsOut(*out), launch)
+        self._call("token_stats_fwd", [matrix, nothing], *args)
 
     def token_stats_bwd(self, logits, targets, state, grads, row, dlogits, launch):
-        args = (logits, targets, state, grads, row, dlogits, launch)
-        self._call("token_stats_bwd", [logits, dlogits], *args)
+        matrices = [Matrix(*logits), Matrix(*dlogits)]
+        args = (targets, state, TokenStatsGrads(*grads), row, matrices[1], launch)
+        self._call("token_stats_bwd", matrices, matrices[0], *args)
 
     def policy_loss(self, logits, tokens, objective, weighting, row, out, dlogits, launch):
-        args = (logits, tokens, objective, weighting, row, out, dlogits, launch)
-        self._call("policy_loss", [logits, dlogits], *args)
+        matrices = [Matrix(*logits), Matrix(*dlogits)]
+        args = (TokenInputs(*tokens), objective, weighting, row, PolicyLossOut(*out))
+        self._call("policy_loss", matrices, matrices[0], *args, matrices[1], launch)
 
     def scale(self, matrix, factor, launch):
-        self._call("scale", [matrix], matrix, factor, launch)
+        self._call("scale", [Matrix(*matrix)], Matrix(*matrix), factor, launch)
 
     def check_tile(self, columns, dtype, device, choice):
         message = self.lib.emulated_check_tile(columns, dtype, ctypes.byref(choice))

@@ -62,6 +62,14 @@ ROW_ERRORS = [
     ("temperature", -1.0, ValueError, r"temperature: .*got -1\.0"),
     ("temperature", math.nan, ValueError, r"temperature: .*got nan"),
     ("temperature", math.inf, ValueError, r"temperature: .*got inf"),
+    ("temperature", zeros(N), ValueError, r"temperature: .*, got 0\.0 at flat position 0"),
+    (
+        "temperature",
+        torch.tensor([1.0, 1e-19, 1.0]),
+        ValueError,
+        r"temperature: expected numbers in \[1e-18, 1e\+18\], got 9\.99.*e-20 at flat position 1",
+    ),
+    ("temperature", torch.full((N,), 1e19), ValueError, r"temperature: .*got 9\.99.*e\+18 at"),
     ("temperature", None, TypeError, r"temperature: expected a number.*, got NoneType None"),
     ("softcap", "30", TypeError, r"softcap: expected None or a number, got str '30'"),
     ("softcap", True, TypeError, r"softcap: .*got bool True"),
@@ -223,10 +231,13 @@ def test_tensors_that_are_read_with_another_sign(backend, device):
         inputs["weighting"] = PolarityWeighting(0.5, change(torch.tensor(0.5, device=device)))
         leaf = logits.clone().requires_grad_()
         head = Head(change(leaf.T.contiguous()))(change(torch.eye(N, device=device)))
-        out = [policy_loss(x, **inputs, compute=compute) for x in (change(leaf), head)]
+        # Beside ordinary logits too: those with another sign make the call a torch operation, in
+        # which torch itself reads all of them.
+        out = [policy_loss(x, **inputs, compute=compute) for x in (leaf, change(leaf), head)]
         stats = token_stats(change(leaf), inputs["targets"], compute=compute)
-        total = change(out[0].loss) + out[1].loss + change(stats.entropy).sum()
-        results.append((*out[0], *out[1], *stats, *torch.autograd.grad(total, leaf)))
+        total = change(out[0].loss) + out[1].loss + out[2].loss + change(stats.entropy).sum()
+        grads = torch.autograd.grad(total, leaf)
+        results.append((*out[0], *out[1], *out[2], *stats, *grads))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -57,7 +57,8 @@ PAPO_KERNEL(128, 1) outputs_kernel(const PAPO_PARAM RowsCall call) {
     if (job.column == kColumnInactive) {
       write_nothing(call, i);
     } else {
-      finish_row<true>(call, job, load_scan(call.state, i), load_inputs<true>(call, i), &weighting, true);
+      finish_row<true>(call, job, load_scan(call.state, i), load_inputs<true>(call, i), &weighting,
+                       true);
     }
   }
 }

@@ -164,7 +164,7 @@ class ResidentRows {
   }
 
   PAPO_DEVICE void scan(const Job& job, int k, Cursor& at, bool& masked) const {
-    const Scaling scaling = scaling_of<kOwn>(call_, job);
+    const Scaling& scaling = scaling_of<kOwn>(call_, job);
     WarpScan<In> sums(scaling);
     const Cursor begin = at;
     const auto buffer = [&](int s) {
@@ -202,7 +202,7 @@ class ResidentRows {
     machine::barrier_wait(plan(k), parity(k), "plan");
     if (!call_.wants_gradient()) return;
     const ElementGrad g = load_plan(plan_address(k));
-    const Scaling scaling = scaling_of<kOwn>(call_, job);
+    const Scaling& scaling = scaling_of<kOwn>(call_, job);
     const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
     for (int s = 0; s < tile_.stages; ++s) {
       const Span stage = stage_of(s);

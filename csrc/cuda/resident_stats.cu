@@ -129,7 +129,7 @@ class StatsRows {
 
   PAPO_DEVICE void scan(const Job& job, int slice, const TeamWarp& mine, int buffer, bool& masked,
                         int k) const {
-    const Scaling scaling = scaling_of<kOwn>(call_, job);
+    const Scaling& scaling = scaling_of<kOwn>(call_, job);
     WarpScan<In> sums(scaling);
     const Span columns = slice_of(slice);
     const Stage<In> stage = {row_in_buffer<In>(call_.logits, job.row, buffer_address(buffer)),

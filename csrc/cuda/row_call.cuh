@@ -1,6 +1,8 @@
 // The arguments of a call as its kernels get them, and the order in which a warp takes the rows.
 #pragma once
 
+#include <type_traits>
+
 #include "papo/row_arrays.h"
 #include "row_reduce.cuh"
 
@@ -76,11 +78,17 @@ struct Job {
   }
 };
 
+// Bound to a const Scaling&, the copy lives as long as that does.
 template <bool kOwn>
-PAPO_DEVICE Scaling scaling_of(const RowsCall& call, const Job& job) {
-  Scaling s = call.scaling;
-  if (kOwn && call.own_temperatures()) s.set_unit(job.unit, call.logits.dtype);
-  return s;
+PAPO_DEVICE std::conditional_t<kOwn, Scaling, const Scaling&> scaling_of(const RowsCall& call,
+                                                                         const Job& job) {
+  if constexpr (kOwn) {
+    Scaling s = call.scaling;
+    if (call.own_temperatures()) s.set_unit(job.unit, call.logits.dtype);
+    return s;
+  } else {
+    return call.scaling;
+  }
 }
 
 // The rows first, first + step, ... of a call, for one warp. Its lanes look up 32 rows at a time,

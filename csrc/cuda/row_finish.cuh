@@ -82,7 +82,9 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
   const double exact = abs_of(m - m_float) <= 1e-15 * abs_of(m) ? m_float : m;
   const double center = exact + mu * temperature;
   ElementGrad e;
-  e.target = clamped(chain_rule(g.target, scan.target_u * temperature, in.row), kMost);
+  // Not chain_rule(): the whole row waits for its division.
+  e.target = clamped(
+      through_softcap(g.target, scan.target_u * temperature, in.row) * in.inv_temperature, kMost);
   e.m = static_cast<float>(fast ? exact * unit : exact);
   e.center = static_cast<float>(fast ? center * unit : center);
   // What the rounding of m adds to every y, and how far the rounded center is from the maximum. The

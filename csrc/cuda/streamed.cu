@@ -69,7 +69,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
       continue;
     }
     const GlobalRow<In> row = {element_at<In>(call.logits, job.row, 0), call.columns()};
-    const Scaling scaling = scaling_of<true>(call, job);
+    const Scaling& scaling = scaling_of<true>(call, job);
     WarpScan<In> sums(scaling);
     scan_row(sums, row, warp, lane);
     // Read before an in-place gradient overwrites it.

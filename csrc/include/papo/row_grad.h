@@ -69,17 +69,23 @@ PAPO_HD V softcap_slope(V t) {
   return (1 - t) * (1 + t);
 }
 
-// dz = du * du/dz. `capped` is softcap(z) = u * temperature, where u has been rounded to Acc: at the
-// cap it may lie a few roundings off, and has no slope all the same.
+// du times the slope of the soft cap. `capped` is softcap(z) = u * temperature, where u has been
+// rounded to Acc: at the cap it may lie a few roundings off, and has no slope all the same.
 template <typename Acc = float, typename A>
-PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
+PAPO_HD A through_softcap(A du, A capped, const RowParams& row) {
   // A masked token has du = 0 and an infinite `capped`.
   if (row.softcap > 0.0 && du != A(0)) {
     const A t = capped / static_cast<A>(row.softcap);
     constexpr A kRoundings = sizeof(Acc) == 8 ? A(0x1p-51) : A(0x1p-22);
     du *= A(1) - abs_of(t) < kRoundings ? A(0) : softcap_slope(t);
   }
-  return du / static_cast<A>(row.temperature);
+  return du;
+}
+
+// dz = du * du/dz.
+template <typename Acc = float, typename A>
+PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
+  return through_softcap<Acc>(du, capped, row) / static_cast<A>(row.temperature);
 }
 
 }  // namespace papo

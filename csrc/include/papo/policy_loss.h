@@ -138,14 +138,40 @@ PAPO_HD C dppo_divergence(Surrogate surrogate, C logp, C old_logp) {
   return p > old ? kl : p < old ? -kl : C(0);
 }
 
-// The surrogate of one token. `adv` is A', and `weighted` the same times the token's weight.
+// Of a ratio. Only negative advantages are clipped from below, and only positive ones from above.
+template <typename C>
+PAPO_HD C lower_bound(const Objective& o) {
+  return C(1) - static_cast<C>(o.negative_low);
+}
+template <typename C>
+PAPO_HD C upper_bound(const Objective& o) {
+  return C(1) + static_cast<C>(o.clip_high);
+}
+
+// PPO's clip, with the dual clip. `adv` is A', and `weighted` the same times the token's weight.
+template <typename C>
+PAPO_HD Term<C> clip_term(const Objective& o, C adv, C weighted, const Ratio<C>& r,
+                          ClipSide* side) {
+  const C low = lower_bound<C>(o), high = upper_bound<C>(o), dual = static_cast<C>(o.dual_clip);
+  const bool positive = adv > C(0), negative = adv < C(0);
+  *side = ClipSide::kInside;
+  if (negative && r.value < low) *side = ClipSide::kLow;
+  if (positive && r.value > high) *side = ClipSide::kHigh;
+  if (negative && r.value > dual) *side = ClipSide::kDual;
+  if (*side == ClipSide::kInside) {
+    const C plain = r.exp.times(weighted);
+    return {-plain, C(0), -plain};  // d(-r A')/dlog r = -r A'
+  }
+  const C bound = *side == ClipSide::kLow ? low : *side == ClipSide::kHigh ? high : dual;
+  return {-bound * weighted, C(0), C(0)};
+}
+
+// The surrogate of one token; the clip, which most runs have, takes no jump.
 template <typename C>
 PAPO_HD Term<C> surrogate_term(const Objective& o, C adv, C weighted, const Ratio<C>& r, C logp,
                                ClipSide* side) {
+  if (o.surrogate == Surrogate::kClip) return clip_term(o, adv, weighted, r, side);
   const bool positive = adv > C(0), negative = adv < C(0);
-  const C clip_low = static_cast<C>(positive ? o.clip_low : o.negative_low);
-  const C clip_high = static_cast<C>(positive ? o.clip_high : o.negative_high);
-  const C low = C(1) - clip_low, high = C(1) + clip_high;
   *side = ClipSide::kInside;
   switch (o.surrogate) {
     case Surrogate::kSapo: {
@@ -154,17 +180,9 @@ PAPO_HD Term<C> surrogate_term(const Objective& o, C adv, C weighted, const Rati
       const C gate = C(1) / (C(1) + exp_of(-x)), rest = C(1) / (C(1) + exp_of(x));
       return {C(-4) * gate * weighted / t, C(0), -r.exp.times(C(4) * gate * rest * weighted)};
     }
-    case Surrogate::kDppoTv:
-    case Surrogate::kDppoKl: {
-      const C divergence = dppo_divergence(o.surrogate, logp, r.old_logp);
-      if (positive && divergence > clip_high) *side = ClipSide::kHigh;
-      if (!positive && divergence < -clip_low) *side = ClipSide::kLow;
-      if (*side != ClipSide::kInside) return {C(0), C(0), C(0)};
-      const C cap = static_cast<C>(o.ratio_cap);
-      const C kept = r.value > cap ? weighted * cap : r.exp.times(weighted);
-      return {-product(kept, logp), -kept, C(0)};
-    }
     case Surrogate::kCispo: {
+      const C low = C(1) - static_cast<C>(positive ? o.clip_low : o.negative_low);
+      const C high = C(1) + static_cast<C>(positive ? o.clip_high : o.negative_high);
       if (r.value < low) *side = ClipSide::kLow;
       if (r.value > high) *side = ClipSide::kHigh;
       const C kept = *side == ClipSide::kLow    ? low * weighted
@@ -173,6 +191,7 @@ PAPO_HD Term<C> surrogate_term(const Objective& o, C adv, C weighted, const Rati
       return {-product(kept, logp), -kept, C(0)};
     }
     case Surrogate::kCeGppo: {
+      const C low = lower_bound<C>(o), high = upper_bound<C>(o);
       if (negative && r.value < low) *side = ClipSide::kLow;
       if (positive && r.value > high) *side = ClipSide::kHigh;
       const C kept = *side == ClipSide::kLow    ? static_cast<C>(o.gppo_low) * low * weighted
@@ -180,17 +199,14 @@ PAPO_HD Term<C> surrogate_term(const Objective& o, C adv, C weighted, const Rati
                                                 : r.exp.times(weighted);
       return {-kept, C(0), -kept};
     }
-    default: {
-      const C dual = static_cast<C>(o.dual_clip);
-      if (negative && r.value < low) *side = ClipSide::kLow;
-      if (positive && r.value > high) *side = ClipSide::kHigh;
-      if (negative && r.value > dual) *side = ClipSide::kDual;
-      if (*side == ClipSide::kInside) {
-        const C plain = r.exp.times(weighted);
-        return {-plain, C(0), -plain};  // d(-r A')/dlog r = -r A'
-      }
-      const C bound = *side == ClipSide::kLow ? low : *side == ClipSide::kHigh ? high : dual;
-      return {-bound * weighted, C(0), C(0)};
+    default: {  // DPPO, whose bounds are of a divergence
+      const C divergence = dppo_divergence(o.surrogate, logp, r.old_logp);
+      if (positive && divergence > static_cast<C>(o.clip_high)) *side = ClipSide::kHigh;
+      if (!positive && divergence < -static_cast<C>(o.negative_low)) *side = ClipSide::kLow;
+      if (*side != ClipSide::kInside) return {C(0), C(0), C(0)};
+      const C cap = static_cast<C>(o.ratio_cap);
+      const C kept = r.value > cap ? weighted * cap : r.exp.times(weighted);
+      return {-product(kept, logp), -kept, C(0)};
     }
   }
 }

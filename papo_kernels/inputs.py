@@ -107,25 +107,26 @@ class TokenLike(NamedTuple):
 
     def checked(self, name: str, value: Tensor | None) -> Tensor:
         """The checked `value`, `[N]` of `dtype`."""
+        targets, shape, device, dtype, source, eager = self
         # As most are: one call in place of three.
         if (
-            self.eager
+            eager
             and type(value) is Tensor
-            and value.dtype is self.dtype
+            and value.dtype is dtype
             and value.layout is torch.strided
             and not value.is_nested
-            and value.shape == self.shape
-            and value.device == self.device
+            and value.shape == shape
+            and value.device == device
             and value.is_contiguous()
             and not value.is_neg()
             and not value.requires_grad
         ):
             return value if value.dim() == 1 else value.view(-1)
-        check_token_input(name, value, self.targets, self.source)
+        check_token_input(name, value, targets, source)
         assert value is not None
-        if value.shape != self.shape:
-            value = _like_targets(name, value, self.targets)
-        return flat(value, self.dtype)
+        if value.shape != shape:
+            value = _like_targets(name, value, targets)
+        return flat(value, dtype)
 
 
 def targets_of_rows(logits: object, targets: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class LossArguments(NamedTuple):
         targets, objective, weighting = self.targets, self.objective, self.weighting
         like = TokenLike.of(targets, dtype, source)
         advantages = like.checked("advantages", self.advantages)
-        weights = self._weights(like)
+        policy, kl, entropy = self._weights(like)
         old_logp, log_ratio = self._ratio(like)
         ref_logp = self.ref_logp
         if ref_logp is not None:
@@ -288,7 +289,7 @@ class LossArguments(NamedTuple):
             raise ValueError(
                 f"ref_logp: expected a tensor, since objective.kl_coef is {objective.kl_coef}"
             )
-        tokens = TokenInputs(advantages, weights[0], old_logp, ref_logp, log_ratio, *weights[1:])
+        tokens = TokenInputs(advantages, policy, old_logp, ref_logp, log_ratio, kl, entropy)
         return LossInputs(
             flat(targets, torch.int64),
             tokens,

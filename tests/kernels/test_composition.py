@@ -338,6 +338,7 @@ def test_under_checkpoint(reentrant, kind):
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.plumbing
 @pytest.mark.parametrize("compiled", [False, True])
 def test_lse_is_differentiable(compiled, backend, device):
     """Its gradient is p, whether or not other statistics are used, or stacked with it."""

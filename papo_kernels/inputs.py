@@ -167,8 +167,8 @@ def held_logits(
         check_vocab_size(vocab_size)
     if not isinstance(values, Tensor):
         raise TypeError(
-            "logits: expected a tensor, Logits(tensor), LogProbs, or what calling a Head gives, "
-            f"head(hidden); got {type(values).__name__}"
+            "logits: expected a tensor, Logits(tensor) or what calling a Head gives, head(hidden)"
+            f" (policy_loss also takes LogProbs or TokenStats); got {type(values).__name__}"
         )
     check_float("logits", values)
     columns = counted_columns(values.shape[-1], vocab_size, "columns of logits")
@@ -221,7 +221,7 @@ def log_probs(
     weighting: PolarityWeighting | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The checked logp, entropy and unit polarity, like `targets`."""
-    check_type("targets", targets, Tensor)
+    check_tensor("targets", targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected int64, got {targets.dtype}")
     if isinstance(temperature, Tensor) or temperature != 1.0:
@@ -245,6 +245,7 @@ def log_probs(
             }
             why = reasons.get(name, "") if is_needed else " or None"
             raise TypeError(f"logits.{name}: expected a tensor{why}, got {type(value).__name__}")
+        check_tensor(f"logits.{name}", value)
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"logits.{name}: expected float32 or float64, got {value.dtype}")
         if value.shape != targets.shape:

@@ -23,7 +23,7 @@ from .checks import (
 )
 from .dispatch import filled, is_plain
 from .objective import Objective, PolarityWeighting
-from .token_loss import weightless
+from .token_loss import left_out
 from .types import (
     IGNORE_INDEX,
     FullTokenStats,
@@ -353,7 +353,7 @@ class LossArguments(NamedTuple):
             )
         rows = targets.numel() // max(1, targets.shape[-1])
         ids = torch.arange(rows, device=targets.device)[:, None].expand(rows, targets.shape[-1])
-        outside = (targets.reshape(-1) == IGNORE_INDEX) | weightless(tokens)
+        outside = left_out(targets.reshape(-1), tokens)
         return torch.where(outside, -1, ids.reshape(-1))
 
 

@@ -167,6 +167,16 @@ class Objective:
     def __hash__(self) -> int:  # once, not in every call
         return self._hash
 
+    @property
+    def kl_value(self) -> str:
+        """`kl_estimator` without its "+"."""
+        return self.kl_estimator.removesuffix("+")
+
+    @property
+    def kl_slope_of_k2(self) -> bool:
+        """Whether the KL term has the gradient of k2."""
+        return self.kl_estimator.endswith("+")
+
     def numbers(self) -> tuple[float, ...]:
         """The numbers in the order in which kernels take them; inf stands for no limit."""
         negative = self.negative_clip or (self.clip_low, self.clip_high)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .token_loss import saturated, token_loss, weightless
+from .token_loss import left_out, saturated, token_loss
 from .types import (
     ELSEWHERE,
     IGNORE_INDEX,
@@ -222,7 +222,7 @@ def policy_loss_fwd(
     state: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The policy loss per token, and its gradient where `dlogits` is given."""
-    ignored = (targets == IGNORE_INDEX) | weightless(tokens)
+    ignored = left_out(targets, tokens)
     rows = _rows(logits, targets, ignored, row, state)
     stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
     # Rounded first, as an earlier call rounded old_logp: its ratio to the same logp is exactly 1.

@@ -17,6 +17,7 @@ from .types import (
     CLIPPED_DUAL,
     CLIPPED_HIGH,
     CLIPPED_LOW,
+    IGNORE_INDEX,
     INSIDE,
     TokenInputs,
     WeightingInputs,
@@ -194,7 +195,7 @@ def _surrogate(
 
 def _kl(objective: Objective, logp: Tensor, ref_logp: Tensor, scale: Tensor, r: _Ratio) -> _Term:
     """`scale` is the coefficient times the token's weight."""
-    x, name = logp - ref_logp, objective.kl_estimator.removesuffix("+")
+    x, name = logp - ref_logp, objective.kl_value
     growth = torch.expm1(-x) if name == "k3" else torch.zeros_like(x)
     if name == "k1":
         value, slope = x, torch.ones_like(x)
@@ -208,7 +209,7 @@ def _kl(objective: Objective, logp: Tensor, ref_logp: Tensor, scale: Tensor, r: 
         beyond = value.abs() > objective.kl_limit
         value = value.clamp(-objective.kl_limit, objective.kl_limit)
         slope, growth = torch.where(beyond, 0.0, slope), torch.where(beyond, 0.0, growth)
-    if objective.kl_estimator.endswith("+"):
+    if objective.kl_slope_of_k2:
         slope = x
     exponent = r.log if objective.kl_ratio else torch.zeros_like(x)
     # Where e^-x leaves float64, its weight or the ratio may bring it back.
@@ -230,6 +231,11 @@ def weightless(tokens: TokenInputs) -> Tensor:
     weights = (tokens.token_weight, tokens.kl_weight, tokens.entropy_weight)
     zero = [w == 0 for w in weights if w is not None]
     return torch.stack(zero).all(dim=0) if len(zero) > 1 else zero[0]
+
+
+def left_out(targets: Tensor, tokens: TokenInputs) -> Tensor:
+    """Which tokens contribute nothing, `[N]` bool: they are ignored, or no term has a weight."""
+    return (targets == IGNORE_INDEX) | weightless(tokens)
 
 
 def _ratio(objective: Objective, logp: Tensor, tokens: TokenInputs) -> _Ratio:

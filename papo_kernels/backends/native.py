@@ -164,11 +164,10 @@ def _shared_row_params(native: ModuleType, row: RowParams) -> Any:
 
 @lru_cache(maxsize=64)
 def _objective(native: ModuleType, objective: Objective) -> Any:
-    estimator = objective.kl_estimator
     return native.Objective(
         SURROGATES.index(objective.surrogate),
-        KL_CODE[estimator.removesuffix("+")],
-        estimator.endswith("+"),
+        KL_CODE[objective.kl_value],
+        objective.kl_slope_of_k2,
         objective.kl_ratio,
         objective.numbers(),
     )

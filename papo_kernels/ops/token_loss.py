@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from papo_kernels.dispatch import kernel_or_operation
-from papo_kernels.token_loss import token_loss, weightless
+from papo_kernels.token_loss import left_out, token_loss, weightless
 from papo_kernels.types import IGNORE_INDEX, INSIDE, LossInputs
 
 from .common import refuse_double_backward
@@ -68,13 +68,13 @@ def _kernel(
     logp, by the log of its ratio, and by its entropy, float64. All are 0 for a token that is
     ignored or has no weight."""
     targets, tokens, objective, weighting = inputs[:4]
-    left_out = (targets == IGNORE_INDEX) | weightless(tokens)
-    stats = [torch.where(left_out, 0.0, x.double()) for x in (logp, entropy, unit_polarity)]
+    skipped = left_out(targets, tokens)
+    stats = [torch.where(skipped, 0.0, x.double()) for x in (logp, entropy, unit_polarity)]
     terms = token_loss(stats[0], stats[1], stats[2], tokens, objective, weighting)
     # A row without a distribution is NaN in all that is made of it.
     spoiled = stats[0].isnan() | stats[1].isnan()
     loss, polarity, weight, ratio, side, *derivatives = (
-        torch.where(left_out, 0, torch.where(spoiled, torch.nan, x) if x.is_floating_point() else x)
+        torch.where(skipped, 0, torch.where(spoiled, torch.nan, x) if x.is_floating_point() else x)
         for x in terms
     )
     side = torch.where(spoiled, INSIDE, side)
@@ -191,8 +191,8 @@ def run_token_loss(
     if inputs_of_loss and torch.is_grad_enabled():
         shared = segments if level == "sequence" else None
         losses = _TokenLoss.apply(losses, (dlogp, dlog_ratio, dentropy), shared, logp, entropy)
-    left_out = (inputs.targets == IGNORE_INDEX) | weightless(inputs.tokens)
-    reported = [torch.where(left_out, 0.0, x) for x in (known, *stats)]
+    skipped = left_out(inputs.targets, inputs.tokens)
+    reported = [torch.where(skipped, 0.0, x) for x in (known, *stats)]
     unknown = torch.full_like(known, torch.nan)
     if entropy is None:
         reported[1] = unknown

@@ -298,8 +298,7 @@ def _objective(
     given = LossNumbers(numbers, *values)
     if not has_ref:
         given = given._replace(kl_coef=0.0)
-    estimator = objective.kl_estimator
-    slope_of_k2, estimator = estimator.endswith("+"), estimator.removesuffix("+")
+    estimator, slope_of_k2 = objective.kl_value, objective.kl_slope_of_k2
     return (objective.surrogate, estimator, slope_of_k2, objective.kl_ratio), given
 
 

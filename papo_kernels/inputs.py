@@ -167,8 +167,8 @@ def held_logits(
         check_vocab_size(vocab_size)
     if not isinstance(values, Tensor):
         raise TypeError(
-            "logits: expected a tensor, Logits(tensor) or what calling a Head gives, head(hidden)"
-            f" (policy_loss also takes LogProbs or TokenStats); got {type(values).__name__}"
+            "logits: expected a tensor, Logits(tensor), for policy_loss LogProbs or TokenStats, or "
+            f"what calling a Head gives, head(hidden); got {type(values).__name__}"
         )
     check_float("logits", values)
     columns = counted_columns(values.shape[-1], vocab_size, "columns of logits")

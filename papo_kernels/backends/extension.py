@@ -14,7 +14,6 @@ DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float
 CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
-@cache
 def _import() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("papo_kernels._C"), ""

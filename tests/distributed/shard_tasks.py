@@ -286,7 +286,7 @@ def run_errors() -> None:
     refused(ValueError, "zero elements.*on rank 0", lambda: stats(head(other)))
     refused(
         ValueError,
-        r"softcap: expected None or a finite number > 0, got 0.0$",
+        r"softcap: expected None or a number in \[1e-18, 1e\+18\], got 0.0$",
         lambda: stats(head(softcap=0.0)),
     )
     other = targets.clone()

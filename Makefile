@@ -3,10 +3,12 @@
 # make test-fast  the kernels on reference and cpu at small sizes, and the trainer, without processes
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
+# make peers    the tests of Liger, TRL, verl and OpenRLHF on the kernels, in an environment of their own
 # make drawings   draw docs/images again; needs Python alone
 # make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
 #                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels
 #
+# PEERS=...   where `make peers` puts its environment and the peers' files; those that are there are not fetched again
 # PYTHON=...  the interpreter .venv is made from        VENV=...    where
 # CONFIG=...  another config for `make train`           ARGS="--set a.b=c --resume auto"    its arguments
 # RANKS=...   processes (GPUs, or CPU processes)        TORCH=...   the torch requirement to install
@@ -16,12 +18,13 @@ VENV ?= .venv
 CONFIG ?= configs/smollm2-arithmetic.yaml
 RANKS ?= 1
 TORCH ?= torch==2.13.0
+PEERS ?= build/peers
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup train test test-fast bench lint drawings gpu-check clean
+.PHONY: setup train test test-fast peers bench lint drawings gpu-check clean
 
 setup: $(STAMP)
 
@@ -47,6 +50,18 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest --fast -n 2 --dist loadfile -r fE
+
+# Two peers are installed without what they depend on: see tests/peers/requirements.txt.
+peers: export PEERS_SRC = $(PEERS)
+peers:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11) and \
+		'make peers needs Python 3.11: PYTHON=python3.11')"
+	$(PYTHON) -m venv $(PEERS)/venv
+	$(PEERS)/venv/bin/python -m pip install -q "$(TORCH)" -r tests/peers/requirements.txt
+	$(PEERS)/venv/bin/python -m pip install -q --no-deps verl==0.9.1 openrlhf==0.11.2
+	$(PEERS)/venv/bin/python -m pip install -q -e .
+	$(PEERS)/venv/bin/python -m tests.peers.suites $(PEERS)
+	$(PEERS)/venv/bin/python -m pytest tests/peers $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_cpu

@@ -1,13 +1,75 @@
 // papo_kernels._C: pointers come in as integers, errors go out as exceptions. The caller owns the
 // tensors, and has checked them.
+//
+// A struct that differs from call to call is a tuple of integers in Python, one for each member;
+// one that calls share is an object.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cstddef>
 #include <stdexcept>
+#include <type_traits>
+#include <utility>
 
 #include "papo/launch.h"
 
 namespace py = pybind11;
 using namespace papo;
+
+namespace {
+
+// Python's integer as the member of a struct that it stands for: a pointer, a number or an enum.
+struct Member {
+  long long value;
+
+  template <typename T>
+  operator T() const {
+    if constexpr (std::is_pointer_v<T>) {
+      return reinterpret_cast<T>(static_cast<uintptr_t>(value));
+    } else {
+      return static_cast<T>(value);
+    }
+  }
+};
+
+// Takes a tuple of `kMembers` integers for a `Struct`.
+template <typename Struct, size_t kMembers>
+struct TupleCaster {
+  PYBIND11_TYPE_CASTER(Struct, py::detail::const_name("tuple"));
+
+  bool load(py::handle source, bool) {
+    PyObject* tuple = source.ptr();
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != static_cast<Py_ssize_t>(kMembers)) {
+      return false;
+    }
+    fill(tuple, std::make_index_sequence<kMembers>());
+    if (PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  template <size_t... i>
+  void fill(PyObject* tuple, std::index_sequence<i...>) {
+    value = Struct{Member{PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i))}...};
+  }
+};
+
+}  // namespace
+
+namespace pybind11::detail {
+template <>
+struct type_caster<Matrix> : TupleCaster<Matrix, 5> {};
+template <>
+struct type_caster<TokenStatsOut> : TupleCaster<TokenStatsOut, 5> {};
+template <>
+struct type_caster<TokenStatsGrads> : TupleCaster<TokenStatsGrads, 4> {};
+template <>
+struct type_caster<TokenInputs> : TupleCaster<TokenInputs, 9> {};
+template <>
+struct type_caster<PolicyLossOut> : TupleCaster<PolicyLossOut, 8> {};
+}  // namespace pybind11::detail
 
 namespace {
 
@@ -85,47 +147,26 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = kHasCuda;
   m.def("cpu_isa", &cpu::isa_name);
 
-  py::class_<Matrix>(m, "Matrix")
-      .def(py::init([](uintptr_t data, int64_t rows, int64_t cols, int64_t row_stride, int dtype) {
-             return Matrix{pointer(data), rows, cols, row_stride, static_cast<DType>(dtype)};
-           }),
-           py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
-           py::arg("dtype"));
   py::class_<RowParams>(m, "RowParams")
-      .def(py::init([](double temperature, double softcap, int64_t vocab_size, bool sharded) {
-             return RowParams{temperature, softcap, vocab_size, sharded};
+      .def(py::init([](double temperature, double softcap, int64_t vocab_size, bool sharded,
+                       uintptr_t temperatures) {
+             return RowParams{temperature, softcap, vocab_size, sharded, pointer(temperatures)};
            }),
            py::arg("temperature"), py::arg("softcap"), py::arg("vocab_size"),
-           py::arg("sharded") = false);
-  py::class_<TokenStatsOut>(m, "TokenStatsOut")
-      .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity, uintptr_t lse,
-                       uintptr_t state) {
-             return TokenStatsOut{pointer(logp), pointer(entropy), pointer(unit_polarity),
-                                  pointer(lse), pointer<double>(state)};
-           }),
-           py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"), py::arg("lse"),
-           py::arg("state"));
-  py::class_<TokenStatsGrads>(m, "TokenStatsGrads")
-      .def(py::init([](uintptr_t logp, uintptr_t entropy, uintptr_t unit_polarity) {
-             return TokenStatsGrads{pointer(logp), pointer(entropy), pointer(unit_polarity)};
-           }),
-           py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"));
-  py::class_<TokenInputs>(m, "TokenInputs")
-      .def(py::init([](uintptr_t targets, uintptr_t advantages, uintptr_t token_weight,
-                       uintptr_t old_logp, uintptr_t ref_logp, uintptr_t state) {
-             return TokenInputs{pointer<int64_t>(targets), pointer(advantages),
-                                pointer(token_weight), pointer(old_logp), pointer(ref_logp),
-                                pointer<double>(state)};
-           }),
-           py::arg("targets"), py::arg("advantages"), py::arg("token_weight"), py::arg("old_logp"),
-           py::arg("ref_logp"), py::arg("state"));
+           py::arg("sharded") = false, py::arg("temperatures") = 0);
+  // The numbers of objective.py's `Objective.numbers`.
   py::class_<Objective>(m, "Objective")
-      .def(py::init([](double clip_low, double clip_high, double dual_clip, double kl_coef,
-                       double entropy_coef) {
-             return Objective{clip_low, clip_high, dual_clip, kl_coef, entropy_coef};
+      .def(py::init([](int surrogate, int kl_estimator, bool kl_slope_of_k2, bool kl_ratio,
+                       const std::array<double, 14>& x) {
+             return Objective{static_cast<Surrogate>(surrogate),
+                              static_cast<KlEstimator>(kl_estimator),
+                              kl_slope_of_k2,
+                              kl_ratio,
+                              x[0], x[1], x[2], x[3], x[4], x[5], x[6],
+                              x[7], x[8], x[9], x[10], x[11], x[12], x[13]};
            }),
-           py::arg("clip_low"), py::arg("clip_high"), py::arg("dual_clip"), py::arg("kl_coef"),
-           py::arg("entropy_coef"));
+           py::arg("surrogate"), py::arg("kl_estimator"), py::arg("kl_slope_of_k2"),
+           py::arg("kl_ratio"), py::arg("numbers"));
   py::class_<Weighting>(m, "Weighting")
       .def(py::init([](int shape, double strength, double dead_zone, uintptr_t phase,
                        uintptr_t sigma, uintptr_t scale_) {
@@ -134,16 +175,6 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("shape"), py::arg("strength"), py::arg("dead_zone"), py::arg("phase"),
            py::arg("sigma"), py::arg("scale"));
-  py::class_<PolicyLossOut>(m, "PolicyLossOut")
-      .def(py::init([](uintptr_t token_loss, uintptr_t logp, uintptr_t entropy,
-                       uintptr_t unit_polarity, uintptr_t polarity, uintptr_t weight,
-                       uintptr_t ratio, uintptr_t clipped) {
-             return PolicyLossOut{pointer(token_loss), pointer(logp),   pointer(entropy),
-                                  pointer(unit_polarity), pointer(polarity), pointer(weight),
-                                  pointer(ratio), pointer<bool>(clipped)};
-           }),
-           py::arg("token_loss"), py::arg("logp"), py::arg("entropy"), py::arg("unit_polarity"),
-           py::arg("polarity"), py::arg("weight"), py::arg("ratio"), py::arg("clipped"));
   py::class_<TileChoice>(m, "TileChoice")
       .def(py::init([](int kernel, int cluster, int warps, int stages, int ring, int blocks,
                        int stats, int stats_teams, int stats_ring, int stats_blocks) {

@@ -12,6 +12,11 @@ from torch import Tensor
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
 FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
+_LARGEST = torch.finfo(torch.float32).max
+# Of a factor on logits: kernels form the quotient of two, which float32 has to hold as a normal
+# number.
+FACTORS = (1e-18, 1e18)
+_STRIDED = torch.strided
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -19,9 +24,28 @@ def check_type(name: str, value: object, expected: type) -> None:
         raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """A tensor whose elements lie in one piece of this process's memory."""
+    if type(value) is Tensor and value.layout is _STRIDED and not value.is_nested:
+        return
+    check_type(name, value, Tensor)
+    assert isinstance(value, Tensor)
+    if value.is_nested:
+        kind, instead = "a nested tensor", "its .values(), with those of the other inputs"
+    elif hasattr(value, "full_tensor"):
+        kind = f"a {type(value).__name__}"
+        instead = "its full_tensor(), or for a Head(group=...) its to_local()"
+    elif value.layout is not _STRIDED:
+        name_of_layout = str(value.layout).removeprefix("torch.").removeprefix("_")
+        kind, instead = f"one of layout {name_of_layout}", "its to_dense()"
+    else:
+        return
+    raise TypeError(f"{name}: expected an ordinary tensor, got {kind}; pass {instead}")
+
+
 def check_float(name: str, value: Tensor) -> None:
     """A floating-point tensor `[..., C]` with C >= 1."""
-    check_type(name, value, Tensor)
+    check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}"
@@ -38,33 +62,47 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str = "lo
         raise ValueError(f"{name}: expected a tensor on {device} like {like}, got {value.device}")
 
 
-def check_positive(name: str, value: float, expected: str = "a finite number > 0") -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+def check_factor(name: str, value: object, otherwise: str = "") -> None:
+    """A temperature, a soft cap or a scale of logits; `otherwise` says what else is allowed."""
+    low, high = FACTORS
+    if type(value) is float and low <= value <= high:
+        return
+    if not low <= check_number(name, value, otherwise) <= high:
+        raise ValueError(
+            f"{name}: expected {otherwise}a number in [{low:g}, {high:g}], got {value!r}"
+        )
 
 
-def check_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+def check_number(name: str, value: object, otherwise: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        got = f"{type(value).__name__} {value!r}"
+        raise TypeError(f"{name}: expected {otherwise}a number, got {got}")
     return float(value)
 
 
+# Compared, not math.isfinite: what torch.compile keeps symbolic stays so. What float32 cannot hold
+# would be infinite in a kernel.
 def check_finite(name: str, value: object) -> None:
-    if not -math.inf < check_number(name, value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not -_LARGEST <= check_number(name, value) <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number that float32 holds, got {value!r}")
 
 
 def check_at_least(name: str, value: object, low: float) -> None:
-    # Compared, not math.isfinite: what torch.compile keeps symbolic stays so.
-    if not low <= check_number(name, value) < math.inf:
+    if not low <= check_number(name, value) <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number >= {low:g}, got {value!r}")
 
 
 def check_above(name: str, value: object, low: float) -> None:
-    if not low < check_number(name, value) < math.inf:
+    if not low < check_number(name, value) <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number > {low:g}, got {value!r}")
+
+
+def check_bound(name: str, value: object, most: float = math.inf) -> None:
+    """A distance from 1, which `most` limits, or inf for no bound."""
+    number = check_number(name, value)
+    if not (0.0 <= number <= most or number == math.inf):
+        limits = ">= 0" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{name}: expected a number {limits} or inf, got {value!r}")
 
 
 def check_vocab_size(vocab_size: object) -> None:
@@ -91,7 +129,7 @@ def counted_columns(columns: int, vocab_size: int | None, counted: str) -> int:
 
 def check_targets(like: str, rows: Tensor, targets: Tensor) -> None:
     """`targets` against `rows [..., C]`, the tensor called `like`."""
-    check_type("targets", targets, Tensor)
+    check_tensor("targets", targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected int64, got {targets.dtype}")
     if targets.shape != rows.shape[:-1]:
@@ -104,15 +142,12 @@ def check_targets(like: str, rows: Tensor, targets: Tensor) -> None:
 
 
 def check_token_input(name: str, value: Tensor | None, targets: Tensor, source: str) -> None:
-    """`source`: what the loss is differentiable in."""
+    """All but the shape; `source` is what the loss is differentiable in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_tensor(name, value)
     if value.dtype.is_complex:
         raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
-    if value.shape != targets.shape:
-        raise ValueError(
-            f"{name}: expected shape {tuple(targets.shape)} like targets, got {tuple(value.shape)}"
-        )
     check_device(name, value, targets.device, "targets")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(

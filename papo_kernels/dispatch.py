@@ -12,18 +12,23 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import peek_interpreter_stack as transform
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 T = TypeVar("T")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether nothing traces or intercepts a call on `tensor`."""
+    """Whether nothing traces or intercepts a call on `tensor`, whose memory holds its values."""
     return (
         type(tensor) in _PLAIN_TYPES
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_compiling()
+        and not tensor.is_neg()
+        and not dispatch_modes()
+        and transform() is None
     )
 
 
@@ -35,6 +40,25 @@ def kernel_or_operation(
         if tensor is not None and not is_plain(tensor):
             return operation
     return kernel
+
+
+def refuse_forward_mode(*groups: Iterable[object]) -> None:
+    """Raise where a tensor in one of the `groups`, or in a tuple in one, has a tangent, which a
+    kernel would lose.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation reached this call.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for value in (x for group in groups for x in group):
+        if isinstance(value, tuple):
+            refuse_forward_mode(value)
+        elif isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                "papo_kernels: forward-mode differentiation (torch.func.jvp, jacfwd, dual "
+                "tensors) is not implemented; use backward() or autograd.grad()"
+            )
 
 
 def filled(value: float, dtype: torch.dtype, like: Tensor) -> Tensor:

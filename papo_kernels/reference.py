@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .objective import Objective
+from .token_loss import left_out, saturated, token_loss
 from .types import (
     ELSEWHERE,
     IGNORE_INDEX,
-    Objective,
+    INSIDE,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -31,7 +33,7 @@ class _Rows(NamedTuple):
     logits: Tensor  # [N, vocab_size] float64, ignored rows 0
     targets: Tensor  # [N], 0 where ignored or out of range, ELSEWHERE
     ignored: Tensor  # [N] bool
-    spoiled: Tensor  # [N] bool: NaN or +inf somewhere, or a target out of range
+    spoiled: Tensor  # [N] bool: NaN or +inf, a target or a temperature out of range
     bad: Tensor  # [N] bool: spoiled, or nothing but -inf
 
 
@@ -42,6 +44,8 @@ def _rows(
     known = ignored | ((targets >= 0) & (targets < row.vocab_size))
     if row.sharded:
         known |= targets == ELSEWHERE
+    if row.temperatures is not None:
+        known &= ignored | ((row.temperatures > 0) & (row.temperatures < torch.inf))
     if state is None:
         spoiled = (z.isnan() | z.isposinf()).any(dim=1) | ~known
         bad = spoiled | z.isneginf().all(dim=1)
@@ -51,13 +55,18 @@ def _rows(
     return _Rows(z, torch.where(ignored | ~known, 0, targets), ignored, spoiled, bad)
 
 
+def _temperature(row: RowParams) -> float | Tensor:
+    """Of every row, `[N, 1]` where each has its own."""
+    return row.temperature if row.temperatures is None else row.temperatures.double()[:, None]
+
+
 def _scaled(logits: Tensor, row: RowParams) -> Tensor:
     """u = softcap(z) / temperature; a masked (-inf) logit stays masked and gets no gradient."""
     masked = logits.isneginf()
     z = torch.where(masked, 0.0, logits)
     if row.softcap:
         z = row.softcap * torch.tanh(z / row.softcap)
-    return torch.where(masked, -torch.inf, z / row.temperature)
+    return torch.where(masked, -torch.inf, z / _temperature(row))
 
 
 class _Statistics(NamedTuple):
@@ -135,8 +144,8 @@ def _reported(value: Tensor, rows: _Rows) -> Tensor:
 def _statistics_gradient(
     stats: _Statistics, grads: Sequence[Tensor], rows: _Rows, row: RowParams
 ) -> Tensor:
-    """d(g_logp logp + g_entropy H + g_unit_polarity c) / dlogits, term by term, float64."""
-    g_logp, g_entropy, g_polarity = (g.to(rows.logits)[:, None] for g in grads)
+    """d(g_logp logp + g_entropy H + g_unit_polarity c + g_lse lse) / dlogits, term by term."""
+    g_logp, g_entropy, g_polarity, g_lse = (g.to(rows.logits)[:, None] for g in grads)
     p, log_p, entropy = stats.p, stats.log_p, stats.entropy[:, None]
     Q, R = stats.Q[:, None], stats.R[:, None]
     alive = ~stats.logp.isneginf()[:, None]
@@ -151,8 +160,9 @@ def _statistics_gradient(
     dstate_term += Q * dentropy + 2 * entropy * (p * p - p * Q)
     dsampled_term = -p_a * dlogp * (log_p_a + entropy) - p_a * (dlogp + dentropy)
     du = g_logp * dlogp + g_entropy * dentropy + g_polarity * (dstate_term + dsampled_term)
+    du = du + g_lse * p
 
-    dz = du / row.temperature
+    dz = du / _temperature(row)
     if row.softcap:
         dz = dz * (1.0 - torch.tanh(rows.logits / row.softcap) ** 2)
     return torch.where(alive, dz, 0.0)
@@ -164,85 +174,6 @@ def _row_gradient(grad: Tensor, rows: _Rows, like: Tensor) -> Tensor:
     full = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     full[:, : grad.shape[1]] = torch.where(rows.ignored[:, None], 0.0, grad).to(like.dtype)
     return full
-
-
-def polarity_shape(
-    polarity: Tensor,
-    unit_polarity: Tensor,
-    shape: str,
-    sigma: float | Tensor,
-    dead_zone: float | Tensor,
-) -> Tensor:
-    """h of `PolarityWeighting`, in the shape and dtype of `polarity`.
-
-    Args:
-        polarity, unit_polarity: float, of one shape.
-        shape: "sign" or "tanh".
-        sigma, dead_zone: numbers or 0-dim tensors.
-    """
-    if shape == "tanh":
-        return torch.tanh(polarity / sigma)
-    return torch.where(unit_polarity.abs() <= dead_zone, 0.0, polarity.sign())
-
-
-def polarity_weight(
-    h: Tensor, strength: float, phase: float | Tensor, scale: float | Tensor
-) -> Tensor:
-    """w of `PolarityWeighting`, in the shape and dtype of `h`; `phase` and `scale` are numbers or
-    0-dim tensors."""
-    return scale * (1.0 + strength * phase * h)
-
-
-def _weight(w: WeightingInputs | None, polarity: Tensor, unit_polarity: Tensor) -> Tensor:
-    if w is None:
-        return torch.ones_like(polarity)
-    h = polarity_shape(polarity, unit_polarity, w.shape, w.sigma.double(), w.dead_zone)
-    return polarity_weight(h, w.strength, w.phase.double(), w.scale.double())
-
-
-class _TokenLoss(NamedTuple):
-    """Of every token, [N]: the loss (token_weight not applied) and what is reported with it."""
-
-    loss: Tensor
-    polarity: Tensor
-    weight: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    dlogp: Tensor  # d loss / d logp
-
-
-def _token_loss(
-    stats: _Statistics,
-    tokens: TokenInputs,
-    objective: Objective,
-    weighting: WeightingInputs | None,
-) -> _TokenLoss:
-    advantages = tokens.advantages.double()
-    if tokens.old_logp is None:
-        ratio = torch.ones_like(stats.logp)
-    else:
-        ratio = torch.exp(stats.logp - tokens.old_logp.double())
-    polarity = ratio * advantages * stats.unit_polarity
-    weight = _weight(weighting, polarity, stats.unit_polarity)
-    adv = weight * advantages
-
-    plain = ratio * adv
-    bounded = ratio.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high) * adv
-    clipped = bounded < plain
-    loss = -torch.minimum(plain, bounded)
-    if objective.dual_clip is not None:
-        cap = -objective.dual_clip * adv
-        capped = (adv < 0) & (cap < loss)
-        loss, clipped = torch.where(capped, cap, loss), clipped | capped
-    dlogp = torch.where(clipped, 0.0, -plain)  # dr/dlogp = r
-
-    if objective.kl_coef and tokens.ref_logp is not None:
-        gap = tokens.ref_logp.double() - stats.logp
-        growth = torch.expm1(gap)
-        k3 = torch.where(growth.isposinf(), growth, growth - gap)
-        loss, dlogp = loss + objective.kl_coef * k3, dlogp - objective.kl_coef * growth
-    loss = loss - objective.entropy_coef * stats.entropy
-    return _TokenLoss(loss, polarity, weight, ratio, clipped, dlogp)
 
 
 # ---- the functions of the backend protocol -------------------------------------------------------
@@ -272,7 +203,8 @@ def token_stats_bwd(
 ) -> Tensor:
     """The gradient of the statistics."""
     rows = _rows(logits, targets, targets == IGNORE_INDEX, row, state)
-    upstream = [torch.zeros_like(state[:, 0]) if g is None else g for g in grads]
+    acc, none = acc_dtype(logits.dtype), torch.zeros_like(state[:, 0])
+    upstream = [none if g is None else saturated(g, acc) for g in grads]
     stats = _statistics_from(state, rows, row)
     grad = _statistics_gradient(stats, upstream, rows, row)
     dlogits = torch.empty_like(logits) if dlogits is None else dlogits
@@ -290,24 +222,27 @@ def policy_loss_fwd(
     state: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The policy loss per token, and its gradient where `dlogits` is given."""
-    ignored = (targets == IGNORE_INDEX) | (tokens.token_weight == 0)
+    ignored = left_out(targets, tokens)
     rows = _rows(logits, targets, ignored, row, state)
     stats = _statistics(rows, row) if state is None else _statistics_from(state, rows, row)
-    token = _token_loss(stats, tokens, objective, weighting)
-    token_weight = tokens.token_weight.double()
-    per_token = (token_weight * token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
-    outputs = [_reported(x, rows).to(acc_dtype(logits.dtype)) for x in per_token]
+    # Rounded first, as an earlier call rounded old_logp: its ratio to the same logp is exactly 1.
+    acc = acc_dtype(logits.dtype)
+    rounded = [x.to(acc).double() for x in stats[:3]]
+    token = token_loss(rounded[0], rounded[1], rounded[2], tokens, objective, weighting)
+    per_token = (token.loss, *stats[:3], token.polarity, token.weight, token.ratio)
+    outputs = [_reported(x, rows).to(acc) for x in per_token]
     if dlogits is not None:
-        g_logp, g_entropy = token_weight * token.dlogp, -objective.entropy_coef * token_weight
-        upstream = (g_logp, g_entropy, torch.zeros_like(g_logp))
-        grad = _statistics_gradient(stats, upstream, rows, row)
+        g_logp = saturated(token.dlogp + token.dlog_ratio, acc)
+        g_entropy, none = saturated(token.dentropy, acc), torch.zeros_like(g_logp)
+        grad = _statistics_gradient(stats, (g_logp, g_entropy, none, none), rows, row)
         dlogits.copy_(_row_gradient(grad, rows, dlogits))
-    return (*outputs, token.clipped & ~rows.ignored & ~rows.bad)
+    return (*outputs, torch.where(rows.ignored | rows.bad, INSIDE, token.clip_side))
 
 
 def scale_(dlogits: Tensor, factor: Tensor) -> None:
-    """``dlogits *= factor``."""
-    dlogits.mul_(factor)
+    """``dlogits *= factor``, and 0 where either is: the other may have overflowed."""
+    finite = saturated(factor, acc_dtype(dlogits.dtype))
+    dlogits.copy_(torch.where(factor == 0, 0.0, dlogits * finite))
 
 
 # ---- split vocabularies --------------------------------------------------------------------------

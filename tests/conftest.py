@@ -30,6 +30,8 @@ import torch
 
 from papo_kernels.backends import named
 
+from .peers.suites import PEERS
+
 try:
     import hypothesis
 except ImportError:  # `make gpu-check` runs where there is no more than pytest
@@ -207,6 +209,8 @@ NEEDS = {
     ),
     "the interpreter": Need(lambda: INTERPRETED, "runs Triton's kernels on the CPU"),
     "no interpreter": Need(lambda: not INTERPRETED, "compiles kernels: not in an interpreted run"),
+    **{p.name: Need(p.is_installed, f"no {p.name} {p.version}: `make peers`") for p in PEERS},
+    **{f"{p.name}'s tests": Need(p.has_tests, f"no {p.name} tests: `make peers`") for p in PEERS},
 }
 
 

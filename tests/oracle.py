@@ -19,20 +19,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from papo_kernels import PolicyLossOutput, TokenStats
+from papo_kernels import Objective, PolicyLossOutput, TokenStats
 
 if TYPE_CHECKING:
     from tests.cases import Case
 
 # Eight units in the last place of float32; and what the float64 formulas may be off by themselves.
 FLOOR = {torch.float32: 8 * 2.0**-23, torch.float64: 1e-11}
-GOLDEN = Path(__file__).parent / "golden" / "cases.json"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden_cases() -> list[dict[str, Any]]:
-    """The cases of ``golden/``; see the README there."""
-    cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["cases"]
+    """The rows of ``golden/``; see the README there."""
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())["cases"]
     return cases
+
+
+def golden_objectives() -> dict[str, Any]:
+    """The batch of ``golden/``, and its losses by objective."""
+    objectives: dict[str, Any] = json.loads((GOLDEN / "objectives.json").read_text())
+    return objectives
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,6 +59,8 @@ class _Dense(NamedTuple):
 
 def _dense(logits: Tensor, targets: Tensor, row: dict[str, Any]) -> _Dense:
     temperature, softcap = row["temperature"], row["softcap"]
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits)[:, None]
     z = logits[:, : row["vocab_size"]]
     ignored = targets == -100
     z = torch.where(ignored[:, None], 0.0, z)
@@ -72,7 +80,7 @@ def _dense(logits: Tensor, targets: Tensor, row: dict[str, Any]) -> _Dense:
     entropy = -(p * log_p).sum(1)
     p_a, log_p_a = p.gather(1, at)[:, 0], log_p.gather(1, at)[:, 0]
     c = (p * p * (log_p + entropy[:, None])).sum(1) - p_a * (log_p_a + entropy)
-    values = (logp, entropy, c, torch.logsumexp(u, 1).detach())
+    values = (logp, entropy, c, torch.logsumexp(u, 1))
     shown = (torch.where(ignored, 0.0, torch.where(bad, torch.nan, x)) for x in values)
     return _Dense(p, log_p, TokenStats(*shown))
 
@@ -85,19 +93,91 @@ def plain_token_stats(
     return _dense(logits.to(dtype), targets, row).stats
 
 
+class _Ratio(NamedTuple):
+    """log r and r, differentiable, and the old policy's log-probs, `[N]`."""
+
+    log: Tensor
+    value: Tensor
+    old_logp: Tensor
+
+
+def _ratio(case: Case, logp: Tensor) -> _Ratio:
+    own = torch.where(logp.isneginf(), 0.0, logp)
+    if case.log_ratio is not None:
+        log = case.log_ratio.to(logp) + own - own.detach()
+    elif case.old_logp is not None:
+        log = logp - case.old_logp.to(logp)
+    else:
+        log = own - own.detach()
+    old_logp = (logp - log).detach() if case.old_logp is None else case.old_logp.to(logp)
+    if case.objective.log_ratio_limit is not None:
+        log = log.clamp(-case.objective.log_ratio_limit, case.objective.log_ratio_limit)
+    return _Ratio(log, log.exp(), old_logp)
+
+
+def divergence(surrogate: str, logp: Tensor, old_logp: Tensor) -> Tensor:
+    """Of dppo, as verl has it: of two distributions over the sampled token and all others."""
+    p, old = logp.exp(), old_logp.exp()
+    if surrogate == "dppo_tv":
+        return (p - old).abs()
+    return old * (old_logp - logp) + (1 - old) * torch.log((1 - old + 1e-8) / (1 - p + 1e-8))
+
+
+def _surrogate(o: Objective, adv: Tensor, logp: Tensor, ratio: _Ratio) -> tuple[Tensor, Tensor]:
+    """The policy term of every token, and the bound that acted on it: low 1, high 2, dual 3."""
+    r, positive, zero = ratio.value, adv > 0, torch.zeros_like(adv)
+    negative_low, negative_high = o.negative_clip or (o.clip_low, o.clip_high)
+    clip_low = torch.where(positive, zero + o.clip_low, zero + negative_low)
+    clip_high = torch.where(positive, zero + o.clip_high, zero + negative_high)
+    lo, hi = 1.0 - clip_low, 1.0 + clip_high
+    side = torch.zeros_like(adv, dtype=torch.uint8)
+    if o.surrogate == "sapo":
+        tau = torch.where(positive, zero + o.sapo_temperature[0], zero + o.sapo_temperature[1])
+        return -torch.sigmoid(tau * (r - 1.0)) * 4.0 / tau * adv, side
+    if o.surrogate.startswith("dppo"):
+        far = divergence(o.surrogate, logp, ratio.old_logp).detach()
+        side[~positive & (far > clip_low) & (logp < ratio.old_logp)] = 1
+        side[positive & (far > clip_high) & (logp > ratio.old_logp)] = 2
+        kept = r.clamp(max=torch.inf if o.ratio_cap is None else o.ratio_cap).detach()
+        return -kept * adv * logp * (side == 0), side
+    if o.surrogate == "cispo":
+        side[r < lo], side[r > hi] = 1, 2
+        return -r.clamp(lo, hi).detach() * adv * logp, side
+    side[(r < lo) & (adv < 0)], side[(r > hi) & positive] = 1, 2
+    if o.surrogate == "ce_gppo":
+        kept = torch.where(side == 1, o.gppo_scale[0] * lo, o.gppo_scale[1] * hi) / r.detach()
+        return -torch.where(side == 0, 1.0, kept) * r * adv, side
+    loss = torch.maximum(-adv * r, -adv * r.clamp(lo, hi))
+    if o.dual_clip is not None:
+        side[(r > o.dual_clip) & (adv < 0)] = 3
+        loss = torch.where(adv < 0, torch.minimum(loss, -adv * o.dual_clip), loss)
+    return loss, side
+
+
+def kl_estimate(o: Objective, logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Of every token, without coefficient, weight and ratio."""
+    x = logp - ref_logp
+    of_name = {"k1": x, "k2": x.square() / 2, "k3": (-x).exp() + x - 1.0, "abs": x.abs()}
+    kl = of_name[o.kl_estimator.rstrip("+")]
+    if o.kl_limit is not None:
+        kl = kl.clamp(-o.kl_limit, o.kl_limit)
+    k2 = of_name["k2"]
+    return k2 - k2.detach() + kl.detach() if o.kl_estimator.endswith("+") else kl
+
+
 def plain_policy_loss(
     case: Case, dtype: torch.dtype = torch.float64, logits: Tensor | None = None
 ) -> PolicyLossOutput:
-    """Sections 2 and 3 of the specification in `dtype`, `loss` differentiable in `logits`."""
+    """The loss of docs/method.md in `dtype`, differentiable in `logits`."""
     logits = case.logits if logits is None else logits
-    token_weight = case.token_weight.to(dtype)
-    ignored = (case.targets == -100) | (token_weight == 0)
+    policy_weight, kl_weight, entropy_weight = (w.to(dtype) for w in case.weights)
+    ignored = (policy_weight == 0) & (kl_weight == 0) & (entropy_weight == 0)
+    ignored |= case.targets == -100
     targets = torch.where(ignored, -100, case.targets)
     stats = plain_token_stats(logits, targets, dtype=dtype, **case.row)
     logp, entropy, c, A = stats.logp, stats.entropy, stats.unit_polarity, case.advantages.to(dtype)
-    old = logp.detach() if case.old_logp is None else case.old_logp.to(dtype)
-    ratio = torch.where(logp.isneginf() & (case.old_logp is None), 1.0, torch.exp(logp - old))
-    polarity = (ratio * A * c).detach()
+    ratio = _ratio(case, logp)
+    polarity = (ratio.value * A * c).detach()
     weight, w = torch.ones_like(A), case.weighting
     if w is not None:
         h = torch.tanh(polarity / w.sigma)
@@ -105,20 +185,17 @@ def plain_policy_loss(
             h = torch.where(c.abs() <= w.dead_zone, 0.0, polarity.sign())
         weight = w.scale * (1.0 + w.strength * w.phase * h)
     weight = torch.where(entropy.isnan(), torch.nan, weight)
-    adv, p = weight.detach() * A, case.objective
-    plain, bounded = ratio * adv, ratio.clamp(1.0 - p.clip_low, 1.0 + p.clip_high) * adv
-    loss, clipped = -torch.minimum(plain, bounded), bounded < plain
-    if p.dual_clip is not None:
-        cap = (adv < 0) & (-p.dual_clip * adv < loss)
-        loss, clipped = torch.where(cap, -p.dual_clip * adv, loss), clipped | cap
-    if p.kl_coef:
-        gap = case.ref_logp.to(dtype) - logp
-        loss = loss + p.kl_coef * (gap.exp() - gap - 1.0)
-    loss = loss - p.entropy_coef * entropy
-    loss = torch.where(ignored, 0.0, token_weight * loss).sum()
-    per_token = (logp, entropy, c, polarity, weight, ratio)
+    o = case.objective
+    policy, side = _surrogate(o, weight.detach() * A, logp, ratio)
+    loss = policy_weight * policy - entropy_weight * o.entropy_coef * entropy
+    if o.kl_coef:
+        kl = kl_estimate(o, logp, case.ref_logp.to(dtype))
+        kl = kl * ratio.value if o.kl_ratio else kl
+        loss = loss + kl_weight * o.kl_coef * kl
+    loss = torch.where(ignored, 0.0, loss).sum()
+    per_token = (logp, entropy, c, polarity, weight, ratio.value)
     shown = (torch.where(ignored, 0.0, x.detach()) for x in per_token)
-    return PolicyLossOutput(loss, *shown, clipped & ~ignored)
+    return PolicyLossOutput(loss, *shown, torch.where(ignored | entropy.isnan(), 0, side))
 
 
 # ---- the rule -----------------------------------------------------------------------------------
@@ -194,7 +271,8 @@ def _scales(case: Case) -> _Scales:
     if case.softcap:
         # The sampled token's 1 - p_a times 1 - tanh^2, which a rounding of tanh moves.
         row = row.scatter_add(1, at, 1.0 - p.gather(1, at))
-    row = row / case.temperature
+    temperature = case.temperature
+    row = row / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
     padding = case.logits.shape[1] - row.shape[1]
     return _Scales(
         logp=1.0 + log_p_a.abs(),
@@ -213,7 +291,7 @@ def check_token_stats(case: Case, backend: str | None, seed: int = 0) -> Tensor:
     """Every output of `token_stats` and the gradient for random upstream ones, which it returns."""
     acc, scales = acc_dtype(case.logits.dtype), _scales(case)
     g = torch.Generator().manual_seed(seed)
-    upstream = torch.randn(3, len(case.targets), generator=g).to(case.logits.device, acc)
+    upstream = torch.randn(4, len(case.targets), generator=g).to(case.logits.device, acc)
 
     logits = case.logits.detach().requires_grad_()
     actual = case.token_stats(logits, backend)
@@ -221,7 +299,7 @@ def check_token_stats(case: Case, backend: str | None, seed: int = 0) -> Tensor:
     for dtype in (torch.float64, acc):
         leaf = _leaf(case.logits, dtype)
         stats = plain_token_stats(leaf, case.targets, dtype=dtype, **case.row)
-        torch.autograd.backward(stats[:3], list(upstream.to(dtype)))
+        torch.autograd.backward(stats, list(upstream.to(dtype)))
         results.append((stats, leaf.grad))
     (exact, exact_grad), (plain, plain_grad) = results
     for name, *values, scale in zip(
@@ -229,16 +307,49 @@ def check_token_stats(case: Case, backend: str | None, seed: int = 0) -> Tensor:
     ):
         assert values[0].dtype == acc, f"{name}: {values[0].dtype}"
         assert_close(name, *values, scale)
-    (dlogits,) = torch.autograd.grad(actual[:3], logits, list(upstream))
+    (dlogits,) = torch.autograd.grad(actual, logits, list(upstream))
     assert dlogits.dtype == logits.dtype
     scale = upstream.double().abs().amax(0)[:, None] * scales.row + exact_grad.abs()
     assert_close("dlogits", dlogits, exact_grad, plain_grad, scale)
     return dlogits
 
 
+class _LossScales(NamedTuple):
+    """The sizes of a token's terms: of its loss, and of the derivative by its logp and entropy."""
+
+    value: Tensor
+    slope: Tensor
+
+
+def _loss_scales(
+    case: Case, exact: PolicyLossOutput, adv: Tensor, logp: Tensor, entropy: Tensor
+) -> _LossScales:
+    """`adv`: of the weighted advantage; `logp`, `entropy`: the scales of these."""
+    o, r, weights = case.objective, exact.ratio, [w.double().abs() for w in case.weights]
+    # What a token that is clipped below keeps is larger than its ratio, and at most 1.
+    kept = torch.where(exact.clip_side == 1, r.clamp(min=1.0), r) * logp
+    value = slope = adv * kept
+    if o.surrogate == "sapo":
+        t = torch.tensor(o.sapo_temperature, dtype=r.dtype, device=r.device)
+        value = adv * 4.0 / t.min() * logp
+        slope = adv * (r + t.max() * r * r) * logp
+    elif o.surrogate == "cispo" or o.surrogate.startswith("dppo"):
+        value = value * logp
+    elif o.surrogate == "ce_gppo":
+        value = slope = slope * max(1.0, *o.gppo_scale)
+    value, slope = weights[0] * value, weights[0] * slope
+    if o.kl_coef:
+        x = exact.logp - case.ref_logp.double()
+        kl = 1.0 + x * x + ((-x).exp() if o.kl_estimator.startswith("k3") else 0.0)
+        kl = weights[1] * o.kl_coef * kl * logp * (r * logp if o.kl_ratio else 1.0)
+        value, slope = value + kl, slope + kl
+    bonus = weights[2] * abs(o.entropy_coef) * entropy
+    return _LossScales(value + bonus, slope + bonus)
+
+
 def check_policy_loss(case: Case, backend: str | None, factor: float = 1.0, **more: Any) -> Tensor:
     """Every output of `policy_loss` and the gradient of `factor * loss`, which it returns."""
-    acc, s, p = acc_dtype(case.logits.dtype), _scales(case), case.objective
+    acc, s = acc_dtype(case.logits.dtype), _scales(case)
     logits = case.logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     # Not a leaf, so that inplace=True may have it.
     actual = case.policy_loss(logits.mul(1.0) if more.get("inplace") else logits, backend, **more)
@@ -254,22 +365,16 @@ def check_policy_loss(case: Case, backend: str | None, factor: float = 1.0, **mo
     r = ratio * s.logp
     polarity = A * (r * exact.unit_polarity.abs() + ratio * s.unit_polarity)
     swing = weight if case.weighting is None else weight + polarity / float(case.weighting.sigma)
-    dlogp = swing * A * r
-    if p.kl_coef:
-        dlogp = dlogp + p.kl_coef * (1.0 + (case.ref_logp.double() - exact.logp).exp()) * s.logp
-    token_weight = case.token_weight.double().abs()
-    dloss = token_weight * (dlogp + abs(p.entropy_coef) * s.entropy)
-    scales = PolicyLossOutput(
-        dloss.nan_to_num(0.0).sum(), *s[:3], polarity, weight=swing, ratio=r, clipped=s.logp
-    )
+    value, slope = _loss_scales(case, exact, swing * A, s.logp, s.entropy)
+    scales = PolicyLossOutput(value.nan_to_num(0.0).sum(), *s[:3], polarity, swing, r, s.logp)
     for name in PolicyLossOutput._fields[:-1]:
         values = [getattr(x, name) for x in (actual, exact, plain, scales)]
         assert values[0].dtype == acc, f"{name}: {values[0].dtype}"
         assert_close(name, *values)
-    assert torch.equal(actual.clipped, exact.clipped)
+    assert torch.equal(actual.clip_side, exact.clip_side)
     (dlogits,) = torch.autograd.grad(factor * actual.loss, logits)
     assert dlogits.dtype == logits.dtype
-    scale = abs(factor) * dloss[:, None] * s.row + exact_grad.abs() * s.logp[:, None]
+    scale = abs(factor) * slope[:, None] * s.row + exact_grad.abs() * s.logp[:, None]
     # The gradient is stored by the forward pass and scaled by the backward pass.
     roundings = 1 if factor == 1.0 else 2
     assert_close("dlogits", dlogits, exact_grad, plain_grad, scale, roundings=roundings)

@@ -2,12 +2,17 @@
 
 import json
 import re
+from dataclasses import fields
 from xml.etree import ElementTree
 
 import torch
 
+import papo_kernels
 from benchmarks import memory_model
 from docs.drawings import IMAGES, ROOT, draw_all
+from papo_kernels import Compute, Objective, PolicyLossOutput, TokenWeights
+from papo_kernels.aggregation import AGGREGATIONS
+from papo_kernels.objective import KL_ESTIMATORS, RATIO_LEVELS, SURROGATES
 
 
 def test_the_images_are_what_the_scripts_draw() -> None:
@@ -19,6 +24,18 @@ def test_the_images_are_what_the_scripts_draw() -> None:
         ElementTree.fromstring(image)
     pages = "".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     assert [name for name in drawn if f"images/{name})" not in pages] == [], "shown nowhere"
+
+
+def test_the_manual_has_every_public_name_and_option() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = {name for name in papo_kernels.__all__ if name != "LazyLogits"}  # what a head gives
+    for kind in (Compute, Objective):
+        names |= {field.name for field in fields(kind)}
+    names |= {*TokenWeights._fields, *PolicyLossOutput._fields}
+    names |= {*SURROGATES, *KL_ESTIMATORS, *RATIO_LEVELS, *AGGREGATIONS}
+    code = " ".join(re.findall(r"`([^`]+)`", page.replace("```", "")))
+    words = set(re.findall(r"[A-Za-z_][\w-]*", code))
+    assert {name.removesuffix("+") for name in names} - words == set()
 
 
 def test_the_memory_table_is_what_the_model_gives() -> None:

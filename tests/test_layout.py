@@ -27,8 +27,8 @@ TRAIN = ROOT / "train.py"
 # before it. The package's __init__ is its front door and may import all of it.
 ORDER = {
     "papo_kernels": (
-        *("checks", "types", "dispatch", "inputs", "reference"),
-        *("backends", "head", "ops", "api"),
+        *("checks", "aggregation", "objective", "types", "dispatch", "token_loss", "inputs"),
+        *("reference", "backends", "head", "ops", "api"),
     ),
     "papo": (
         *("errors", "numbers", "types", "config", "reward", "data", "model", "rollout"),

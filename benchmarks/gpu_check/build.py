@@ -17,6 +17,7 @@ from benchmarks.gpu_check.files import Notes
 from benchmarks.gpu_check.worker import work_folder
 from benchmarks.harness import ROOT
 
+EXTENSION = "papo_kernels._C"
 ARCHITECTURES = {"8.0": "80-real", "9.0": "90a-real", "10.0": "100-real"}
 # Tries of a wait: the longest take microseconds, and a try some 20 cycles or more.
 SPIN_LIMIT = 2_000_000
@@ -108,3 +109,30 @@ def summary(found: list[dict[str, Any]]) -> str:
 def smoke_extension(work: Path) -> Path | None:
     """The smoke variant, where it has been built."""
     return next(iter(sorted(target_folder("smoke", work).glob("_C*.so"))), None)
+
+
+def hold_back_extension() -> None:
+    """From here on, importing the package does not load its extension."""
+    sys.modules.setdefault(EXTENSION, None)  # type: ignore[arg-type]
+
+
+def release_extension(smoke: bool) -> None:
+    """Lets the package load its extension; `smoke`: the smoke build in the place of the measured
+    one, where there is one. Before anything has loaded either."""
+    if sys.modules.get(EXTENSION) is not None:
+        raise RuntimeError(f"{EXTENSION} is already loaded")
+    sys.modules.pop(EXTENSION, None)
+    path = smoke_extension(work_folder()) if smoke else None
+    if path is None:
+        return
+    spec = importlib.util.spec_from_file_location(EXTENSION, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[EXTENSION] = module
+
+
+def loaded_variant() -> str:
+    """Which build the package uses: "smoke" or "normal"."""
+    path, module = smoke_extension(work_folder()), sys.modules.get(EXTENSION)
+    return "smoke" if path and module and module.__file__ == str(path) else "normal"

@@ -7,9 +7,7 @@ watchdog ends the process with a traceback where a case takes too long.
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,15 +16,14 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from benchmarks.gpu_check import rehearsal, target
-from benchmarks.gpu_check.build import smoke_extension
+from benchmarks.gpu_check.build import loaded_variant
 from benchmarks.gpu_check.files import Notes
-from benchmarks.gpu_check.worker import LOST, work_folder
+from benchmarks.gpu_check.worker import LOST
 from benchmarks.gpu_workload import Workload
 from benchmarks.harness import one_line
 from benchmarks.shapes import Shape
 
 WATCHDOG = 10  # seconds of a case, compilation included
-EXTENSION = "papo_kernels._C"
 
 # (N, V, what it covers). The last ones are left to runs without a sanitizer.
 CASES = (
@@ -57,21 +54,6 @@ class Difference(NamedTuple):
     where: str
 
 
-def use_smoke_extension() -> str:
-    """Puts the smoke build in the place of the measured one, before anything has loaded either."""
-    path = smoke_extension(work_folder())
-    if path is None:
-        return "normal"
-    if EXTENSION in sys.modules:
-        raise RuntimeError(f"{EXTENSION} is already loaded")
-    spec = importlib.util.spec_from_file_location(EXTENSION, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[EXTENSION] = module
-    return "smoke"
-
-
 def poison() -> None:
     """From here on, what torch allocates without a value is NaN."""
     torch.set_deterministic_debug_mode("warn")
@@ -81,9 +63,9 @@ def poison() -> None:
 def compare(name: str, actual: Tensor, exact: Tensor, by_row: bool = False) -> Difference:
     """An output against float64: 1e-5 of its size, of the row's largest for a gradient, which may
     also be rounded to its dtype."""
+    if not actual.is_floating_point():
+        return Difference(float((actual != exact).any()) * 2.0, name)
     exact = exact.double()
-    if actual.dtype == torch.bool:
-        return Difference(float((actual != exact.bool()).any()) * 2.0, name)
     size = exact.abs().amax(1, keepdim=True) if by_row else 1.0 + exact.abs()
     info = torch.finfo(actual.dtype)
     rounding = info.eps * exact.abs() + info.tiny if by_row else 0.0
@@ -131,7 +113,7 @@ def line_of(work: Workload, backend: str) -> str:
 def run(notes: Notes, family: str, mode: str = "spin") -> int:
     """`mode`: "spin" on the build whose waits trap; "sanitized" on the measured build, few cases
     and no watchdog, for a sanitizer that slows everything down."""
-    notes.put(variant=use_smoke_extension() if mode == "spin" else "normal", cases={})
+    notes.put(variant=loaded_variant(), cases={})
     poison()
     cases = STATISTICS_CASES if family == "statistics" else CASES
     cases = REHEARSED if rehearsal.active() else cases[: SMALL if mode == "sanitized" else None]

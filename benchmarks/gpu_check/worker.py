@@ -44,6 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     faulthandler.enable()
     rehearsal.maybe_fail(os.environ.get(STAGE, kind))
     notes = Notes(Path(os.environ.get(NOTES, f"{kind}.json")))
+    build = importlib.import_module("benchmarks.gpu_check.build")
+    build.release_extension(smoke=kind == "smoke" and "sanitized" not in rest)
     code = importlib.import_module(f"benchmarks.gpu_check.{kind}").run(notes, *rest)
     return int(code or 0)
 

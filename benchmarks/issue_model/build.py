@@ -63,10 +63,13 @@ def _run(command: list[str], folder: Path | None = None) -> str:
 
 
 def disassembled(cubin: Path, symbol: str) -> str:
-    """nvdisasm's text of the kernel of this name, with encodings and line information."""
-    for part in run_tool("nvdisasm", "-c", "-hex", "-gi", str(cubin)).split("\n.text.")[1:]:
+    """nvdisasm's text of the kernel of this name, with encodings and line information, and behind
+    it the bytes of its jump table if it has one."""
+    text = run_tool("nvdisasm", "-hex", "-gi", str(cubin))
+    table = re.search(rf"^\.nv\.constant2\.{re.escape(symbol)}:\n(.*?)\n\n", text, re.M | re.S)
+    for part in text.split("\n.text.")[1:]:
         if part.startswith(f"{symbol}:"):
-            return part
+            return part.split("\n//-----")[0] + ("\n" + table[1] if table else "")
     raise KeyError(symbol)
 
 

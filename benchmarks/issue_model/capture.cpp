@@ -63,7 +63,7 @@ T* at(int array) {
 // The arrays of a call; ARRAYS in issue_model/model.py has the same order.
 enum Array {
   kLogits, kDlogits, kTargets, kState, kLogp, kEntropy, kPolarity, kLse, kStateOut, kAdvantages,
-  kTokenWeight, kOldLogp, kTokenLoss, kWeight, kRatio, kClipped
+  kTokenWeight, kOldLogp, kTokenLoss, kWeight, kRatio, kClipSide
 };
 
 papo::DType dtype_of(const char* name) {
@@ -148,7 +148,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   // The kernels take one struct; what lies behind it on the stack is not read by them.
   const unsigned char* bytes = static_cast<const unsigned char*>(arguments[0]);
   std::printf(" ");
-  for (int i = 0; i < 512; ++i) std::printf("%02x", bytes[i]);
+  for (int i = 0; i < 1024; ++i) std::printf("%02x", bytes[i]);
   std::printf("\n");
   return cudaSuccess;
 }
@@ -174,18 +174,24 @@ int main(int, char** argv) {
     status = papo::cuda::launch_token_stats_fwd(logits, at<int64_t>(kTargets), nullptr, row, out,
                                                 launch);
   } else if (task == "state") {
-    const papo::TokenStatsGrads grads = {at<void>(kLogp), nullptr, nullptr};
+    const papo::TokenStatsGrads grads = {at<void>(kLogp), nullptr, nullptr, nullptr};
     status = papo::cuda::launch_token_stats_bwd(logits, at<int64_t>(kTargets), at<double>(kState),
                                                 grads, row, dlogits, launch);
   } else {
     const papo::TokenInputs tokens = {at<int64_t>(kTargets), at<void>(kAdvantages),
-                                      at<void>(kTokenWeight), at<void>(kOldLogp), nullptr, nullptr};
-    const papo::Objective objective = {0.2, 0.2, 0.0, 0.0, task == "entropy" ? 0.01 : 0.0};
+                                      at<void>(kTokenWeight), at<void>(kOldLogp)};
+    papo::Objective objective = {};
+    objective.kl_estimator = papo::KlEstimator::kK3;
+    objective.clip_low = objective.clip_high = 0.2;
+    objective.negative_low = objective.negative_high = 0.2;
+    objective.dual_clip = objective.log_ratio_limit = HUGE_VAL;
+    objective.ratio_cap = objective.kl_limit = HUGE_VAL;
+    objective.entropy_coef = task == "entropy" ? 0.01 : 0.0;
     const papo::Weighting weighting = {papo::WeightShape::kNone, 0.0, 0.0, nullptr, nullptr,
                                        nullptr};
     const papo::PolicyLossOut out = {at<void>(kTokenLoss), at<void>(kLogp),  at<void>(kEntropy),
                                      nullptr,              nullptr,          nullptr,
-                                     at<void>(kRatio),     at<bool>(kClipped)};
+                                     at<void>(kRatio),     at<uint8_t>(kClipSide)};
     status = papo::cuda::launch_policy_loss(logits, tokens, objective, weighting, row, out, dlogits,
                                             launch);
   }

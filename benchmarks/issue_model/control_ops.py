@@ -58,6 +58,20 @@ def branch(ins: Instruction, listing: Listing) -> Any:
     return run
 
 
+def branch_by_table(ins: Instruction, listing: Listing) -> Any:
+    """BRX: to an address from the jump table, the same in all lanes."""
+    register, offset = ins.operands[0].split()[:2]
+    get, base = bits(register), ins.address + 16 + int(offset, 16)
+
+    def run(w: Warp, group: Group, m: Any) -> bool:
+        to = np.unique(np.broadcast_to(get(w), 32)[_active(group, m)])
+        assert len(to) == 1, ins.text
+        w.steps.append(Step(group.pc, True, None))
+        return _split(w, group, _active(group, m), listing.at_address[int(to[0]) + base])
+
+    return run
+
+
 def call(ins: Instruction, listing: Listing) -> Any:
     target = _target(ins, listing)
 
@@ -251,8 +265,7 @@ def wait(ins: Instruction, listing: Listing) -> Any:
 
 
 CONTROL: dict[str, Callable[[Instruction, Listing], Any]] = {
-    "BRA": branch, "CALL": call, "RET": ret, "EXIT": leave, "BSSY": open_region,
-    "BSYNC": close_region, "BREAK": break_region, "WARPSYNC": converge, "BAR": block_sync,
-    "UCGABAR_ARV": cluster_arrive, "UCGABAR_WAIT": cluster_wait,
-    "WAIT": wait,
+    "BRA": branch, "BRX": branch_by_table, "CALL": call, "RET": ret, "EXIT": leave,
+    "BSSY": open_region, "BSYNC": close_region, "BREAK": break_region, "WARPSYNC": converge,
+    "BAR": block_sync, "UCGABAR_ARV": cluster_arrive, "UCGABAR_WAIT": cluster_wait, "WAIT": wait,
 }  # fmt: skip

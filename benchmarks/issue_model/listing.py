@@ -10,6 +10,7 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]{16
 SECOND_HALF = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"^\s*(\.L_x_\d+|\$\S+):\s*$")
 PLACE = re.compile(r'//## File "([^"]+)", line (\d+)')
+BYTES = re.compile(r"\.byte\s+(.*)")
 GUARD = re.compile(r"^@(!?)(U?P)(\w+)\s+")
 
 
@@ -40,11 +41,13 @@ class Instruction:
 
 @dataclass
 class Listing:
-    """A kernel: its instructions, and the index that a label or an address stands for."""
+    """A kernel: its instructions, the index that a label or an address stands for, and the bytes of
+    its jump table, which holds addresses."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     at_address: dict[int, int] = field(default_factory=dict)
+    jump_table: bytes = b""
 
 
 def _split(text: str) -> list[str]:
@@ -63,7 +66,7 @@ def _instruction(address: int, text: str, places: list[tuple[str, int]]) -> Inst
 
 
 def parse(text: str) -> Listing:
-    """`text`: the section of one kernel, as `nvdisasm -hex -gi` prints it."""
+    """`text`: as `build.disassembled` returns it."""
     listing = Listing()
     pending: list[str] = []
     places: list[tuple[str, int]] = []
@@ -85,6 +88,8 @@ def parse(text: str) -> Listing:
             _control(listing.instructions[-1], int(match[1], 16))
         elif match := LABEL.match(line):
             pending.append(match[1])
+        elif match := BYTES.search(line):
+            listing.jump_table += bytes(int(byte, 16) for byte in match[1].split(","))
     return listing
 
 

@@ -47,6 +47,7 @@ class Cluster:
         constants[0x140 // 4] = int(launch.cluster > 1)
         words = np.frombuffer(launch.parameters, U32)
         constants[PARAMETERS // 4 : PARAMETERS // 4 + len(words)] = words
+        self.jump_table = np.frombuffer(listing.jump_table, U32)
         self.code = [compile_step(ins, listing) for ins in listing.instructions]
         self.blocks = [
             Block(self, rank, launch.threads // 32, constants) for rank in range(launch.cluster)

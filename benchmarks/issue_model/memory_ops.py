@@ -17,6 +17,7 @@ from .operands import U32, U64, Array, Getter, bits, put_bits, put_wide, registe
 
 SHARED_BYTES = 233472
 WINDOW = 0xFFFFFF  # a shared address holds its block's rank in the cluster above these bits
+JUMP_TABLE = re.compile(r"c\[0x2\]\[(U?R\d+)(?:\+(0x\w+))?\]")
 ARRAY_SHIFT = 44  # array i of a call lies at (i + 1) << 44
 ADDRESS = re.compile(r"\[(U?R(?:\d+|Z))(\.64)?((?:\+[^\]]+)?)\]")
 
@@ -231,6 +232,13 @@ def load_constant(ins: Instruction) -> Run:
         put_two, get_two = put_wide(ins.operands[0]), wide(ins.operands[1])
         return lambda w, m: put_two(w, get_two(w), m)
     put = put_bits(ins.operands[0])
+    if match := JUMP_TABLE.match(ins.operands[1]):
+        index, first = bits(match[1]), int(match[2] or "0", 16) // 4
+
+        def look_up(w: Any, m: Any) -> None:
+            put(w, w.block.cluster.jump_table.take(first + index(w) // 4, mode="clip"), m)
+
+        return look_up
     if size == 4:
         get = bits(ins.operands[1])
         return lambda w, m: put(w, get(w), m)

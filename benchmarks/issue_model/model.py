@@ -20,7 +20,7 @@ from .warps import Step
 # The arrays of a call, in the order of capture.cpp.
 ARRAYS = (
     "logits", "dlogits", "targets", "state", "logp", "entropy", "polarity", "lse", "state_out",
-    "advantages", "token_weight", "old_logp", "token_loss", "weight", "ratio", "clipped",
+    "advantages", "token_weight", "old_logp", "token_loss", "weight", "ratio", "clip_side",
 )  # fmt: skip
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Functions whose instructions are counted by the element, by the first phase that has one of the

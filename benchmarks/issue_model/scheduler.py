@@ -33,7 +33,8 @@ HEAVY = {"IMAD", "HFMA2", "UIMAD"}
 XU = {"MUFU", "F2I", "I2F", "F2F", "FLO", "POPC", "BREV"}
 LSU = {"LDS", "STS", "LDG", "STG", "SHFL", "STAS", "SYNCS", "LDC", "REDUX"}
 FP64 = {"DFMA", "DADD", "DMUL", "DSETP"}
-OTHER = {"BRA", "BSYNC", "BSSY", "BREAK", "CALL", "RET", "WARPSYNC", "NOP", "VOTE", "BAR", "EXIT"}
+OTHER = {"BRA", "BRX", "BSYNC", "BSSY", "BREAK", "CALL", "RET", "WARPSYNC", "NOP", "VOTE"}
+OTHER |= {"BAR", "EXIT"}
 # Cycles of the multiprocessor's path to shared memory, 128 bytes a cycle, by the width of a lane.
 SHARED_CYCLES = {16: 4, 8: 2, 4: 1, 2: 1, 1: 1}
 

@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
     """One kernel of one architecture."""
 
     name: str  # resident, streamed, ...
-    types: tuple[str, ...]  # of the logits and of their gradient
+    types: tuple[str, ...]  # of the logits and of their gradient; "own temperatures"
     architecture: str
     registers: int
     stack: int  # bytes
@@ -87,10 +87,11 @@ def kernel_name(symbol: str) -> str:
 
 
 def types_of(symbol: str) -> tuple[str, ...]:
-    """The template arguments; a substitution (S3_) repeats the first."""
+    """The template arguments; a substitution (S3_) repeats the first, and Lb1 is `kOwn`."""
     found = re.search(r"_kernelI(.*?)EEv", symbol)
-    names = re.findall(r"4BF16|3F16|3F32|S\d_(?=E|$)", found[1]) if found else []
-    return tuple(TYPES.get(name, TYPES.get(names[0], "")) for name in names)
+    names = re.findall(r"4BF16|3F16|3F32|S\d_(?=E|L|$)", found[1]) if found else []
+    types = tuple(TYPES.get(name, TYPES.get(names[0], "")) for name in names)
+    return (*types, "own temperatures") if found and "Lb1E" in found[1] else types
 
 
 def resource_usage(binary: Path) -> list[tuple[str, str, int, int]]:

@@ -121,12 +121,23 @@ def backward(v, dtype, n=100, squares=True):
 
     g, targets = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     state = torch.zeros(n, 6, dtype=torch.float64)
-    grads = (g, g, g if squares else None)
+    grads = (g, g, g if squares else None, None)
     logits = logits_of(v, dtype, n)
     TRITON.token_stats_bwd(logits, targets, state, grads, RowParams(0.9, 0.0, v), logits)
 
 
-def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
+def loss(
+    v,
+    dtype,
+    n=100,
+    *,
+    softcap=0.0,
+    narrow=None,
+    gradient=True,
+    state=False,
+    temperatures=False,
+    **objective,
+):
     from papo_kernels.backends.triton import TRITON
 
     g, logits = torch.zeros(n), logits_of(v, dtype, n)
@@ -134,9 +145,9 @@ def loss(v, dtype, n=100, softcap=0.0, narrow=None, gradient=True, state=False):
         logits,
         torch.zeros(n, dtype=torch.int64),
         TokenInputs(g, g, g, g),
-        Objective(),
+        Objective(**objective),
         None,
-        RowParams(0.9, softcap, v),
+        RowParams(0.9, softcap, v, temperatures=g if temperatures else None),
         (logits if narrow is None else logits_of(v, narrow, n)) if gradient else None,
         torch.zeros(n, 6, dtype=torch.float64) if state else None,
     )
@@ -167,6 +178,11 @@ CALLS = {
     "loss_without_gradient": lambda: loss(LONG, BF16, gradient=False),
     "loss_narrow_from_state": lambda: loss(LONG, F32, narrow=BF16, state=True),
     "loss_softcap": lambda: loss(LONG, BF16, softcap=30.0),
+    "loss_temperatures": lambda: loss(LONG, BF16, temperatures=True, kl_estimator="k1"),
+    "loss_cispo": lambda: loss(LONG, BF16, surrogate="cispo", kl_ratio=True),
+    "loss_sapo": lambda: loss(LONG, BF16, surrogate="sapo", kl_estimator="k2"),
+    "loss_dppo_kl": lambda: loss(LONG, BF16, surrogate="dppo_kl", kl_estimator="abs+"),
+    "loss_ce_gppo": lambda: loss(LONG, BF16, surrogate="ce_gppo", kl_estimator="k3+"),
     "scale": lambda: scale(BF16),
 }
 

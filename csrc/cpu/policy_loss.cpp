@@ -15,10 +15,10 @@ class PolicyLossRows {
         tokens_(tokens),
         objective_(objective),
         out_(out),
-        weighting_(load_weighting<A>(weighting)) {}
+        weighting_(load_weighting<double, A>(weighting)) {}
 
   bool is_active(int64_t i) const {
-    return tokens_.targets[i] != kIgnoreIndex && load_acc<A>(tokens_.token_weight, i) != A(0);
+    return tokens_.targets[i] != kIgnoreIndex && has_weight<A>(tokens_, i);
   }
 
   RowScan scan(int64_t i) const {
@@ -28,20 +28,15 @@ class PolicyLossRows {
   // Writes the token's outputs, and returns what the row's gradient needs.
   RowPlan finish_token(int64_t i, const RowScan& scan) const {
     if (!is_active(i)) {
-      write_loss(out_, i, RowStats<double>{}, TokenOut<A>{});
+      write_loss<A>(out_, i, RowStats<double>{}, TokenOut<double>{});
       return RowPlan{};
     }
     const RowStats<double> stats = finish(scan.state, scan.target_u);
-    const TokenIn<A> in = {load_acc<A>(tokens_.advantages, i),
-                           load_acc<A>(tokens_.token_weight, i),
-                           tokens_.old_logp != nullptr,
-                           tokens_.ref_logp != nullptr,
-                           load_acc<A>(tokens_.old_logp, i),
-                           load_acc<A>(tokens_.ref_logp, i)};
-    const TokenOut<A> token = policy_token(stats, in, objective_, weighting_);
-    write_loss(out_, i, stats, token);
-    return {true, scan.state.max, scan.target_u,
-            make_row_grad(scan.state, stats, Upstream<double>{token.dlogp, token.dentropy, 0.0})};
+    const TokenOut<double> token =
+        policy_token<A>(stats, load_token<double, A>(tokens_, i), objective_, weighting_);
+    write_loss<A>(out_, i, stats, token);
+    const Upstream<double> up = {saturated<A>(token.dlogp), saturated<A>(token.dentropy), 0.0, 0.0};
+    return {true, scan.state.max, scan.target_u, make_row_grad(scan.state, stats, up)};
   }
 
  private:
@@ -49,7 +44,7 @@ class PolicyLossRows {
   const TokenInputs& tokens_;
   const Objective& objective_;
   const PolicyLossOut& out_;
-  const WeightingValues<A> weighting_;
+  const WeightingValues<double> weighting_;
 };
 
 template <typename A>

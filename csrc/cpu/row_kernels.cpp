@@ -195,13 +195,17 @@ struct GradWriter {
 
   GradWriter(const RowParams& row, double row_max, const RowGrad<double>& g)
       : prep(row),
-        m(constant(row_max)),
-        a0(constant(kIsCoarse ? g.a0 * kCoarse : g.a0)),
+        m(splat(static_cast<Scalar>(row_max), V{})),
+        a0(constant(kIsCoarse ? g.a0 * kCoarse : g.a0, kLogpOnly ? 1.0 : 0.75)),
         a1(constant(g.a1)),
         b0(constant(g.b0)),
         b1(constant(g.b1)) {}
 
-  static PAPO_HD V constant(double x) { return splat(static_cast<Scalar>(x), V{}); }
+  // What overflows becomes finite, as a p of 0 has to make it 0: a share of the largest number, so
+  // that the sum of all is finite too.
+  static PAPO_HD V constant(double x, double share = 1.0 / 1024.0) {
+    return splat(static_cast<Scalar>(saturated<Scalar>(x / share) * share), V{});
+  }
 
   static PAPO_HD V exponential(F64& y) { return exp_of(y); }
   static PAPO_HD V exponential(F32& y) { return kIsCoarse ? exp_coarse(y) : exp_of(y); }

@@ -66,14 +66,17 @@ class Rows {
 
   RowState<double> scan_chunk(int64_t i, int64_t chunk) const {
     RowState<double> state;
-    kernels_.scan(element_at(logits_, i, chunk * kChunk), chunk_size(chunk), logits_.dtype, row_,
-                  &state);
+    RowParams own;
+    kernels_.scan(element_at(logits_, i, chunk * kChunk), chunk_size(chunk), logits_.dtype,
+                  row_of(i, &own), &state);
     return state;
   }
 
   // Chunks are merged in order, whichever thread scanned them: the bits do not depend on threads.
   template <typename ChunkState>
   RowScan merge_row(int64_t i, int64_t target, const ChunkState& chunk_state) const {
+    RowParams own;
+    if (!row_of(i, &own).has_temperature()) return {RowState<double>::bad(), quiet_nan<double>()};
     RowScan scan{RowState<double>::empty(), target_u(i, target)};
     for (int64_t c = 0; c < chunks_; ++c) scan.state.merge(chunk_state(c));
     return scan;
@@ -132,8 +135,9 @@ class Rows {
  private:
   void grad_chunk(int64_t i, int64_t chunk, const RowPlan& plan, const Matrix& dlogits) const {
     if (!plan.active) return;
+    RowParams own;
     kernels_.grad(element_at(logits_, i, chunk * kChunk), element_at(dlogits, i, chunk * kChunk),
-                  chunk_size(chunk), logits_.dtype, plan.row_max, plan.grad, row_);
+                  chunk_size(chunk), logits_.dtype, plan.row_max, plan.grad, row_of(i, &own));
   }
 
   // Replaces the sampled token's gradient, and writes the zeros that grad_chunk does not.
@@ -141,7 +145,11 @@ class Rows {
                        const Matrix& dlogits) const {
     if (!plan.active) return zero_columns(i, 0, dlogits);
     if (target != kElsewhere) {
-      const double dz = chain_rule(plan.grad.target, plan.target_u * row_.temperature, row_);
+      RowParams own;
+      const RowParams& row = row_of(i, &own);
+      const double du = plan.grad.target, capped = plan.target_u * row.temperature;
+      const double dz = logits_.dtype == DType::kFloat64 ? chain_rule<double>(du, capped, row)
+                                                         : chain_rule<float>(du, capped, row);
       kernels_.store(element_at(dlogits, i, target), dlogits.dtype, dz);
     }
     zero_columns(i, row_.vocab_size, dlogits);
@@ -154,7 +162,15 @@ class Rows {
 
   double target_u(int64_t i, int64_t target) const {
     if (target == kElsewhere) return -infinity<double>();
-    return kernels_.scaled(element_at(logits_, i, target), logits_.dtype, row_);
+    RowParams own;
+    return kernels_.scaled(element_at(logits_, i, target), logits_.dtype, row_of(i, &own));
+  }
+
+  // Those of row i; in `own`, where they are not the call's.
+  const RowParams& row_of(int64_t i, RowParams* own) const {
+    if (row_.temperatures == nullptr) return row_;
+    *own = logits_.dtype == DType::kFloat64 ? row_.of_row<double>(i) : row_.of_row<float>(i);
+    return *own;
   }
 
   int64_t chunk_size(int64_t chunk) const {

@@ -28,8 +28,10 @@ Status launch_token_stats_bwd(const Matrix& logits, const int64_t* targets, cons
     const auto plan = [&](int64_t i) {
       if (targets[i] == kIgnoreIndex) return RowPlan{};
       const RowScan scan = load_scan(state, i);
-      const Upstream<double> g = {load_acc<A>(grads.logp, i), load_acc<A>(grads.entropy, i),
-                                  load_acc<A>(grads.unit_polarity, i)};
+      const Upstream<double> g = {saturated<A>(double(load_acc<A>(grads.logp, i))),
+                                  saturated<A>(double(load_acc<A>(grads.entropy, i))),
+                                  saturated<A>(double(load_acc<A>(grads.unit_polarity, i))),
+                                  saturated<A>(double(load_acc<A>(grads.lse, i)))};
       return RowPlan{true, scan.state.max, scan.target_u,
                      make_row_grad(scan.state, finish(scan.state, scan.target_u), g)};
     };

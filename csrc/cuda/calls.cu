@@ -1,5 +1,4 @@
 // The entry points. A call gets its constants and tiles, and goes to a kernel.
-#include <math.h>
 #include <stdio.h>
 
 #include "choice.h"
@@ -9,49 +8,11 @@ namespace papo {
 namespace cuda {
 namespace {
 
-// A number of a stored type.
-struct Low {
-  float value;
-  uint32_t bits;
-};
-
-// A number of the type near `least` < 0, and no larger in magnitude where the type has one.
-Low low_of(DType dtype, float least) {
-  if (dtype == DType::kFloat32) {
-    Low low = {least, 0};
-    __builtin_memcpy(&low.bits, &least, sizeof(low.bits));
-    return low;
-  }
-  if (dtype == DType::kBFloat16) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &least, sizeof(bits));
-    bits &= 0xffff0000u;
-    Low low = {0.0f, bits | bits >> 16};
-    __builtin_memcpy(&low.value, &bits, sizeof(bits));
-    return low;
-  }
-  // float16: a power of two within [2^-14, 2^15], or the largest number, and a minus sign.
-  if (least <= -65504.0f) return {-65504.0f, 0xfbfffbffu};
-  int exponent;
-  frexpf(-least, &exponent);  // 2^(exponent - 1) <= -least
-  exponent = exponent - 1 < -14 ? -14 : exponent - 1;
-  const uint32_t bits = 0x8000u | static_cast<uint32_t>(exponent + 15) << 10;
-  return {-ldexpf(1.0f, exponent), bits | bits << 16};
-}
-
 Scaling make_scaling(const RowParams& row, DType dtype) {
   Scaling s = {};
-  s.unit = static_cast<float>(kLog2E / row.temperature);
   s.softcap = static_cast<float>(row.softcap);
   s.inv_softcap = row.softcap > 0 ? static_cast<float>(1.0 / row.softcap) : 0.0f;
-  s.inv_temperature = 1.0 / row.temperature;
-  const float bound = 1048576.0f / s.unit;  // 2^20 in units of y
-  const float lowest = -3.0e38f;
-  const Low low = low_of(dtype, 4.0f * bound < -lowest ? -4.0f * bound : lowest);
-  s.low = low.value;
-  s.low_bits = low.bits;
-  s.fast_max = bound;
-  s.fast_min = fmaxf(-bound, low.value + 300.0f / s.unit);
+  s.set_unit(Scaling::unit_of(row.temperature), dtype);
   return s;
 }
 
@@ -63,6 +24,7 @@ RowsCall make_call(RowTask task, const Matrix& logits, const int64_t* targets, c
   call.dlogits = dlogits;
   call.row = row;
   call.scaling = make_scaling(row, logits.dtype);
+  call.inv_temperature = 1.0 / row.temperature;
   call.targets = targets;
   call.state = state;
   return call;

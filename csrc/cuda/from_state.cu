@@ -21,7 +21,7 @@ gradient_kernel(const PAPO_PARAM RowsCall call, int parts, int size) {
   const uint32_t plan = machine::shared_base();
   const int64_t items = call.logits.rows * parts;
   for (int64_t item = machine::block_index(); item < items; item += machine::grid_blocks()) {
-    const Job job = {item / parts, sampled_column(call, item / parts)};
+    const Job job = Job::of<true>(call, item / parts);
     const int part = static_cast<int>(item % parts);
     if (job.column == kColumnInactive) {
       write_zero_columns<Out>(call, job.row, 0, part, parts, share);
@@ -31,8 +31,8 @@ gradient_kernel(const PAPO_PARAM RowsCall call, int parts, int size) {
     machine::block_sync();  // until no thread still reads the plan of the last item
     if (thread < 32) {
       const bool writes = part == 0 && thread == 0;
-      const ElementGrad g = finish_row(call, job, load_scan(call.state, job.row),
-                                       load_numbers(call, job.row), nullptr, writes);
+      const ElementGrad g = finish_row<true>(call, job, load_scan(call.state, job.row),
+                                       load_inputs<true>(call, job.row), nullptr, writes);
       if (thread == 0) store_plan(plan, g);
     }
     machine::block_sync();
@@ -41,7 +41,7 @@ gradient_kernel(const PAPO_PARAM RowsCall call, int parts, int size) {
     const int target = job.column >= 0 ? job.column - span.begin : -1;
     if (span.count > 0) {
       write_gradient<In, Out>(row, span.count, element_at<Out>(call.dlogits, job.row, span.begin),
-                              target, load_plan(plan), call.scaling, share);
+                              target, load_plan(plan), scaling_of<true>(call, job), share);
     }
     write_zero_columns<Out>(call, job.row, call.columns(), part, parts, share);
   }
@@ -49,15 +49,16 @@ gradient_kernel(const PAPO_PARAM RowsCall call, int parts, int size) {
 
 // Outputs without a gradient, a thread for each row.
 PAPO_KERNEL(128, 1) outputs_kernel(const PAPO_PARAM RowsCall call) {
-  const WeightingValues<float> weighting = load_weighting<float>(call.weighting);
+  const WeightingValues<float> weighting = load_weighting<float, float>(call.weighting);
   const int64_t step = machine::grid_blocks() * machine::block_threads();
   int64_t i = machine::block_index() * machine::block_threads() + machine::thread_index();
   for (; i < call.logits.rows; i += step) {
-    const Job job = {i, sampled_column(call, i)};
+    const Job job = Job::of<true>(call, i);
     if (job.column == kColumnInactive) {
       write_nothing(call, i);
     } else {
-      finish_row(call, job, load_scan(call.state, i), load_numbers(call, i), &weighting, true);
+      finish_row<true>(call, job, load_scan(call.state, i), load_inputs<true>(call, i), &weighting,
+                       true);
     }
   }
 }

@@ -65,10 +65,15 @@ PAPO_DEVICE float exp2_fast(float x) {
 // a b, rounded before it is added to anything. Otherwise nvcc would fuse the two.
 PAPO_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 
-// The larger of the two. Unlike fmaxf it is NaN where either is NaN.
+// The larger and the smaller of the two. Unlike fmaxf and fminf they are NaN where either is NaN.
 PAPO_DEVICE float max_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+PAPO_DEVICE float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 PAPO_DEVICE uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {

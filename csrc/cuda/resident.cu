@@ -24,7 +24,7 @@ namespace {
 
 #if defined(PAPO_HAS_CLUSTERS)
 
-template <typename In, typename Out>
+template <typename In, typename Out, bool kOwn>
 class ResidentRows {
  public:
   PAPO_DEVICE explicit ResidentRows(const RowsCall& call)
@@ -102,9 +102,9 @@ class ResidentRows {
     return shared_ + static_cast<uint32_t>(layout_.plan + (k & 1) * kPlanBytes);
   }
 
-  PAPO_DEVICE RowQueue rows() const {
-    return RowQueue(call_, machine::block_index() / tile_.cluster,
-                    machine::grid_blocks() / tile_.cluster, lane_);
+  PAPO_DEVICE RowQueue<kOwn> rows() const {
+    return RowQueue<kOwn>(call_, machine::block_index() / tile_.cluster,
+                          machine::grid_blocks() / tile_.cluster, lane_);
   }
   // Stage s of this block's slice, in columns of the row.
   PAPO_DEVICE Span stage_of(int s) const {
@@ -123,7 +123,7 @@ class ResidentRows {
   // ---- copy ------------------------------------------------------------------------------------
 
   PAPO_DEVICE void copy() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     Cursor at;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
@@ -146,12 +146,12 @@ class ResidentRows {
   // ---- compute ---------------------------------------------------------------------------------
 
   PAPO_DEVICE void compute() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     Cursor scanned, finished;
     // With room for two rows, a row is summed before the gradient of the previous row is written.
     // Meanwhile the finish warp finishes the previous row.
     const bool ahead = tile_.ahead || !call_.wants_gradient();
-    Job pending = {-1, kColumnInactive};
+    Job pending = Job::none();
     bool masked = false;
     for (int k = 0;; ++k) {
       const Job job = queue.next_active();
@@ -164,7 +164,8 @@ class ResidentRows {
   }
 
   PAPO_DEVICE void scan(const Job& job, int k, Cursor& at, bool& masked) const {
-    WarpScan<In> sums(call_.scaling);
+    const Scaling& scaling = scaling_of<kOwn>(call_, job);
+    WarpScan<In> sums(scaling);
     const Cursor begin = at;
     const auto buffer = [&](int s) {
       const int i = begin.buffer + s;
@@ -178,7 +179,7 @@ class ResidentRows {
       return Stage<In>{staged(buffer(s), job.row), stage_of(s).count};
     };
     const TeamWarp mine = {warp_, lane_, log_threads_};
-    scan_slice(sums, tile_.stages, wait, stage, mine, call_.scaling.low_bits, masked);
+    scan_slice(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
     sums.leave(warp_message(k, warp_), lane_, sampled(job, stage));
     machine::warp_sync();
     if (lane_ == 0) machine::barrier_arrive(partial(k));
@@ -201,6 +202,7 @@ class ResidentRows {
     machine::barrier_wait(plan(k), parity(k), "plan");
     if (!call_.wants_gradient()) return;
     const ElementGrad g = load_plan(plan_address(k));
+    const Scaling& scaling = scaling_of<kOwn>(call_, job);
     const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
     for (int s = 0; s < tile_.stages; ++s) {
       const Span stage = stage_of(s);
@@ -208,7 +210,7 @@ class ResidentRows {
       if (stage.count > 0) {
         write_gradient<In, Out>(staged(at.buffer, job.row), stage.count,
                                 element_at<Out>(call_.dlogits, job.row, stage.begin), target, g,
-                                call_.scaling, share);
+                                scaling, share);
       }
       release(at.buffer);
       at.advance(tile_.ring);
@@ -219,8 +221,8 @@ class ResidentRows {
   // ---- finish ----------------------------------------------------------------------------------
 
   PAPO_DEVICE void finish_rows() const {
-    RowQueue queue = rows();
-    const WeightingValues<float> weighting = load_weighting<float>(call_.weighting);
+    RowQueue<kOwn> queue = rows();
+    const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
@@ -230,15 +232,15 @@ class ResidentRows {
       // Every block needs the coefficients of a gradient. Without a gradient the blocks take turns.
       const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
       const bool writes = rank_ == owner && lane_ == 0;
-      const TokenNumbers numbers = load_numbers(call_, job.row);
+      const RowInputs in = load_inputs<kOwn>(call_, job.row);
       machine::barrier_wait(partial(k), parity(k), "partial");
       RowScan scan = merge_lanes(
-          load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), call_.scaling),
+          load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), in.inv_temperature),
           tile_.warps);
       if (tile_.cluster > 1) exchange_parts(scan, k);
       if (rank_ == owner || call_.wants_gradient()) {
         if (tile_.cluster > 1) scan = merge_cluster(k);
-        const ElementGrad g = finish_row(call_, job, scan, numbers, &weighting, writes);
+        const ElementGrad g = finish_row<kOwn>(call_, job, scan, in, &weighting, writes);
         if (lane_ == 0) store_plan(plan_address(k), g);
       }
       machine::warp_sync();
@@ -276,10 +278,10 @@ class ResidentRows {
 
 #endif  // PAPO_HAS_CLUSTERS
 
-template <typename In, typename Out>
+template <typename In, typename Out, bool kOwn>
 PAPO_KERNEL(kResidentThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call) {
 #if defined(PAPO_HAS_CLUSTERS)
-  ResidentRows<In, Out>(call).run();
+  ResidentRows<In, Out, kOwn>(call).run();
 #endif
 }
 
@@ -288,6 +290,12 @@ PAPO_KERNEL(kResidentThreads, 1) resident_kernel(const PAPO_PARAM RowsCall call)
 // ---- launch -------------------------------------------------------------------------------------
 
 namespace {
+
+template <typename In, typename Out>
+auto kernel_of(const RowsCall& call) {
+  return call.own_temperatures() ? resident_kernel<In, Out, true>
+                                 : resident_kernel<In, Out, false>;
+}
 
 LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
   return {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
@@ -299,7 +307,7 @@ LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
 Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                       int* clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    *clusters = resident_clusters(resident_kernel<decltype(in), decltype(out)>,
+    *clusters = resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
                                   shape_of(call.tile, limits), launch.device, kClusterPtx);
     return Status::success();
   });
@@ -310,7 +318,7 @@ Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const L
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
     LaunchShape shape = shape_of(call.tile, limits);
     shape.blocks = even_grid(call.logits.rows, clusters) * call.tile.cluster;
-    return launch_kernel(resident_kernel<decltype(in), decltype(out)>, shape, launch.stream, call);
+    return launch_kernel(kernel_of<decltype(in), decltype(out)>(call), shape, launch.stream, call);
   });
 }
 

@@ -22,7 +22,7 @@ namespace {
 
 #if defined(PAPO_HAS_CLUSTERS)
 
-template <typename In>
+template <typename In, bool kOwn>
 class StatsRows {
  public:
   PAPO_DEVICE explicit StatsRows(const RowsCall& call)
@@ -76,8 +76,8 @@ class StatsRows {
     const int index = (slice << log_warps_) + warp;
     return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
   }
-  PAPO_DEVICE RowQueue rows() const {
-    return RowQueue(call_, machine::block_index(), machine::grid_blocks(), lane_);
+  PAPO_DEVICE RowQueue<kOwn> rows() const {
+    return RowQueue<kOwn>(call_, machine::block_index(), machine::grid_blocks(), lane_);
   }
   PAPO_DEVICE Span slice_of(int slice) const {
     return span_of(slice, tile_.slice, call_.columns());
@@ -86,7 +86,7 @@ class StatsRows {
   // ---- copy ------------------------------------------------------------------------------------
 
   PAPO_DEVICE void copy() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     Cursor at;
     for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
       for (int slice = 0; slice < tile_.cluster; ++slice) {
@@ -103,7 +103,7 @@ class StatsRows {
   // ---- compute ---------------------------------------------------------------------------------
 
   PAPO_DEVICE void compute() const {
-    RowQueue queue = rows();
+    RowQueue<kOwn> queue = rows();
     const int team = warp_ >> log_warps_;
     const TeamWarp mine = {warp_ & (tile_.warps - 1), lane_, log_warps_ + 5};
     Cursor at;
@@ -129,13 +129,14 @@ class StatsRows {
 
   PAPO_DEVICE void scan(const Job& job, int slice, const TeamWarp& mine, int buffer, bool& masked,
                         int k) const {
-    WarpScan<In> sums(call_.scaling);
+    const Scaling& scaling = scaling_of<kOwn>(call_, job);
+    WarpScan<In> sums(scaling);
     const Span columns = slice_of(slice);
     const Stage<In> stage = {row_in_buffer<In>(call_.logits, job.row, buffer_address(buffer)),
                              columns.count};
     const auto here = [](int) {};
     const auto only = [&](int) { return stage; };
-    scan_slice(sums, 1, here, only, mine, call_.scaling.low_bits, masked);
+    scan_slice(sums, 1, here, only, mine, scaling.low_bits, masked);
     const int place = job.column - columns.begin;
     float sampled = -infinity<float>();
     if (mine.warp == 0 && job.column >= 0 && place >= 0 && place < columns.count) {
@@ -151,33 +152,34 @@ class StatsRows {
   // ---- finish ----------------------------------------------------------------------------------
 
   PAPO_DEVICE void finish_rows() const {
-    RowQueue queue = rows();
-    const WeightingValues<float> weighting = load_weighting<float>(call_.weighting);
+    RowQueue<kOwn> queue = rows();
+    const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
         if (lane_ == 0) write_nothing(call_, job.row);
         continue;
       }
-      const TokenNumbers numbers = load_numbers(call_, job.row);
+      const RowInputs in = load_inputs<kOwn>(call_, job.row);
       machine::barrier_wait(partial(), parity(k), "partial");
-      const RowScan scan = merge_row();
+      const RowScan scan = merge_row(in.inv_temperature);
       machine::warp_sync();
       if (lane_ == 0) machine::barrier_arrive(taken());
-      finish_row(call_, job, scan, numbers, &weighting, lane_ == 0);
+      finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0);
       ++k;
     }
   }
 
   // Merges each slice over its warps, in groups of slices that fill the lanes, and then the slices.
-  PAPO_DEVICE RowScan merge_row() const {
+  PAPO_DEVICE RowScan merge_row(double inv_temperature) const {
     const int group = 32 >> log_warps_;
     RowScan parts = {};
     for (int first = 0; first < tile_.cluster; first += group) {
       const int slice = first + (lane_ >> log_warps_);
       const int within = slice < tile_.cluster ? slice : first;
       const RowScan part =
-          merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)), call_.scaling),
+          merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)),
+                                        inv_temperature),
                       tile_.warps);
       // To the lane that has the slice's number.
       const RowScan moved = from_lane(part, ((lane_ - first) << log_warps_) & 31);
@@ -196,10 +198,10 @@ class StatsRows {
 
 #endif  // PAPO_HAS_CLUSTERS
 
-template <typename In>
+template <typename In, bool kOwn>
 PAPO_KERNEL(kStatsThreads, 2) stats_kernel(const PAPO_PARAM RowsCall call) {
 #if defined(PAPO_HAS_CLUSTERS)
-  StatsRows<In>(call).run();
+  StatsRows<In, kOwn>(call).run();
 #endif
 }
 
@@ -211,7 +213,9 @@ Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Laun
                     bool* ran) {
   const StatsTile& stats = call.stats_tile;
   return with_types(call.logits, Matrix{}, [&](auto in, auto) -> Status {
-    const auto kernel = stats_kernel<decltype(in)>;
+    using In = decltype(in);
+    const auto kernel =
+        call.own_temperatures() ? stats_kernel<In, true> : stats_kernel<In, false>;
     LaunchShape shape = {0, 32 * (stats.teams * call.tile.warps + kServiceWarps), 1,
                          exclusive_bytes(limits, stats.blocks, stats.shared_bytes)};
     const int blocks = resident_clusters(kernel, shape, launch.device, kClusterPtx);

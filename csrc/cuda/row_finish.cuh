@@ -24,25 +24,41 @@ struct ElementGrad {
   GradMode mode;
 };
 
-// The per-token inputs of a row, which are loaded before its sums are there.
-struct TokenNumbers {
-  // advantage, token_weight, old_logp and ref_logp, or the three upstream gradients
-  float x[4];
+// Room for the sum of four terms, and in two of them for s, keeps an element's gradient finite, and
+// so 0 where e = 0. No s is as large as 2^24.
+constexpr float kMost = 3.4028234663852886e38f;
+constexpr float kMostOfTerms = kMost / 4.0f;
+constexpr float kMostOfSlopes = kMostOfTerms / 16777216.0f;
+
+PAPO_DEVICE float clamped(double x, float most) {
+  return machine::min_nan(machine::max_nan(static_cast<float>(x), -most), most);
+}
+
+// What a row's finish needs beside its sums, and loads before they are there.
+struct RowInputs {
+  RowParams row;
+  double inv_temperature;
+  TokenIn<float> token;      // of kPolicyLoss
+  Upstream<float> upstream;  // of kStatsGradient
 };
 
-PAPO_DEVICE TokenNumbers load_numbers(const RowsCall& call, int64_t i) {
-  TokenNumbers n = {};
-  if (call.task == RowTask::kPolicyLoss) {
-    n.x[0] = load_acc<float>(call.tokens.advantages, i);
-    n.x[1] = load_acc<float>(call.tokens.token_weight, i);
-    n.x[2] = load_acc<float>(call.tokens.old_logp, i);
-    n.x[3] = load_acc<float>(call.tokens.ref_logp, i);
-  } else if (call.task == RowTask::kStatsGradient) {
-    n.x[0] = load_acc<float>(call.grads.logp, i);
-    n.x[1] = load_acc<float>(call.grads.entropy, i);
-    n.x[2] = load_acc<float>(call.grads.unit_polarity, i);
+template <bool kOwn>
+PAPO_DEVICE RowInputs load_inputs(const RowsCall& call, int64_t i) {
+  RowInputs in = {};
+  in.row = call.row;
+  in.inv_temperature = call.inv_temperature;
+  if (kOwn && call.own_temperatures()) {
+    in.row = call.row.of_row<float>(i);
+    in.inv_temperature = 1.0 / in.row.temperature;
   }
-  return n;
+  if (call.task == RowTask::kPolicyLoss) {
+    in.token = load_token<float, float>(call.tokens, i);
+  } else if (call.task == RowTask::kStatsGradient) {
+    const auto at = [i](const void* array) { return clamped(load_acc<float>(array, i), kMost); };
+    in.upstream = {at(call.grads.logp), at(call.grads.entropy), at(call.grads.unit_polarity),
+                   at(call.grads.lse)};
+  }
+  return in;
 }
 
 // Writes the outputs of a row that contributes nothing.
@@ -51,23 +67,24 @@ PAPO_DEVICE void write_nothing(const RowsCall& call, int64_t i) {
     write_stats<float>(call.stats, i, RowScan{}, RowStats<double>{});
   }
   if (call.task == RowTask::kPolicyLoss) {
-    write_loss(call.loss, i, RowStats<double>{}, TokenOut<float>{});
+    write_loss<float>(call.loss, i, RowStats<double>{}, TokenOut<float>{});
   }
 }
 
 PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowScan& scan, double mu,
-                                          const RowsCall& call) {
-  const double temperature = call.row.temperature;
+                                          const RowInputs& in, const Scaling& s) {
+  const double temperature = in.row.temperature;
   const double m = scan.state.max * temperature;  // in the units of the softcapped logits
-  const double unit = call.scaling.unit;
+  const double unit = s.unit;
   const float m_float = static_cast<float>(m);
-  const bool fast = call.row.softcap == 0.0 && m_float >= call.scaling.fast_min &&
-                    m_float <= call.scaling.fast_max;
+  const bool fast = s.is_fast(m_float);
   // The maximum was a float before it was multiplied by 1/temperature, which may have rounded it.
   const double exact = abs_of(m - m_float) <= 1e-15 * abs_of(m) ? m_float : m;
   const double center = exact + mu * temperature;
   ElementGrad e;
-  e.target = static_cast<float>(chain_rule(g.target, scan.target_u * temperature, call.row));
+  // Not chain_rule(): the whole row waits for its division.
+  e.target = clamped(
+      through_softcap(g.target, scan.target_u * temperature, in.row) * in.inv_temperature, kMost);
   e.m = static_cast<float>(fast ? exact * unit : exact);
   e.center = static_cast<float>(fast ? center * unit : center);
   // What the rounding of m adds to every y, and how far the rounded center is from the maximum. The
@@ -75,12 +92,12 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
   const double o = fast ? exact * unit - e.m : (exact - e.m) * unit;
   const double r = fast ? e.center - exact * unit : (e.center - exact) * unit;
   const double k = exp2_near_zero(-o);
-  const double by = k * call.scaling.inv_temperature;
-  e.a0 = static_cast<float>(by * (g.a0 + g.a1 * kLn2 * r));
-  e.a1 = static_cast<float>(by * g.a1 * kLn2);
-  e.b0 = static_cast<float>(k * by * (g.b0 + g.b1 * kLn2 * r));
-  e.b1 = static_cast<float>(k * by * g.b1 * kLn2);
+  const double by = k * in.inv_temperature;
+  e.a1 = clamped(by * g.a1 * kLn2, kMostOfSlopes);
+  e.b0 = clamped(k * by * (g.b0 + g.b1 * kLn2 * r), kMostOfTerms);
+  e.b1 = clamped(k * by * g.b1 * kLn2, kMostOfSlopes);
   const bool scaled_exp = e.a1 == 0.0f && e.b0 == 0.0f && e.b1 == 0.0f;
+  e.a0 = clamped(by * (g.a0 + g.a1 * kLn2 * r), scaled_exp ? kMost : kMostOfTerms);
   e.mode = !fast ? GradMode::kCareful : scaled_exp ? GradMode::kScaledExp : GradMode::kGeneral;
   return e;
 }
@@ -88,29 +105,26 @@ PAPO_DEVICE ElementGrad make_element_grad(const RowGrad<double>& g, const RowSca
 // Returns the row's gradient, if the call wants one: that of its token's loss, or of its statistics
 // with the upstream gradients. The thread for which `writes` is true writes the row's outputs. A
 // null `weighting` is loaded here.
+template <bool kOwn>
 PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan scan,
-                                   const TokenNumbers& numbers,
-                                   const WeightingValues<float>* weighting, bool writes) {
+                                   const RowInputs& in, const WeightingValues<float>* weighting,
+                                   bool writes) {
   if (job.column == kColumnInvalid) scan.state = RowState<double>::bad();
   const RowStats<double> stats = finish(scan.state, scan.target_u, exp_of_distance);
-  Upstream<double> up = {numbers.x[0], numbers.x[1], numbers.x[2]};
+  Upstream<float> up = in.upstream;
   if (call.task == RowTask::kPolicyLoss) {
-    const TokenIn<float> in = {numbers.x[0],
-                               numbers.x[1],
-                               call.tokens.old_logp != nullptr,
-                               call.tokens.ref_logp != nullptr,
-                               numbers.x[2],
-                               numbers.x[3]};
-    const TokenOut<float> token =
-        policy_token(stats, in, call.objective,
-                     weighting != nullptr ? *weighting : load_weighting<float>(call.weighting));
-    if (writes) write_loss(call.loss, job.row, stats, token);
-    up = {token.dlogp, token.dentropy, 0.0};
+    const TokenOut<float> token = policy_token<float>(
+        stats, in.token, call.objective,
+        weighting != nullptr ? *weighting : load_weighting<float, float>(call.weighting));
+    if (writes) write_loss<float>(call.loss, job.row, stats, token);
+    up = {clamped(token.dlogp, kMost), clamped(token.dentropy, kMost), 0.0f, 0.0f};
   } else if (call.task == RowTask::kStats && writes) {
     write_stats<float>(call.stats, job.row, scan, stats);
   }
   if (!call.wants_gradient()) return ElementGrad{};
-  return make_element_grad(make_row_grad(scan.state, stats, up), scan, stats.mu, call);
+  const Upstream<double> g = {up.logp, up.entropy, up.unit_polarity, up.lse};
+  return make_element_grad(make_row_grad(scan.state, stats, g), scan, stats.mu, in,
+                           scaling_of<kOwn>(call, job));
 }
 
 // A plan is a row's ElementGrad in shared memory. The warp that finishes the row leaves it there

@@ -39,16 +39,41 @@ PAPO_DEVICE double exp_of_distance(double x) {
   return (low + t2 * t2 * high) * machine::power_of_two(static_cast<int>(whole));
 }
 
-// RowParams as the inner loops need them.
+// A row's RowParams as the inner loops need them.
 struct Scaling {
   float unit;
   float softcap, inv_softcap;  // 0: none
-  // For a maximum in [fast_min, fast_max] the fma is exact enough: m unit is at most 2^20, and a
-  // logit raised to `low` is still too far below the maximum to count.
-  float fast_min, fast_max;
+  // A negative power of two that logits are raised to, 2^22 below 0 in units of y, or the nearest
+  // that their type has.
   float low;
   uint32_t low_bits;  // `low` in the bits of the logits' type, in each element of a register
-  double inv_temperature;
+
+  static PAPO_HD float unit_of(double temperature) {
+    return static_cast<float>(saturated<float>(kLog2E / temperature));
+  }
+
+  PAPO_HD void set_unit(float new_unit, DType dtype) {
+    unit = new_unit;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &unit, sizeof(bits));
+    const int most = dtype == DType::kFloat16 ? 15 : 127;
+    const int least = dtype == DType::kFloat16 ? -14 : -126;
+    const int wanted = 22 - (static_cast<int>(bits >> 23 & 255u) - 127);
+    const int exponent = wanted > most ? most : wanted < least ? least : wanted;
+    bits = 0x80000000u | static_cast<uint32_t>(exponent + 127) << 23;
+    __builtin_memcpy(&low, &bits, sizeof(low));
+    const uint32_t half = dtype == DType::kFloat16
+                              ? 0x8000u | static_cast<uint32_t>(exponent + 15) << 10
+                              : bits >> 16;
+    low_bits = dtype == DType::kFloat32 ? bits : half | half << 16;
+  }
+
+  // Whether the fma is exact enough about this maximum: m unit is at most 2^20, and a logit raised
+  // to `low` is still too far below to count.
+  PAPO_DEVICE bool is_fast(float m) const {
+    const float y = machine::product(m, unit);
+    return softcap == 0.0f && abs_of(y) <= 1048576.0f && y - machine::product(low, unit) >= 300.0f;
+  }
 
   PAPO_DEVICE float capped(float x) const {
     if (softcap == 0.0f || x == -infinity<float>()) return x;
@@ -260,7 +285,7 @@ class WarpScan {
     }
     const float top = s_.capped(raw);
     if (!(top > m_)) return true;
-    const bool fast = s_.softcap == 0.0f && top >= s_.fast_min && top <= s_.fast_max;
+    const bool fast = s_.is_fast(top);
     const float big_m = fast ? top * s_.unit : 0.0f;
     const float o = fast ? fmaf(top, s_.unit, -big_m) : 0.0f;
     if (mode_ != kNothing) sums_.rescale(fmaf(m_ - top, s_.unit, o - o_));
@@ -313,7 +338,7 @@ class WarpScan {
 // ---- over warps and blocks --------------------------------------------------------------------
 
 // The message that WarpScan::leave wrote, in nats.
-PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
+PAPO_DEVICE RowScan load_warp_message(uint32_t address, double inv_temperature) {
   const Word first = machine::load_shared(address);
   const Word second = machine::load_shared(address + kWordBytes);
   const float m = machine::as_float(first.r[0]);
@@ -323,7 +348,7 @@ PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
   const double Z2 = machine::as_float(second.r[0]);
   const double T2 = machine::as_float(second.r[1]);
   RowScan scan;
-  scan.target_u = machine::as_float(second.r[2]) * s.inv_temperature;
+  scan.target_u = machine::as_float(second.r[2]) * inv_temperature;
   if (Z != Z) {
     scan.state = RowState<double>::bad();
   } else if (m == -infinity<float>()) {
@@ -332,7 +357,7 @@ PAPO_DEVICE RowScan load_warp_message(uint32_t address, const Scaling& s) {
     // y was (x - m) unit + o.
     const double top = machine::as_float(second.r[3]);
     const double k = exp2_near_zero(-o);
-    scan.state = {m * s.inv_temperature, top + k * Z, k * (T - o * Z) * kLn2, top + k * k * Z2,
+    scan.state = {m * inv_temperature, top + k * Z, k * (T - o * Z) * kLn2, top + k * k * Z2,
                   k * k * (T2 - o * Z2) * kLn2};
   }
   return scan;

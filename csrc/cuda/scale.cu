@@ -1,5 +1,6 @@
 // A gradient times a number.
 #include "launch.cuh"
+#include "write_gradient.cuh"
 
 namespace papo {
 namespace cuda {
@@ -39,18 +40,24 @@ PAPO_DEVICE void scale_run(char* data, int count, float factor, Share share) {
   }
 }
 
-// Rows are cut into `parts` of kScalePart columns: part p of row i is item i * parts + p.
+// Rows are cut into `parts` of kScalePart columns: part p of row i is item i * parts + p. An element
+// may be infinite where the factor is 0, and 0 where the factor is infinite.
 template <typename T>
 PAPO_KERNEL(kThreads, 1) scale_kernel(const PAPO_PARAM Matrix m, const float* factor,
                                       int64_t parts) {
-  const float f = *factor;
+  const float f = saturated<float>(*factor);
   if (f == 1.0f) return;
   const Share share = {machine::thread_index(), machine::block_threads()};
   const int64_t items = m.rows * parts;
   for (int64_t item = machine::block_index(); item < items; item += machine::grid_blocks()) {
     const int64_t begin = item % parts * kScalePart;
     const int count = static_cast<int>(smaller(kScalePart, m.cols - begin));
-    scale_run<T>(element_at<T>(m, item / parts, begin), count, f, share);
+    char* run = element_at<T>(m, item / parts, begin);
+    if (f == 0.0f) {
+      write_zeros<T>(run, count, share);
+    } else {
+      scale_run<T>(run, count, f, share);
+    }
   }
 }
 

@@ -59,9 +59,9 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
   const Share share = {thread, machine::block_threads()};
   const uint32_t messages = machine::shared_base();
   const uint32_t plan = messages + static_cast<uint32_t>(warps * kWarpMessageBytes);
-  const WeightingValues<float> weighting = load_weighting<float>(call.weighting);
+  const WeightingValues<float> weighting = load_weighting<float, float>(call.weighting);
 
-  RowQueue queue(call, machine::block_index(), machine::grid_blocks(), lane);
+  RowQueue<true> queue(call, machine::block_index(), machine::grid_blocks(), lane);
   for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
     if (job.column == kColumnInactive) {
       if (call.wants_gradient()) write_zero_columns<Out>(call, job.row, 0, 0, 1, share);
@@ -69,26 +69,27 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
       continue;
     }
     const GlobalRow<In> row = {element_at<In>(call.logits, job.row, 0), call.columns()};
-    WarpScan<In> sums(call.scaling);
+    const Scaling& scaling = scaling_of<true>(call, job);
+    WarpScan<In> sums(scaling);
     scan_row(sums, row, warp, lane);
     // Read before an in-place gradient overwrites it.
     const bool here = warp == 0 && job.column >= 0;
     const float sampled =
-        here ? call.scaling.capped(row.element(job.column)) : -infinity<float>();
+        here ? scaling.capped(row.element(job.column)) : -infinity<float>();
     sums.leave(messages + static_cast<uint32_t>(warp * kWarpMessageBytes), lane, sampled);
     machine::block_sync();
     if (warp == 0) {
       const uint32_t from =
           messages + static_cast<uint32_t>((lane & (warps - 1)) * kWarpMessageBytes);
-      const RowScan scan = merge_lanes(load_warp_message(from, call.scaling), warps);
-      const ElementGrad g =
-          finish_row(call, job, scan, load_numbers(call, job.row), &weighting, lane == 0);
+      const RowInputs in = load_inputs<true>(call, job.row);
+      const RowScan scan = merge_lanes(load_warp_message(from, in.inv_temperature), warps);
+      const ElementGrad g = finish_row<true>(call, job, scan, in, &weighting, lane == 0);
       if (lane == 0) store_plan(plan, g);
     }
     machine::block_sync();
     if (!call.wants_gradient()) continue;
     write_gradient<In, Out>(row, row.count, element_at<Out>(call.dlogits, job.row, 0), job.column,
-                            load_plan(plan), call.scaling, share);
+                            load_plan(plan), scaling, share);
     write_zero_columns<Out>(call, job.row, call.columns(), 0, 1, share);
   }
 }

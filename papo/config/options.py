@@ -12,6 +12,15 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+ClipLow = Annotated[float, Field(gt=0, le=1)]
+# Under any other surrogate these options of the loss would silently do nothing.
+_SURROGATES_OF = {
+    "dual_clip": ("clip",),
+    "ratio_cap": ("dppo_tv", "dppo_kl"),
+    "sapo_temperature": ("sapo",),
+    "gppo_scale": ("ce_gppo",),
+    "negative_clip": ("clip", "cispo", "dppo_tv", "dppo_kl", "ce_gppo"),
+}
 
 
 class Section(BaseModel):
@@ -141,15 +150,50 @@ class LossConfig(Section):
     (GRPO), or over sequences of `constant_length` (Dr. GRPO)."""
     constant_length: Positive | None = None
     """Length that `aggregation: constant` divides by."""
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The ratio is clipped below 1 - clip_low."""
+    surrogate: Literal["clip", "cispo", "sapo", "dppo_tv", "dppo_kl", "ce_gppo"] = "clip"
+    """How ratio and advantage become the loss: `clip` (PPO, GRPO, DAPO), `cispo` (MiniMax-M1),
+    `sapo`, `dppo_tv` and `dppo_kl` (DPPO), or `ce_gppo` (CE-GPPO). docs/method.md has their
+    formulas."""
+    clip_low: ClipLow = 0.2
+    """The ratio is clipped below 1 - clip_low; 1 sets no bound. With DPPO, how far a token's
+    divergence may fall before it trains no more."""
     clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + clip_high."""
+    """The ratio is clipped above 1 + clip_high. With DPPO, how far a token's divergence may rise
+    before it trains no more."""
+    negative_clip: Annotated[tuple[ClipLow, PositiveFloat], Field(strict=False)] | None = None
+    """`clip_low` and `clip_high` of tokens with an advantage of 0 or below; by default the same."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Bound on the loss at negative advantages, as a multiple of the advantage; off by default."""
+    """Bound on the loss at negative advantages, as a multiple of the advantage, for `surrogate:
+    clip`; off by default."""
+    ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
+    """Whose ratio: a token's own, or the geometric mean of its completion's (GSPO). With `sequence`
+    the gradient is the mean's, with `sequence_token` the token's own."""
+    log_ratio_limit: PositiveFloat | None = None
+    """Bound on the size of the ratio's logarithm, beyond which it has no gradient; off by
+    default."""
+    ratio_cap: PositiveFloat | None = None
+    """Upper bound on DPPO's ratio; off by default."""
+    sapo_temperature: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (
+        1.0,
+        1.05,
+    )
+    """Temperatures of `surrogate: sapo`, for tokens with a positive and with another advantage."""
+    gppo_scale: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (
+        0.75,
+        1.0,
+    )
+    """Of `surrogate: ce_gppo`, what multiplies the gradient below the lower bound and above the
+    upper one."""
     kl_coef: NonNegativeFloat = 0.0
-    """Coefficient of the k3 KL to the initial policy; above 0 a second, frozen copy of the model is
+    """Coefficient of the KL to the initial policy; above 0 a second, frozen copy of the model is
     kept."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"] = "k3"
+    """Estimate of that KL. With a `+`, its value is that estimate and its gradient that of k2,
+    which on-policy is the KL's own in expectation."""
+    kl_ratio: bool = False
+    """Multiply that estimate by the ratio."""
+    kl_limit: PositiveFloat | None = None
+    """Bound on the size of that estimate, beyond which it has no gradient; off by default."""
     entropy_coef: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Coefficient of the entropy bonus."""
     max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
@@ -171,6 +215,18 @@ class LossConfig(Section):
         refuse(
             self.aggregation == "constant" and self.constant_length is None,
             "loss.constant_length is missing: loss.aggregation=constant divides by it",
+        )
+        for name, surrogates in _SURROGATES_OF.items():
+            value = getattr(self, name)
+            refuse(
+                self.surrogate not in surrogates and value != type(self).model_fields[name].default,
+                f"loss.{name}={value!r}: expected loss.surrogate {' or '.join(surrogates)}, got "
+                f"{self.surrogate}",
+            )
+        refuse(
+            self.ratio_level != "token" and self.surrogate.startswith("dppo"),
+            f"loss.ratio_level={self.ratio_level!r}: expected 'token' with "
+            f"loss.surrogate={self.surrogate}, whose divergence is a token's",
         )
         return self
 

@@ -97,7 +97,8 @@ def _name(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _name(args[0]) + _bounds(list(args[1:]))
     if origin is tuple:
-        return f"{len(args)} x {_name(args[0])}"
+        kinds = list(dict.fromkeys(map(_name, args)))
+        return f"{len(args)} x {kinds[0]}" if len(kinds) == 1 else "; ".join(kinds)
     if origin is dict:
         return "mapping"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from papo.types import KeptIds
+from papo_kernels import Sequences
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LossInputs(TypedDict):
 
     advantages: Tensor
     token_weight: Tensor
-    old_logp: Tensor | None
+    old_logp: Tensor | Sequences | None
     ref_logp: Tensor | None
 
 
@@ -89,6 +90,7 @@ class MicroBatch:
         attention_mask: int64 [B, T], 1 for tokens and 0 for the padding on their right.
         logit_index: int64 [N], flat position whose hidden state predicts the token.
         targets: int64 [N].
+        completion: int64 [N], number of the token's completion in the micro-batch.
         advantages, token_weight, sampler_logp: float32 [N].
         old_logp, ref_logp: float32 [N] or None.
         factor: float32 [N] or None, polarity weights that `advantages` already contain
@@ -104,6 +106,7 @@ class MicroBatch:
     attention_mask: Tensor
     logit_index: Tensor
     targets: Tensor
+    completion: Tensor
     advantages: Tensor
     token_weight: Tensor
     sampler_logp: Tensor
@@ -132,12 +135,18 @@ class MicroBatch:
             "keep_ids": self.keep_ids,
         }
 
-    def loss_inputs(self) -> LossInputs:
-        """Its fields of these names."""
+    def loss_inputs(self, ratio_level: str = "token") -> LossInputs:
+        """Its fields of these names.
+
+        `ratio_level`: of the objective; the ratio of a sequence is that of a completion.
+        """
+        old_logp = self.old_logp
         return {
             "advantages": self.advantages,
             "token_weight": self.token_weight,
-            "old_logp": self.old_logp,
+            "old_logp": (
+                old_logp if ratio_level == "token" else Sequences(old_logp, self.completion)
+            ),
             "ref_logp": self.ref_logp,
         }
 
@@ -242,6 +251,7 @@ def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
     factor = per_token([s.factor for s in sequences])
     return {
         "targets": torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.int64),
+        "completion": torch.arange(len(sequences)).repeat_interleave(lengths),
         "advantages": advantages if factor is None else advantages * factor,
         "token_weight": per_sequence([s.weight for s in sequences]),
         "sampler_logp": torch.tensor(

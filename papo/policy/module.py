@@ -17,6 +17,7 @@ from papo.model.recompute import recomputed_layers
 from papo.policy.batch import LossInputs, ModelInputs
 from papo_kernels import (
     Compute,
+    FullTokenStats,
     Head,
     KeepSet,
     Objective,
@@ -68,7 +69,7 @@ class Scoring(nn.Module):
         objective: Objective | None,
         weighting: PolarityWeighting | None,
         keep: KeepSet | None = None,
-    ) -> TokenStats | PolicyLossOutput:
+    ) -> TokenStats | FullTokenStats | PolicyLossOutput:
         """The statistics, or with `tokens` the loss.
 
         `keep`: the ids that the sampler drew from, None for all.

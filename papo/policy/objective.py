@@ -1,76 +1,45 @@
-"""From the config's `loss` section to the kernels' surrogate (the clip, KL and entropy terms), and
-the token weights of its aggregations."""
+"""From the config's `loss` section to the kernels' objective and the token weights."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from papo_kernels import Objective
+from papo_kernels import Objective, sequence_weights
 
 if TYPE_CHECKING:
     from papo.config import LossConfig
 
+_AGGREGATIONS = {
+    "token": "token-mean",
+    "sequence": "seq-mean-token-mean",
+    "constant": "seq-mean-token-sum-norm",
+}
+
 
 def objective_of(loss: LossConfig) -> Objective:
-    """The surrogate that the config's `loss` section describes."""
-    return Objective(
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        kl_coef=loss.kl_coef,
-        entropy_coef=loss.entropy_coef,
-    )
+    """The objective that the config's `loss` section describes: its options have the same names."""
+    names = {field.name for field in fields(Objective)} & set(type(loss).model_fields)
+    return Objective(**{name: getattr(loss, name) for name in names})
 
 
-def masked_counts(lengths: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What `mask` leaves, 0-dim each: `global_tokens` and `global_sequences`.
-
-    Summed over the ranks, they are the arguments of these names of `sequence_token_weights`, whose
-    numerator and denominator thereby share one mask.
-    """
-    return {
-        "global_tokens": torch.where(mask, lengths, 0).sum(),
-        "global_sequences": mask.sum(),
-    }
-
-
-def sequence_token_weights(
-    lengths: Tensor,
-    mask: Tensor,
-    *,
-    aggregation: str,
-    constant_length: int | None,
-    global_tokens: float,
-    global_sequences: float,
+def token_weights(
+    lengths: Tensor, loss: LossConfig, *, global_tokens: float, global_sequences: float
 ) -> Tensor:
-    """The weight in the loss of each token of a sequence, mask times normalizer: one per sequence.
-
-    `token`: 1 / tokens of the global batch (DAPO). `sequence`: 1 / (sequences x this sequence's
-    length) (GRPO). `constant`: 1 / (sequences x constant_length) (Dr. GRPO).
+    """The weight of each token of a sequence, one per sequence, by the config's aggregation.
 
     Args:
-        lengths: int or float [S], response tokens. mask: bool [S], False contributes nothing.
-        global_tokens, global_sequences: `masked_counts` summed over every rank and accumulation
-            step of the update.
+        lengths: ``[S]`` response tokens.
+        global_tokens, global_sequences: of the update, over every rank and accumulation step.
 
     Returns:
-        float64 [S]; all zeros (never 0/0) for a batch in which nothing is left.
-
-    Raises:
-        ValueError: an unknown aggregation, or `constant` without a positive length.
+        float64 ``[S]``.
     """
-    if aggregation == "token":
-        tokens = torch.full_like(lengths, global_tokens, dtype=torch.float64)
-    elif aggregation == "sequence":
-        tokens = global_sequences * lengths.double()
-    elif aggregation == "constant":
-        if constant_length is None or constant_length < 1:
-            raise ValueError(f"constant_length: expected a positive length, got {constant_length}")
-        length = global_sequences * constant_length
-        tokens = torch.full_like(lengths, length, dtype=torch.float64)
-    else:
-        raise ValueError(f"aggregation: expected token, sequence or constant, got {aggregation!r}")
-    return torch.where(mask, 1.0 / tokens.clamp(min=1.0), 0.0)
+    return sequence_weights(
+        lengths,
+        _AGGREGATIONS[loss.aggregation],
+        total=global_tokens if loss.aggregation == "token" else global_sequences,
+        constant_length=loss.constant_length if loss.aggregation == "constant" else None,
+    )

@@ -60,5 +60,5 @@ def loss_of(
     weighting: PolarityWeighting | None,
 ) -> PolicyLossOutput:
     """Policy loss of a micro-batch; `loss` is the sum of token_weight times the token's loss."""
-    inputs = batch.model_inputs(), batch.loss_inputs()
+    inputs = batch.model_inputs(), batch.loss_inputs(objective.ratio_level)
     return PolicyLossOutput(*engine.forward(*inputs, objective, weighting))

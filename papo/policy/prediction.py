@@ -4,7 +4,10 @@ Both predictions are compared with the measured change, by rank correlation over
 
 Update k has the gradient g of sum token_weight * loss, and with it the prediction
 
-    p = sum token_weight * w * polarity          over the tokens that train, 0 where clipped
+    p = -sum of g_t * unit_polarity              over the tokens that train
+
+where g_t is the derivative of the policy term by the token's logp. Of the clipped surrogate, p is
+the sum of token_weight * w * polarity over the tokens that are not clipped.
 
 It is linear in g: what the optimizer does to g, it does to p.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from papo.policy.batch import MicroBatch
 from papo.policy.weighting import BranchSums
+from papo_kernels import LogProbs, Objective, policy_loss
+from papo_kernels.types import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
 
 if TYPE_CHECKING:
     from papo_kernels import PolicyLossOutput
@@ -24,11 +26,10 @@ class TokenSums(NamedTuple):
         loss: token weight times the token's loss.
         entropy: nats.
         ratio: importance ratio.
-        clip_low, clip_high: tokens of negative and of positive advantage whose gradient is clipped
-            away.
+        clip_low, clip_high, clip_dual: tokens on which that bound acted.
         sampler_kl: see `sampler_kl`, nats.
         absolute_advantage: |A|, weights of the old policy included.
-        predicted: token weight times the token's first-order entropy change
+        predicted: first-order entropy change of a step along the policy term's gradient
             (papo/policy/prediction.py).
     """
 
@@ -38,6 +39,7 @@ class TokenSums(NamedTuple):
     ratio: float
     clip_low: float
     clip_high: float
+    clip_dual: float
     sampler_kl: float
     absolute_advantage: float
     predicted: float
@@ -57,23 +59,37 @@ class TokenSums(NamedTuple):
         return value / self.tokens if self.tokens else 0.0
 
 
-def token_sums(out: PolicyLossOutput, batch: MicroBatch) -> dict[str, Tensor]:
+def policy_gradient(out: PolicyLossOutput, batch: MicroBatch, objective: Objective) -> Tensor:
+    """The derivative of a micro-batch's policy term by each token's log-prob, its token weight
+    included; [N] like `out.logp`.
+
+    Exactly 0 where the surrogate clips a token's gradient away.
+    """
+    inputs = batch.loss_inputs(objective.ratio_level)
+    inputs["advantages"] = out.weight * batch.advantages
+    surrogate = replace(objective, kl_coef=0.0, entropy_coef=0.0)
+    with torch.enable_grad():
+        logp = out.logp.detach().requires_grad_()
+        loss = policy_loss(LogProbs(logp), batch.targets, **inputs, objective=surrogate).loss
+        return torch.autograd.grad(loss, logp)[0]
+
+
+def token_sums(out: PolicyLossOutput, batch: MicroBatch, gradient: Tensor) -> dict[str, Tensor]:
     """The fields of `TokenSums` for one micro-batch, to be added up.
 
-    0-dim float64 on its device.
+    0-dim float64 on its device. `gradient`: see `policy_gradient`.
     """
     live = batch.live
     rows = {
         "tokens": live.double(),
         "entropy": out.entropy.double(),
         "ratio": out.ratio.double(),
-        "clip_low": (out.clipped & (batch.advantages < 0)).double(),
-        "clip_high": (out.clipped & (batch.advantages > 0)).double(),
+        "clip_low": (out.clip_side == CLIPPED_LOW).double(),
+        "clip_high": (out.clip_side == CLIPPED_HIGH).double(),
+        "clip_dual": (out.clip_side == CLIPPED_DUAL).double(),
         "sampler_kl": sampler_kl(batch.sampler_logp, out.logp, live),
         "absolute_advantage": batch.advantages.abs().double(),
-        # As linear in the tokens as the gradient is: with its weights.
-        "predicted": batch.token_weight.double()
-        * torch.where(out.clipped, 0.0, out.weight * out.polarity),
+        "predicted": -gradient.double() * out.unit_polarity,
     }
     sums = {name: torch.where(live, row, 0.0).sum() for name, row in rows.items()}
     return {**sums, "loss": out.loss.detach().double()}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from papo_kernels import PolarityWeighting
-from papo_kernels.reference import polarity_shape, polarity_weight
+from papo_kernels.token_loss import polarity_shape, polarity_weight
 
 if TYPE_CHECKING:
     from papo.config import WeightingConfig

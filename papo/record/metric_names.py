@@ -53,8 +53,9 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy/predicted_delta_instant": Metric(
         "nats per unit step",
-        "The same from this step's gradient alone, per unit of step in logit space: sum of token "
-        "weight times w times polarity over all tokens of the step, 0 where clipped.",
+        "The same from this step's gradient alone, per unit of step in logit space: with "
+        "`loss.surrogate: clip` the sum of token weight times w times polarity over all tokens of "
+        "the step, 0 where clipped.",
     ),
     "entropy/measured_delta": Metric(
         "nats",
@@ -107,12 +108,9 @@ METRICS: dict[str, Metric] = {
         "", "Mean absolute advantage per token; 0 means there is nothing to learn from."
     ),
     "loss/ratio": Metric("", "Mean importance ratio; 1 with one update per rollout."),
-    "loss/clip_low": Metric(
-        "share", "Tokens with negative advantage whose gradient is clipped away."
-    ),
-    "loss/clip_high": Metric(
-        "share", "Tokens with positive advantage whose gradient is clipped away."
-    ),
+    "loss/clip_low": Metric("share", "Tokens on which the lower bound acted."),
+    "loss/clip_high": Metric("share", "Tokens on which the upper bound acted."),
+    "loss/clip_dual": Metric("share", "Tokens on which the dual clip acted."),
     "loss/sampler_kl": Metric(
         "nats",
         "KL from the sampler to the policy on sampled tokens (k3): how far sampling and training "

@@ -109,6 +109,7 @@ def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
         "loss/ratio": merged.mean(merged.ratio),
         "loss/clip_low": merged.mean(merged.clip_low),
         "loss/clip_high": merged.mean(merged.clip_high),
+        "loss/clip_dual": merged.mean(merged.clip_dual),
         "loss/sampler_kl": merged.mean(merged.sampler_kl),
         "optim/grad_norm": last.grad_norm,
         "optim/skipped": sum(not u.applied for u in updates),

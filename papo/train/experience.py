@@ -12,7 +12,7 @@ from papo.dist import collectives
 from papo.errors import PapoError
 from papo.policy.advantage import ScoredGroup
 from papo.policy.batch import TrainingSequence
-from papo.policy.objective import masked_counts, sequence_token_weights
+from papo.policy.objective import token_weights
 
 if TYPE_CHECKING:
     from papo.config import DynamicSamplingConfig, LossConfig
@@ -103,15 +103,10 @@ def with_token_weights(
 ) -> list[TrainingSequence]:
     """Set every sequence's token weight from the counts of the global batch; a collective."""
     lengths = torch.tensor([len(s.response_ids) for s in sequences], dtype=torch.float64)
-    mask = torch.ones(len(sequences), dtype=torch.bool)
-    counts = collectives.sum_named(masked_counts(lengths, mask))
-    weights = sequence_token_weights(
-        lengths,
-        mask,
-        aggregation=loss.aggregation,
-        constant_length=loss.constant_length,
-        **counts,
+    counts = collectives.sum_named(
+        {"global_tokens": lengths.sum(), "global_sequences": (lengths > 0).double().sum()}
     )
+    weights = token_weights(lengths, loss, **counts)
     return [replace(s, weight=w) for s, w in zip(sequences, weights.tolist(), strict=True)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from papo.dist import collectives
 from papo.policy.batch import Batcher, MicroBatch
 from papo.policy.passes import ForwardEngine, loss_of
-from papo.policy.update import TokenSums, Update, token_sums
+from papo.policy.update import TokenSums, Update, policy_gradient, token_sums
 from papo.policy.weighting import BranchSums, WeightController, branch_sums
 from papo.train.probe import check_sampler_kl
 from papo.train.stats import Pieces
@@ -69,21 +69,25 @@ class Updater:
             batch = self.batcher.batch(piece)
             out = loss_of(self.engine, batch, self.objective, weighting)
             self.engine.backward(out.loss, last=i == len(pieces) - 1)
-            for name, value in (token_sums(out, batch) | self._branch_sums(out, batch)).items():
+            gradient = policy_gradient(out, batch, self.objective)
+            sums = token_sums(out, batch, gradient) | self._branch_sums(out, batch, gradient)
+            for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
         named = collectives.sum_named(totals)
-        sums, branches = TokenSums.of(named), BranchSums.of(named)
-        check_sampler_kl(sums.mean(sums.sampler_kl), max_sampler_kl)
-        reason = "" if math.isfinite(sums.loss) else f"loss is {sums.loss}"
-        if not sums.tokens:
+        total, branches = TokenSums.of(named), BranchSums.of(named)
+        check_sampler_kl(total.mean(total.sampler_kl), max_sampler_kl)
+        reason = "" if math.isfinite(total.loss) else f"loss is {total.loss}"
+        if not total.tokens:
             # Momentum and weight decay would move the weights all the same.
             reason = "no token to train on"
         result = self.engine.step(lr, blocked=bool(reason))
         if not reason and not result.applied:
             reason = f"gradient norm is {result.grad_norm}"
-        return Update(sums, branches, result.grad_norm, lr, reason)
+        return Update(total, branches, result.grad_norm, lr, reason)
 
-    def _branch_sums(self, out: PolicyLossOutput, batch: MicroBatch) -> dict[str, Tensor]:
+    def _branch_sums(
+        self, out: PolicyLossOutput, batch: MicroBatch, gradient: Tensor
+    ) -> dict[str, Tensor]:
         """Branch sums of a micro-batch, before and after weighting, wherever that happened.
 
         Weights from the old policy (`batch.factor`) are in the advantages already. They are divided
@@ -96,6 +100,6 @@ class Updater:
             batch.advantages / factor,
             out.weight * factor,
             batch.live,
-            out.clipped,
+            out.clipped & (gradient == 0),
             self.controller.shape_of(polarity, out.unit_polarity),
         )

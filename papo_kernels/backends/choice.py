@@ -62,6 +62,8 @@ def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str 
 def _choose(
     requested: str | None, source: str, device: torch.device, dtype: torch.dtype
 ) -> Backend:
+    if device.type == "meta":
+        raise ValueError("logits: expected a tensor with values, got one on meta")
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(f"{source}: expected one of {BACKENDS}, got {requested!r}")

@@ -14,18 +14,29 @@ DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float
 CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
+def _import() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("papo_kernels._C"), ""
+    except Exception as error:  # a broken build raises more than ImportError
+        return None, (
+            f"the compiled extension papo_kernels._C is not available ({error}); "
+            "build it with `pip install -e .`, which needs a C++17 compiler"
+        )
+
+
+# Not in the first call: what the extension registers for forks has to be there before a process
+# forks, or the child waits for its parent's OpenMP threads.
+_import()
+
+
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     wanted = os.environ.get("PAPO_CPU_ISA", "")
     if wanted and wanted not in CPU_ISAS:
         return None, f"PAPO_CPU_ISA={wanted!r}: expected one of {', '.join(CPU_ISAS)}"
-    try:
-        module = importlib.import_module("papo_kernels._C")
-    except ImportError as error:
-        return None, (
-            f"the compiled extension papo_kernels._C is not available ({error}); "
-            "build it with `pip install -e .`, which needs a C++17 compiler"
-        )
+    module, why = _import()
+    if module is None:
+        return None, why
     if wanted and module.cpu_isa() != wanted:
         return None, f"PAPO_CPU_ISA={wanted!r}: this machine offers {module.cpu_isa()!r} at most"
     return module, ""

@@ -6,7 +6,7 @@ synchronize, allocate only what they return, and may be captured in a CUDA graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from papo_kernels.checks import GPU_DTYPES, HALF_DTYPES
+from papo_kernels.objective import SURROGATES, Objective
 from papo_kernels.types import (
     STATE_SIZE,
-    Objective,
     RowParams,
     TokenInputs,
     WeightingInputs,
@@ -30,6 +30,8 @@ from .protocol import MOST_GPU_COLUMNS, Capabilities
 from .tiles import choose_tile
 
 _SHAPE_CODE = {"sign": 1, "tanh": 2}
+_NO_MATRIX = (0, 0, 0, 0, 0)
+KL_CODE = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
 class NativeBackend:
@@ -63,11 +65,10 @@ class NativeBackend:
         new_state = logits.new_empty(n, STATE_SIZE, dtype=torch.float64)
         outputs = (logp, entropy, unit_polarity, lse, new_state)
         native.token_stats_fwd(
-            _matrix(native, logits),
-            targets.data_ptr(),
-            _address(state),
+            _matrix(logits),
+            *_addresses((targets, state)),
             _row_params(native, row),
-            native.TokenStatsOut(*[x.data_ptr() for x in outputs]),
+            _addresses(outputs),
             self._launch(native, logits, row.vocab_size),
         )
         return outputs
@@ -90,12 +91,12 @@ class NativeBackend:
         acc = acc_dtype(logits.dtype)
         upstream = [None if g is None else g.to(acc).contiguous() for g in grads]
         native.token_stats_bwd(
-            _matrix(native, logits),
+            _matrix(logits),
             targets.data_ptr(),
             state.data_ptr(),
-            native.TokenStatsGrads(*[_address(g) for g in upstream]),
+            _addresses(upstream),
             _row_params(native, row),
-            _matrix(native, dlogits),
+            _matrix(dlogits),
             self._launch(native, logits, row.vocab_size),
         )
         return dlogits
@@ -115,17 +116,17 @@ class NativeBackend:
         native = extension.module()
         like = tokens.advantages
         outputs = [torch.empty_like(like) for _ in range(7)]
-        outputs.append(torch.empty_like(like, dtype=torch.bool))
+        outputs.append(torch.empty_like(like, dtype=torch.uint8))
         # The name keeps them alive until the call returns: the kernels hold bare pointers.
         scalars = _weighting_scalars(weighting, like.dtype)
         native.policy_loss(
-            _matrix(native, logits),
-            native.TokenInputs(targets.data_ptr(), *[_address(x) for x in tokens], _address(state)),
+            _matrix(logits),
+            _addresses((targets, *tokens, state)),
             _objective(native, objective),
             _weighting(native, weighting, scalars),
             _row_params(native, row),
-            native.PolicyLossOut(*[x.data_ptr() for x in outputs]),
-            _no_matrix(native) if dlogits is None else _matrix(native, dlogits),
+            _addresses(outputs),
+            _NO_MATRIX if dlogits is None else _matrix(dlogits),
             self._launch(native, logits, row.vocab_size),
         )
         return tuple(outputs)
@@ -134,40 +135,41 @@ class NativeBackend:
         self.capabilities.check(dlogits)
         native = extension.module()
         factor = factor.to(acc_dtype(dlogits.dtype))
-        native.scale(_matrix(native, dlogits), factor.data_ptr(), self._launch(native, dlogits, 0))
+        native.scale(_matrix(dlogits), factor.data_ptr(), self._launch(native, dlogits, 0))
 
 
 # ---- the extension's plain structs ---------------------------------------------------------------
+# Those of pointers are tuples, which cost a call less than objects.
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    return tuple([0 if x is None else x.data_ptr() for x in tensors])
 
 
-def _matrix(native: ModuleType, tensor: Tensor) -> Any:
+def _matrix(tensor: Tensor) -> tuple[int, ...]:
     rows, columns = tensor.shape
-    code = DTYPE_CODE[tensor.dtype]
-    return native.Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0), code)
+    return tensor.data_ptr(), rows, columns, tensor.stride(0), DTYPE_CODE[tensor.dtype]
 
 
-@lru_cache(maxsize=4)
-def _no_matrix(native: ModuleType) -> Any:
-    return native.Matrix(0, 0, 0, 0, 0)
+def _row_params(native: ModuleType, row: RowParams) -> Any:
+    if row.temperatures is None:
+        return _shared_row_params(native, row)
+    return native.RowParams(*row[:-1], row.temperatures.data_ptr())
 
 
 @lru_cache(maxsize=64)
-def _row_params(native: ModuleType, row: RowParams) -> Any:
-    return native.RowParams(*row)
+def _shared_row_params(native: ModuleType, row: RowParams) -> Any:
+    return native.RowParams(*row[:-1])
 
 
 @lru_cache(maxsize=64)
 def _objective(native: ModuleType, objective: Objective) -> Any:
     return native.Objective(
-        objective.clip_low,
-        objective.clip_high,
-        objective.dual_clip or 0.0,
-        objective.kl_coef,
-        objective.entropy_coef,
+        SURROGATES.index(objective.surrogate),
+        KL_CODE[objective.kl_value],
+        objective.kl_slope_of_k2,
+        objective.kl_ratio,
+        objective.numbers(),
     )
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from papo_kernels.checks import FLOAT_DTYPES
-from papo_kernels.types import Objective, RowParams, TokenInputs, WeightingInputs
+from papo_kernels.objective import Objective
+from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 
 MOST_GPU_COLUMNS = 2**30  # the GPU kernels count columns in 32 bits
 
@@ -120,8 +121,9 @@ class Backend(Protocol):
 
         Args:
             state: of the whole rows, from `token_stats_fwd` or `reference.merge_states`.
-            grads: upstream gradients ``[N]`` of logp, entropy and unit polarity; None stands for
-                zero.
+            grads: upstream gradients ``[N]`` of logp, entropy, unit polarity and lse; None stands
+                for zero. Infinite ones count as the largest number of the accumulation dtype, so
+                that what is 0 in the row's gradient stays 0.
             dlogits: where to write. It may be the logits, and have one of the dtypes of
                 `Capabilities.half_gradients` where those are float32. None: a new contiguous tensor
                 of the logits' dtype.
@@ -140,7 +142,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, ...]:
         """The policy loss per token and, where `dlogits` is given, the gradient of its sum.
 
-        A row with target -100 or token weight 0 is not read and contributes exactly 0.
+        A row with target -100, or whose weights are 0 in every term, is not read and contributes
+        exactly 0. Nor does a factor of 0 give anything but 0 where another overflows.
 
         Args:
             dlogits: as for `token_stats_bwd`; None: no gradient.
@@ -148,9 +151,10 @@ class Backend(Protocol):
 
         Returns:
             token_loss (token_weight applied), logp, entropy, unit_polarity, polarity, weight,
-            ratio, each ``[N]`` in the accumulation dtype, and clipped (bool ``[N]``).
+            ratio, each ``[N]`` in the accumulation dtype, and clip_side (uint8 ``[N]``).
         """
 
     def scale_(self, dlogits: Tensor, factor: Tensor) -> None:
-        """``dlogits *= factor`` for a 0-dim `factor` on the same device; a factor of 1 changes no
-        bit."""
+        """``dlogits *= factor`` for a 0-dim `factor` on the same device. A factor of 1 changes no
+        bit; one of 0 gives zeros, infinite elements or not. An infinite one counts as the largest
+        number of the accumulation dtype."""

@@ -8,13 +8,13 @@ from torch import Tensor
 from papo_kernels.checks import (
     check_device,
     check_float,
-    check_positive,
     check_targets,
+    check_tensor,
     check_type,
     counted_columns,
 )
-from papo_kernels.inputs import LossArguments
-from papo_kernels.types import Compute, LossInputs, RowParams, acc_dtype
+from papo_kernels.inputs import LossArguments, row_params
+from papo_kernels.types import Compute, LossInputs, acc_dtype
 
 from .head import LazyLogits, LoRA
 from .keep import KeepSet
@@ -26,7 +26,7 @@ UNKNOWN = -1
 def prepare(
     logits: LazyLogits,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     compute: Compute,
     rows: int | None = None,
 ) -> tuple[Operands, PassOptions]:
@@ -41,6 +41,14 @@ def prepare(
     check_float("hidden", hidden)
     weight, bias, lora = head.weight, head.bias, head.lora
     device = hidden.device.type
+    if device == "meta":
+        raise ValueError("hidden: expected a tensor with values, got one on meta")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if lora is not None:
+        check_tensor("lora.a", lora.a)
+        check_tensor("lora.b", lora.b)
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -48,7 +56,6 @@ def prepare(
         lora = None if lora is None else lora._replace(a=lora.a.to(dtype), b=lora.b.to(dtype))
     check_gathered(weight, shard=rows is not None)
     _check_weight(hidden, weight)
-    check_positive("temperature", temperature)
     columns = 0
     if rows != UNKNOWN:
         total = weight.shape[0] if rows is None else rows
@@ -68,14 +75,13 @@ def prepare(
         offsets,
         ids,
     )
-    # softcap(s z) / temperature, with the scale s moved into the other two.
-    scale = float(head.logit_scale or 1.0)
-    row = RowParams(float(temperature) / scale, float(head.softcap or 0.0) / scale, columns)
+    logits_dtype = _logits_dtype(compute.logits_dtype, hidden.dtype)
+    scale, sums = float(head.logit_scale or 1.0), acc_dtype(logits_dtype)
     options = PassOptions(
-        row,
+        row_params(temperature, head.softcap, columns, targets, sums, scale),
         compute.backend or "",
         1.0 if lora is None else float(lora.scaling),
-        _logits_dtype(compute.logits_dtype, hidden.dtype),
+        logits_dtype,
         compute.chunk_bytes or 0,
     )
     return operands, options
@@ -146,7 +152,7 @@ def _checked_keep(keep: KeepSet | None, targets: Tensor) -> tuple[Tensor | None,
         return None, None
     check_type("keep", keep, KeepSet)
     for name, value in keep._asdict().items():
-        check_type(f"keep.{name}", value, Tensor)
+        check_tensor(f"keep.{name}", value)
         if value.dtype != torch.int64:
             raise TypeError(f"keep.{name}: expected int64, got {value.dtype}")
         if value.dim() != 1:

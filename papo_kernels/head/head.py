@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from papo_kernels.checks import check_finite, check_positive, check_type, check_vocab_size
+from papo_kernels.checks import check_factor, check_finite, check_type, check_vocab_size
 
 from .keep import KeepSet
+from .projection import check_hooks, is_linear, unwrapped
 from .split import check_group
 
 # What model configs call the number that logits are multiplied by (Cohere, Falcon-H1), the one they
@@ -82,9 +83,9 @@ class Head:
             ``F.linear`` casts them. The gradient of one that does not require it costs nothing.
         bias: ``[V]`` like `weight`; -inf masks a token.
         lora: a low-rank addition to `weight`.
-        softcap: u = softcap * tanh(z / softcap) / temperature; > 0, None for none.
+        softcap: u = softcap * tanh(z / softcap) / temperature; in [1e-18, 1e18], None for none.
         logit_scale: a factor on the logits before the soft cap (Cohere; Granite's divisor is its
-            inverse); > 0, None for 1.
+            inverse); in [1e-18, 1e18], None for 1.
         vocab_size: rows of the whole head's weight from there on are padding: never read, p = 0,
             gradient 0.
         group: the ranks that the rows of the weight are spread over (Megatron's vocabulary
@@ -121,7 +122,7 @@ class Head:
             check_finite("lora.scaling", self.lora.scaling)
         for name in ("softcap", "logit_scale"):
             if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name), "None or a finite number > 0")
+                check_factor(name, getattr(self, name), "None or ")
         check_vocab_size(self.vocab_size)
         if self.group is not None:
             check_group(self.group)
@@ -137,22 +138,22 @@ class Head:
     @classmethod
     def of(cls, model: Any) -> Head:
         """The head of a transformers causal language model, with the soft cap and the scale that
-        the model's config asks for.
+        the model's config asks for, and PEFT's active LoRA adapter of its projection.
 
         Raises:
-            TypeError: `model` has no output embeddings, or they are more than a linear layer, as
-                with an adapter: make ``Head(weight, lora=LoRA(...))`` from their parts.
+            TypeError: `model` has no output embeddings, or they are more than a linear layer or
+                PEFT's LoRA of one: DoRA, a bias or dropout of LoRA, merged or several active
+                adapters, a hook.
         """
-        projection: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        # A layer of another kind may do more to the hidden states than multiply them, and a weight
-        # that is no parameter is one step's.
-        is_linear = getattr(type(projection), "forward", None) is torch.nn.Linear.forward
-        if not is_linear or not isinstance(projection.weight, torch.nn.Parameter):
+        given: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        projection, adapter = unwrapped(given)
+        if not is_linear(projection):
             raise TypeError(
                 "model: expected a causal language model whose get_output_embeddings() is an "
                 f"nn.Linear, got {type(model).__name__} with {type(projection).__name__}; make "
                 "Head(weight, bias=..., lora=...) of its parts"
             )
+        check_hooks(projection)
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "get_text_config") or config.is_encoder_decoder:
             raise TypeError(
@@ -161,7 +162,12 @@ class Head:
             )
         softcap, scale, size = _options_of(config)
         return cls(
-            projection.weight, projection.bias, softcap=softcap, logit_scale=scale, vocab_size=size
+            projection.weight,
+            projection.bias,
+            None if adapter is None else LoRA(*adapter),
+            softcap=softcap,
+            logit_scale=scale,
+            vocab_size=size,
         )
 
     def __call__(self, hidden: Tensor, *, keep: KeepSet | None = None) -> LazyLogits:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from papo_kernels.backends import choose
+from papo_kernels.backends import choose, several
 from papo_kernels.backends.targets import check_target_values
+from papo_kernels.token_loss import weightless
 from papo_kernels.types import (
     ELSEWHERE,
     IGNORE_INDEX,
@@ -64,7 +65,7 @@ class Passes:
     """The passes of one call. On a CPU a bad target or kept id raises before anything runs.
 
     Args:
-        targets: ``[N]`` int64 ids of the whole vocabulary.
+        targets: ``[N]`` int64 ids of the whole vocabulary, or ``[N, k]`` for statistics.
         split: None where the weight holds all of it.
         checked: an earlier pass over the same targets and kept ids has not raised.
     """
@@ -98,7 +99,11 @@ class Passes:
         self._keep = None
         if operands.keep_offsets is not None and operands.keep_ids is not None:
             kept = (operands.keep_offsets, operands.keep_ids)
-            self._keep = KeepMask(*kept, targets, vocab_size, checked)
+            # Of several ids none is known to be the sampled one, which a filter never removes.
+            sampled = targets
+            if targets.dim() == 2:
+                sampled = torch.full_like(targets[:, 0], IGNORE_INDEX)
+            self._keep = KeepMask(*kept, sampled, vocab_size, checked)
         self._targets = targets
         if split is not None:
             # A value that is no id at all stays out of range, so that the kernels refuse it: on a
@@ -114,41 +119,52 @@ class Passes:
 
     # ---- passes ----
 
-    def token_stats_fwd(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """logp, entropy, unit_polarity, lse ``[N]`` and the states ``[N, 6]`` of whole rows."""
+    def token_stats_fwd(self, full: bool = False) -> tuple[Tensor, ...]:
+        """logp, entropy, unit_polarity, lse and the states of whole rows, as
+        `several.token_stats_fwd`; then, if `full`, the sum of u over the vocabulary ``[N]`` float64
+        (else ``[0]``)."""
         hidden, dtype = self._operands.hidden, acc_dtype(self._options.logits_dtype)
-        rows = hidden.shape[0]
-        outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(4)]
-        outputs.append(hidden.new_zeros((rows, STATE_SIZE), dtype=torch.float64))
+        targets, rows = self._targets, hidden.shape[0]
+        state_size = STATE_SIZE + (targets.shape[1] if targets.dim() == 2 else 0)
+        of_ids, of_rows = targets.shape, (rows,)
+        outputs = [
+            hidden.new_zeros(shape, dtype=dtype) for shape in (of_ids, of_rows, of_ids, of_rows)
+        ]
+        outputs.append(hidden.new_zeros((rows, state_size), dtype=torch.float64))
+        sums = hidden.new_zeros(rows if full else 0, dtype=torch.float64)
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
-            values = self._backend.token_stats_fwd(logits, self._targets[chunk], self._row)
+            row = self._row_of(chunk)
+            values = several.token_stats_fwd(self._backend, logits, targets[chunk], row)
             for output, value in zip(outputs, values, strict=True):
                 output[chunk] = value
+            if full and self._head.columns:
+                sums[chunk] = several.logit_sums(logits, row)
 
-        self._run(step, self._targets == IGNORE_INDEX, None)
+        self._run(step, self._ignored, None)
         if self._split is not None:
             outputs = self._finish(self._split.merge(outputs[-1]))
-        logp, entropy, unit_polarity, lse, state = outputs
-        return logp, entropy, unit_polarity, lse, state
+            self._split.add(sums)
+        return *outputs, sums
 
     def token_stats_bwd(
         self, state: Tensor, grads: tuple[Tensor | None, ...], needs: Needs
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weight, bias, lora_a and lora_b for upstream gradients ``[N]`` of
-        logp, entropy and unit_polarity; the chunks' logits are computed again."""
+        """Gradients of hidden, weight, bias, lora_a and lora_b for upstream gradients of logp,
+        entropy, unit_polarity and lse; the chunks' logits are computed again."""
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
-            self._backend.token_stats_bwd(
+            several.token_stats_bwd(
+                self._backend,
                 logits,
                 self._targets[chunk],
                 state[chunk],
                 tuple(None if g is None else g[chunk] for g in grads),
-                self._row,
+                self._row_of(chunk),
                 dlogits,
             )
 
-        return self._run(step, self._targets == IGNORE_INDEX, needs)
+        return self._run(step, self._ignored, needs)
 
     def policy_loss(
         self, inputs: LossInputs, needs: Needs
@@ -159,12 +175,12 @@ class Passes:
         hidden, dtype = self._operands.hidden, acc_dtype(self._options.logits_dtype)
         rows = hidden.shape[0]
         outputs = [hidden.new_zeros(rows, dtype=dtype) for _ in range(7)]
-        outputs.append(hidden.new_zeros(rows, dtype=torch.bool))
+        outputs.append(hidden.new_zeros(rows, dtype=torch.uint8))
 
         def step(chunk: Selection, logits: Tensor, dlogits: Tensor | None) -> None:
-            targets, merged = self._targets[chunk], None
+            targets, row, merged = self._targets[chunk], self._row_of(chunk), None
             if self._split is not None:
-                local = self._backend.token_stats_fwd(logits, targets, self._row)[-1]
+                local = self._backend.token_stats_fwd(logits, targets, row)[-1]
                 merged = self._split.merge(local)
             values = self._backend.policy_loss_fwd(
                 logits,
@@ -172,14 +188,14 @@ class Passes:
                 TokenInputs(*(None if x is None else x[chunk] for x in tokens)),  # type: ignore[arg-type]
                 objective,
                 weighting,
-                self._row,
+                row,
                 dlogits,
                 merged,
             )
             for output, value in zip(outputs, values, strict=True):
                 output[chunk] = value
 
-        ignored = (self._targets == IGNORE_INDEX) | (tokens.token_weight == 0)
+        ignored = self._ignored | weightless(tokens)
         grads = self._run(step, ignored, needs if any(needs) else None)
         return tuple(outputs), grads
 
@@ -229,12 +245,26 @@ class Passes:
                 grads.add(slab, rows, dlogits, skipped)
         return (None,) * len(Needs._fields) if grads is None else grads.results()
 
+    @property
+    def _ignored(self) -> Tensor:
+        """``[N]`` bool: no target of these rows counts."""
+        ignored = self._targets == IGNORE_INDEX
+        return ignored if ignored.dim() == 1 else ignored.all(dim=1)
+
+    def _row_of(self, chunk: Selection) -> RowParams:
+        """The parameters of a chunk's rows."""
+        temperatures = self._row.temperatures
+        if temperatures is None:
+            return self._row
+        return self._row._replace(temperatures=temperatures[chunk])
+
     def _finish(self, state: Tensor) -> list[Tensor]:
         """The statistics of whole rows from their merged states, which hold all that is needed."""
-        unread = self._operands.hidden.new_empty(
-            (state.shape[0], 1), dtype=self._options.logits_dtype
-        )
-        targets = torch.where(self._targets == IGNORE_INDEX, IGNORE_INDEX, ELSEWHERE)
-        row = self._row._replace(vocab_size=1)
-        *outputs, _ = self._backend.token_stats_fwd(unread, targets, row, state)
+        dtype = self._options.logits_dtype
+        unread = self._operands.hidden.new_empty((state.shape[0], 1), dtype=dtype)
+        target = torch.where(self._ignored, IGNORE_INDEX, ELSEWHERE)
+        row, of_row = self._row._replace(vocab_size=1), state[:, :STATE_SIZE].contiguous()
+        outputs = list(self._backend.token_stats_fwd(unread, target, row, of_row)[:4])
+        if self._targets.dim() == 2:
+            outputs[0], outputs[2] = several.of_ids(state, self._targets, acc_dtype(dtype))
         return [*outputs, state]

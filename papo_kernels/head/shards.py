@@ -23,7 +23,7 @@ from .split import Split, default_or
 def agree(
     logits: LazyLogits,
     targets: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     compute: Compute,
     loss: LossArguments | None,
 ) -> tuple[Operands, PassOptions, LossInputs | None, Split]:

@@ -11,8 +11,8 @@ it, and goes backward through it, with the same arguments but for `weight`, `bia
 the same upstream gradients. The ranks exchange
 
 - a dozen integers, so that all know the split and raise the same errors; not with `shards`;
-- row states, 48 bytes per token: in one all-gather for statistics, in one per chunk of tokens for
-  the loss, which forms its gradients as it goes;
+- row states, 48 bytes per token, and 8 for each of several ids: in one all-gather for statistics,
+  in one per chunk of tokens for the loss, which forms its gradients as it goes;
 - where there are gradients, the partial gradient of hidden in float32, in one all-reduce. The loss
   makes it in its forward pass.
 """
@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from papo_kernels.types import STATE_SIZE
 
 WORLD = "world"  # the default group, which need not exist when a head is made
 
@@ -71,13 +73,23 @@ class Split(NamedTuple):
         )
 
     def merge(self, state: Tensor) -> Tensor:
-        """The states ``[n, 6]`` of whole rows from this shard's; a collective."""
+        """The states of whole rows, ``[n, 6]`` or with the scaled logits of k ids ``[n, 6 + k]``,
+        from this shard's; a collective."""
         # Here, since importing papo_kernels loads no backend.
         from papo_kernels.reference import merge_states
 
         states = state.new_empty((len(self.rows) * state.shape[0], state.shape[1]))
         dist.all_gather_into_tensor(states, state.contiguous(), group=self.group)
-        return merge_states(states.view(len(self.rows), *state.shape))
+        states = states.view(len(self.rows), *state.shape)
+        merged = merge_states(states[..., :STATE_SIZE])
+        if state.shape[1] == STATE_SIZE:
+            return merged
+        return torch.cat([merged, states[..., STATE_SIZE:].amax(dim=0)], dim=1)
+
+    def add(self, sums: Tensor) -> None:
+        """Adds those of all shards, where there are any; a collective."""
+        if sums.numel():
+            dist.all_reduce(sums, group=self.group)
 
     def reduce(self, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
         """`grads` (of hidden, weight, bias, lora_a, lora_b) with those of hidden and lora_a summed

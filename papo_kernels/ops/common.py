@@ -11,8 +11,6 @@ from torch.library import custom_op
 from papo_kernels.backends import Backend, choose
 from papo_kernels.dispatch import is_plain, kernel_or_operation
 
-ROW_SCHEMA = "float temperature, float softcap, SymInt vocab_size, str backend"
-
 
 def backend_for(requested: str, logits: Tensor) -> Backend:
     return choose(requested or None, logits.device, logits.dtype)
@@ -29,14 +27,6 @@ def refuse_double_backward() -> None:
         raise RuntimeError(
             "papo_kernels: the backward pass is not differentiable; "
             "call backward() or autograd.grad() without create_graph=True"
-        )
-
-
-def refuse_lse(g_lse: Tensor | None) -> None:
-    """A traced graph asks for the gradient of every output, so there it cannot be refused."""
-    if g_lse is not None and is_plain(g_lse):
-        raise RuntimeError(
-            "papo_kernels: TokenStats.lse is not differentiable; detach() it where it enters a loss"
         )
 
 
@@ -64,7 +54,7 @@ def _scale(dlogits: Tensor, factor: Tensor, backend: str) -> None:
 
 def run_scale_(dlogits: Tensor, factor: Tensor, backend: str) -> None:
     """`scale_`, by the shortest way."""
-    kernel_or_operation((dlogits,), _scale, scale_)(dlogits, factor, backend)
+    kernel_or_operation((dlogits, factor), _scale, scale_)(dlogits, factor, backend)
 
 
 def scaled(grads: Sequence[Tensor | None], factor: Tensor, backend: str) -> list[Tensor | None]:

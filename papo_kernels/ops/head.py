@@ -19,17 +19,11 @@ from papo_kernels.head.checks import check_gathered
 from papo_kernels.head.passes import Operands, Passes, PassOptions
 from papo_kernels.head.plan import Needs
 from papo_kernels.head.split import Split
-from papo_kernels.types import LossInputs, RowParams
+from papo_kernels.types import LossInputs
 
-from .common import ROW_SCHEMA, refuse_double_backward, refuse_lse
-from .policy_loss import (
-    LOSS_SCHEMA,
-    OUTPUT_SCHEMA,
-    FormedLoss,
-    fake_policy_loss,
-    flattened,
-    unflattened,
-)
+from .common import refuse_double_backward
+from .policy_loss import OUTPUT_SCHEMA, FormedLoss, fake_policy_loss
+from .schema import LOSS_SCHEMA, ROW_SCHEMA, flattened, flattened_row, unflattened, unflattened_row
 from .token_stats import fake_token_stats
 
 OPERAND_SCHEMA = (
@@ -52,10 +46,13 @@ class HeadCall(NamedTuple):
         return Passes(operands, self.options, targets, self.split, checked)
 
     def way(
-        self, operands: Operands, kernel: Callable[..., Any], operation: Callable[..., Any]
+        self,
+        tensors: Sequence[Tensor | None],
+        kernel: Callable[..., Any],
+        operation: Callable[..., Any],
     ) -> Callable[..., Any]:
         """The kernel, or the operation where something intercepts the call."""
-        return kernel if self.split else kernel_or_operation(operands, kernel, operation)
+        return kernel if self.split else kernel_or_operation(tensors, kernel, operation)
 
     def summed(self, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> Sequence[Any]:
         """The gradients of whole heads from what this rank formed; a collective."""
@@ -63,8 +60,8 @@ class HeadCall(NamedTuple):
 
 
 def _flat(options: PassOptions) -> tuple[Any, ...]:
-    row, *rest = options
-    return *row[:3], *rest
+    row, backend, *chunks = options
+    return *flattened_row(row, backend), *chunks
 
 
 def _present(like: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -86,34 +83,36 @@ def _fake_gradients(operands: Operands, needs: list[bool]) -> tuple[Tensor, ...]
 
 def _unflattened(arguments: Sequence[Any]) -> tuple[Operands, HeadCall, Tensor]:
     """Operands, call and targets from an operation's arguments, `hidden` to `chunk_bytes`."""
-    *tensors, targets, temperature, softcap, vocab_size, backend = arguments[:12]
-    row = RowParams(temperature, softcap, vocab_size)
-    options = PassOptions(row, backend, *arguments[12:])
-    return Operands(*tensors), HeadCall(options, None), targets
+    options = PassOptions(*unflattened_row(arguments[8:12]), *arguments[12:])
+    return Operands(*arguments[:7]), HeadCall(options, None), arguments[7]
 
 
-def _stats(operands: Operands, call: HeadCall, targets: Tensor) -> tuple[Tensor, ...]:
-    return call.passes(operands, targets).token_stats_fwd()
+def _stats(operands: Operands, call: HeadCall, targets: Tensor, full: bool) -> tuple[Tensor, ...]:
+    return call.passes(operands, targets).token_stats_fwd(full)
 
 
 @custom_op(
     "papo::linear_token_stats",
     mutates_args=(),
-    schema=f"({OPERAND_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}) -> (Tensor logp, "
-    "Tensor entropy, Tensor unit_polarity, Tensor lse, Tensor state)",
+    schema=f"({OPERAND_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}, bool full) -> "
+    "(Tensor logp, Tensor entropy, Tensor unit_polarity, Tensor lse, Tensor state, Tensor sums)",
 )
 def linear_token_stats(*arguments: Any) -> tuple[Tensor, ...]:
-    """logp, entropy, unit_polarity, lse `[N]` and the row state `[N, 6]` that backward needs."""
-    return _stats(*_unflattened(arguments))
+    """What `Passes.token_stats_fwd` returns."""
+    return _stats(*_unflattened(arguments[:-1]), arguments[-1])
 
 
 @linear_token_stats.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return fake_token_stats(hidden)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, targets, full = arguments[0], arguments[7], arguments[-1]
+    sums = hidden.new_empty(hidden.shape[0] if full else 0, dtype=torch.float64)
+    return *fake_token_stats(hidden, targets), sums
 
 
-def _stats_operation(operands: Operands, call: HeadCall, targets: Tensor) -> tuple[Tensor, ...]:
-    return tuple(linear_token_stats(*operands, targets, *_flat(call.options)))
+def _stats_operation(
+    operands: Operands, call: HeadCall, targets: Tensor, full: bool
+) -> tuple[Tensor, ...]:
+    return tuple(linear_token_stats(*operands, targets, *_flat(call.options), full))
 
 
 Upstream = tuple[Tensor | None, ...]
@@ -136,13 +135,13 @@ def _stats_bwd(
     "papo::linear_token_stats_bwd",
     mutates_args=(),
     schema=f"({OPERAND_SCHEMA}, Tensor targets, {ROW_SCHEMA}, {CHUNK_SCHEMA}, Tensor state, "
-    "Tensor? g_logp, Tensor? g_entropy, Tensor? g_unit_polarity, bool[] needs) -> "
+    "Tensor? g_logp, Tensor? g_entropy, Tensor? g_unit_polarity, Tensor? g_lse, bool[] needs) -> "
     f"({GRADIENT_SCHEMA})",
 )
 def linear_token_stats_bwd(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients where `needs` says so, for upstream gradients `[N]`, None being zero."""
-    *flat, state, g_logp, g_entropy, g_unit_polarity, needs = arguments
-    upstream = (g_logp, g_entropy, g_unit_polarity)
+    """Gradients where `needs` says so, for upstream gradients, None being zero."""
+    *flat, state, g_logp, g_entropy, g_unit_polarity, g_lse, needs = arguments
+    upstream = (g_logp, g_entropy, g_unit_polarity, g_lse)
     grads = _stats_bwd(*_unflattened(flat), state, upstream, Needs(*needs))
     return _present(flat[0], grads)
 
@@ -165,37 +164,43 @@ def _stats_bwd_operation(
 
 
 class _TokenStats(torch.autograd.Function):
-    """logp, entropy, unit_polarity and lse `[N]`; backward computes the logits again."""
+    """logp, entropy, unit_polarity and lse, and if `full` the states and the sums of rows; backward
+    computes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, call: HeadCall, targets: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: HeadCall, targets: Tensor, full: bool, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         operands = Operands(*tensors)
         run = call.way(operands, _stats, _stats_operation)
-        *stats, state = run(operands, call, targets)
-        ctx.save_for_backward(*operands, targets, state)
+        outputs = run(operands, call, targets, full)
+        # The temperatures too: autograd then sees whether they were overwritten.
+        ctx.save_for_backward(*operands, targets, outputs[4], call.options.row.temperatures)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        # `refuse_lse` cannot refuse a traced graph's gradient of lse: here there is none.
-        if run is _stats_operation:
-            ctx.mark_non_differentiable(stats[3])
-        return tuple(stats)
+        if full:
+            ctx.mark_non_differentiable(*outputs[4:])
+        return outputs if full else outputs[:4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        refuse_lse(grads[3])
-        if all(g is None for g in grads[:3]):
-            return (None,) * 9
-        *tensors, targets, state = ctx.saved_tensors
-        operands, needs = Operands(*tensors), Needs(*ctx.needs_input_grad[2:7])
-        run = ctx.call.way(operands, _stats_bwd, _stats_bwd_operation)
-        formed = run(operands, ctx.call, targets, state, grads[:3], needs)
-        return None, None, *formed, None, None
+        grads = grads[:4]
+        if all(g is None for g in grads):
+            return (None,) * 10
+        *tensors, targets, state, _ = ctx.saved_tensors
+        operands, needs = Operands(*tensors), Needs(*ctx.needs_input_grad[3:8])
+        run = ctx.call.way((*operands, *grads), _stats_bwd, _stats_bwd_operation)
+        formed = run(operands, ctx.call, targets, state, grads, needs)
+        return None, None, None, *formed, None, None
 
 
-def run_head_token_stats(operands: Operands, call: HeadCall, targets: Tensor) -> tuple[Tensor, ...]:
-    """logp, entropy, unit_polarity and lse `[N]`."""
-    outputs: tuple[Tensor, ...] = _TokenStats.apply(call, targets, *operands)
+def run_head_token_stats(
+    operands: Operands, call: HeadCall, targets: Tensor, full: bool = False
+) -> tuple[Tensor, ...]:
+    """logp, entropy, unit_polarity and lse, and if `full` the states and the sums of rows, as
+    `Passes.token_stats_fwd`."""
+    outputs: tuple[Tensor, ...] = _TokenStats.apply(call, targets, full, *operands)
     return outputs
 
 

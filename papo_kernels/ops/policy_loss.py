@@ -11,76 +11,22 @@ from torch.library import custom_op
 
 from papo_kernels.backends.targets import check_target_values
 from papo_kernels.dispatch import kernel_or_operation
-from papo_kernels.types import (
-    LossInputs,
-    Objective,
-    RowParams,
-    TokenInputs,
-    WeightingInputs,
-    acc_dtype,
-)
+from papo_kernels.types import LossInputs, acc_dtype
 
 from .common import as_rows, backend_for, refuse_double_backward, run_scale_, scaled
+from .schema import LOSS_SCHEMA, flattened, unflattened
 
-# ---- what the operations of a loss share ---------------------------------------------------------
-
-# `LossInputs`, flat. The weighting applies where phase, sigma and scale are given.
-LOSS_SCHEMA = (
-    "Tensor targets, Tensor advantages, Tensor token_weight, Tensor? old_logp, Tensor? ref_logp, "
-    "Tensor? phase, Tensor? sigma, Tensor? scale, str shape, float[] options, SymInt vocab_size, "
-    "str backend"
-)
 # The fields of `PolicyLossOutput`.
 OUTPUT_SCHEMA = (
     "Tensor loss, Tensor logp, Tensor entropy, Tensor unit_polarity, Tensor polarity, "
-    "Tensor weight, Tensor ratio, Tensor clipped"
+    "Tensor weight, Tensor ratio, Tensor clip_side"
 )
-
-
-def flattened(inputs: LossInputs) -> tuple[Any, ...]:
-    """The arguments of `LOSS_SCHEMA`."""
-    targets, tokens, objective, weighting, row, backend = inputs
-    scalars: tuple[Tensor | None, ...] = (None, None, None)
-    shape, strength, dead_zone = "sign", 0.0, 0.0
-    if weighting is not None:
-        scalars = (weighting.phase, weighting.sigma, weighting.scale)
-        shape, strength, dead_zone = weighting.shape, weighting.strength, weighting.dead_zone
-    options = [
-        row.temperature,
-        row.softcap,
-        objective.clip_low,
-        objective.clip_high,
-        objective.dual_clip or 0.0,
-        objective.kl_coef,
-        objective.entropy_coef,
-        strength,
-        dead_zone,
-    ]
-    return targets, *tokens, *scalars, shape, options, row.vocab_size, backend
-
-
-def unflattened(arguments: Sequence[Any]) -> LossInputs:
-    """The inverse of `flattened`."""
-    targets, *tokens, phase, sigma, scale, shape, options, vocab_size, backend = arguments
-    temperature, softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, *rest = options
-    strength, dead_zone = rest
-    weighting = None
-    if phase is not None:
-        weighting = WeightingInputs(strength, phase, shape, sigma, scale, dead_zone)
-    return LossInputs(
-        targets,
-        TokenInputs(*tokens),
-        Objective(clip_low, clip_high, dual_clip or None, kl_coef, entropy_coef),
-        weighting,
-        RowParams(temperature, softcap, vocab_size),
-        backend,
-    )
 
 
 def fake_policy_loss(like: Tensor) -> tuple[Tensor, ...]:
     n, acc = like.shape[0], acc_dtype(like.dtype)
     parts = (like.new_empty(n, dtype=acc) for _ in range(6))
-    return like.new_empty((), dtype=acc), *parts, like.new_empty(n, dtype=torch.bool)
+    return like.new_empty((), dtype=acc), *parts, like.new_empty(n, dtype=torch.uint8)
 
 
 # ---- the operations -----------------------------------------------------------------------------
@@ -89,7 +35,7 @@ def fake_policy_loss(like: Tensor) -> tuple[Tensor, ...]:
 def _kernel(logits: Tensor, inputs: LossInputs, dlogits: Tensor | None) -> tuple[Tensor, ...]:
     """Each token's loss, then the other fields of `PolicyLossOutput`; `dlogits [N, V]` receives the
     gradient of the sum."""
-    targets, tokens, objective, weighting, row, backend = inputs
+    targets, tokens, objective, weighting, row, backend = inputs[:6]
     check_target_values(targets, row.vocab_size)
     return backend_for(backend, logits).policy_loss_fwd(
         logits, targets, tokens, objective, weighting, row, dlogits

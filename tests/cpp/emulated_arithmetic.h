@@ -42,6 +42,9 @@ inline double power_of_two(int n) { return ldexp(1.0, n); }
 inline float max_nan(float a, float b) {
   return a != a || b != b ? as_float(0x7fffffffu) : fmaxf(a, b);
 }
+inline float min_nan(float a, float b) {
+  return a != a || b != b ? as_float(0x7fffffffu) : fminf(a, b);
+}
 
 inline float from_half(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;

@@ -1,15 +1,11 @@
-// The shared headers on their own: merging row states in random trees, gradients against finite
-// differences, every branch of the policy loss. Prints what failed; exit status 1 if anything did.
+// The headers of a row on their own: merging row states in random trees, and gradients against
+// finite differences. Prints what failed; exit status 1 if anything did.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <functional>
-#include <limits>
-#include <random>
 #include <vector>
 
+#include "checks.h"
 #include "papo/launch.h"
-#include "papo/policy_loss.h"
 #include "papo/row_grad.h"
 #include "papo/row_state.h"
 
@@ -17,32 +13,6 @@ namespace {
 
 using papo::RowState;
 using Row = std::vector<double>;
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-int failures = 0;
-std::mt19937 rng(20240517);
-
-void check(bool ok, const char* what, double got = 0, double expected = 0) {
-  if (ok) return;
-  if (++failures <= 20) std::printf("FAILED %s: got %.17g, expected %.17g\n", what, got, expected);
-}
-
-bool is_close(double a, double b, double relative, double absolute) {
-  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
-  if (std::isinf(a) || std::isinf(b)) return a == b;
-  return std::fabs(a - b) <= absolute + relative * std::fabs(b);
-}
-
-void check_close(double got, double expected, double relative, double absolute, const char* what) {
-  check(is_close(got, expected, relative, absolute), what, got, expected);
-}
-
-double uniform(double low, double high) {
-  return std::uniform_real_distribution<double>(low, high)(rng);
-}
-int below(int n) { return std::uniform_int_distribution<int>(0, n - 1)(rng); }
 
 // ---- the definitions, in long double ------------------------------------------------------------
 
@@ -172,7 +142,8 @@ double scaled_logit(double z, const papo::RowParams& row) {
   return (z == -kInf ? z : capped) / row.temperature;
 }
 
-// The gradient of g.logp logp + g.entropy H + g.unit_polarity c in z, u = softcap(z) / temperature.
+// The gradient of g.logp logp + g.entropy H + g.unit_polarity c + g.lse lse in z, where
+// u = softcap(z) / temperature.
 Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
                  const papo::RowParams& row) {
   Row u(z.size());
@@ -185,7 +156,7 @@ Row row_gradient(const Row& z, int target, const papo::Upstream<double>& g,
     const double d = u[i] - state.max;
     const bool sampled = static_cast<int>(i) == target;
     const double du = sampled ? grad.target : grad.element(d, std::exp(d));
-    dz[i] = papo::chain_rule(du, u[i] * row.temperature, row);
+    dz[i] = papo::chain_rule<double>(du, u[i] * row.temperature, row);
   }
   return dz;
 }
@@ -195,7 +166,8 @@ double objective(const Row& z, int target, const papo::Upstream<double>& g,
   Row u(z.size());
   for (size_t i = 0; i < z.size(); ++i) u[i] = scaled_logit(z[i], row);
   const Exact s = exact_stats(u, target);
-  const long double total = g.entropy * s.entropy + g.unit_polarity * s.unit_polarity;
+  const long double total =
+      g.entropy * s.entropy + g.unit_polarity * s.unit_polarity + g.lse * s.lse;
   return static_cast<double>(u[target] == -kInf ? total : total + g.logp * s.logp);
 }
 
@@ -207,7 +179,8 @@ void test_gradient() {
     const papo::RowParams row{uniform(0.4, 2.0), cap, n};
     int target = below(n);
     while (z[target] == -kInf) target = below(n);
-    const papo::Upstream<double> g{uniform(-2, 2), uniform(-2, 2), uniform(-2, 2)};
+    const papo::Upstream<double> g{uniform(-2, 2), uniform(-2, 2), uniform(-2, 2),
+                                     uniform(-2, 2)};
     const Row dz = row_gradient(z, target, g, row);
     for (int i = 0; i < n; ++i) {
       if (z[i] == -kInf) {
@@ -231,106 +204,16 @@ void test_certain_token() {
     const int n = 5;
     Row z(n, 0.0);
     z[2] = std::log((1 - q) / q * (n - 1));
-    const Row dz = row_gradient(z, 2, {1, 0, 0}, {1, 0, n});
+    const Row dz = row_gradient(z, 2, {1, 0, 0, 0}, {1, 0, n});
     check_close(dz[2], q, 1e-2, 0, "dlogp of a nearly certain token");
-    const Row none = row_gradient({0.0, 1e4, 0.0}, 1, {1, 1, 1}, {1, 0, 3});
+    const Row none = row_gradient({0.0, 1e4, 0.0}, 1, {1, 1, 1, 0}, {1, 0, 3});
     check(none[0] == 0 && none[1] == 0 && none[2] == 0, "a one-hot row has no gradient");
   }
   const double q = std::ldexp(1.0, -40);
   const RowState<double> state{0, 1 + q, 0, 1, 0};
   check_close(papo::finish(state, 0.0).one_minus_p_a, q / (1 + q), 1e-14, 0, "1 - p_a");
-  const Row masked = row_gradient({0.5, -kInf, 1.0}, 1, {1, 1, 1}, {1, 0, 3});
+  const Row masked = row_gradient({0.5, -kInf, 1.0}, 1, {1, 1, 1, 0}, {1, 0, 3});
   check(masked[0] == 0 && masked[2] == 0, "a masked sampled token: no gradient in its row");
-}
-
-// ---- policy_loss.h ------------------------------------------------------------------------------
-
-struct Options {
-  papo::Objective objective{0.2, 0.2, 0.0, 0.0, 0.0};
-  papo::WeightingValues<double> weighting{papo::WeightShape::kNone, 0, 0, 0, 1, 1};
-};
-
-papo::TokenOut<double> token(double ratio, double advantage, const Options& o, double c = 0.1,
-                             double ref_gap = 0.0) {
-  const double logp = -1.5;
-  papo::TokenIn<double> in{advantage, 2.0, true, true, logp - std::log(ratio), logp + ref_gap};
-  return papo::policy_token(logp, 0.7, c, in, o.objective, o.weighting);
-}
-
-// loss and dlogp carry the token weight 2.
-void expect_token(const papo::TokenOut<double>& out, double loss, double dlogp, bool clipped,
-                  const char* what) {
-  check_close(out.loss, 2 * loss, 1e-12, 1e-12, what);
-  check_close(out.dlogp, 2 * dlogp, 1e-12, 1e-12, what);
-  check(out.clipped == clipped, what, out.clipped, clipped);
-}
-
-void test_clipping() {
-  Options o;
-  expect_token(token(1.1, 2, o), -2.2, -2.2, false, "inside");
-  expect_token(token(1.3, 2, o), -2.4, 0, true, "above, rewarded");
-  expect_token(token(0.5, 2, o), -1.0, -1.0, false, "below, rewarded");
-  expect_token(token(0.5, -2, o), 1.6, 0, true, "below, punished");
-  expect_token(token(1.5, -2, o), 3.0, 3.0, false, "above, punished");
-  expect_token(token(1.0, 0, o), 0, 0, false, "no advantage");
-  o.objective.dual_clip = 3;
-  expect_token(token(5.0, -2, o), 6.0, 0, true, "dual clip");
-  expect_token(token(2.0, -2, o), 4.0, 4.0, false, "within the dual clip");
-  expect_token(token(5.0, 2, o), -2.4, 0, true, "dual clip, rewarded: none");
-  o = Options();
-  o.objective.clip_high = kInf;
-  expect_token(token(9.0, 1, o), -9.0, -9.0, false, "no upper bound");
-}
-
-void test_extra_terms() {
-  Options o;
-  o.objective.kl_coef = 0.5;
-  for (double gap : {-20.0, -0.3, -1e-5, 0.0, 1e-5, 0.3, 20.0}) {
-    const auto out = token(1.0, 0, o, 0.1, gap);
-    check_close(out.loss, 2 * 0.5 * (std::expm1(gap) - gap), 1e-9, 1e-14, "k3");
-    check_close(out.dlogp, -2 * 0.5 * std::expm1(gap), 1e-9, 1e-14, "dk3/dlogp");
-  }
-  check(token(1.0, 0, o, 0.1, kInf).loss == kInf, "an infinite gap is an infinite loss");
-  o = Options();
-  o.objective.entropy_coef = 0.25;
-  const auto out = token(1.0, 0, o);
-  check_close(out.loss, -2 * 0.25 * 0.7, 1e-12, 0, "entropy bonus");
-  check_close(out.dentropy, -2 * 0.25, 1e-12, 0, "dloss/dentropy");
-}
-
-void test_weighting() {
-  Options o;
-  o.weighting = {papo::WeightShape::kSign, 0.5, 1e-6, 0.8, 1.0, 1.5};
-  check_close(token(1.1, 2, o, 0.1).weight, 1.5 * 1.4, 1e-12, 0, "sign, expanding");
-  check_close(token(1.1, -2, o, 0.1).weight, 1.5 * 0.6, 1e-12, 0, "sign, contracting");
-  check_close(token(1.1, -2, o, -0.1).weight, 1.5 * 1.4, 1e-12, 0, "sign, both negative");
-  check(token(1.1, 2, o, 1e-6).weight == 1.5, "the dead zone includes its edge");
-  check(token(1.1, 0, o, 0.1).weight == 1.5, "no advantage, no polarity");
-  check_close(token(1.1, 2, o, 0.1).polarity, 1.1 * 2 * 0.1, 1e-12, 0, "polarity");
-  // Clipping is decided without the weight, which scales value and slope alike.
-  expect_token(token(1.1, 2, o, 0.1), -2.2 * 2.1, -2.2 * 2.1, false, "weighted, inside");
-  expect_token(token(1.3, 2, o, 0.1), -2.4 * 2.1, 0, true, "weighted, clipped");
-  o.weighting.shape = papo::WeightShape::kTanh;
-  o.weighting.sigma = 0.1;
-  const double h = std::tanh(1.1 * 2 * 0.1 / 0.1);
-  check_close(token(1.1, 2, o, 0.1).weight, 1.5 * (1 + 0.4 * h), 1e-12, 0, "tanh");
-  for (double phase : {0.0, 0.8}) {
-    o.weighting.phase = phase;
-    o.weighting.strength = phase == 0.0 ? 0.5 : 0.0;
-    check(token(1.1, 2, o, kNan).weight == 1.5, "strength or phase 0: exactly the scale");
-  }
-}
-
-void test_bad_token() {
-  const Options o;
-  papo::TokenIn<double> in{1.0, 1.0, false, false, 0.0, 0.0};
-  const auto out = papo::policy_token(kNan, kNan, kNan, in, o.objective, o.weighting);
-  check(std::isnan(out.loss) && std::isnan(out.ratio) && std::isnan(out.weight) && !out.clipped,
-        "a bad row is NaN throughout");
-  const auto on_policy = papo::policy_token(-3.0, 0.5, 0.1, in, o.objective, o.weighting);
-  check(on_policy.ratio == 1.0 && on_policy.dlogp == -1.0, "on-policy: 1, with gradient");
-  const auto masked = papo::policy_token(-kInf, 0.5, 0.1, in, o.objective, o.weighting);
-  check(masked.ratio == 1.0 && masked.loss == -1.0, "on-policy, masked token");
 }
 
 }  // namespace
@@ -342,10 +225,5 @@ int main() {
   test_bad_parts();
   test_gradient();
   test_certain_token();
-  test_clipping();
-  test_extra_terms();
-  test_weighting();
-  test_bad_token();
-  if (failures == 0) std::printf("passed\n");
-  return failures == 0 ? 0 : 1;
+  return report();
 }

@@ -18,10 +18,11 @@ def compile_cpp(cxx: list[str], source: Path, output: Path, *flags: str) -> None
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["headers_test", "policy_loss_test"])
 @pytest.mark.parametrize("flags", [("-O2",), ("-O1", "-fsanitize=undefined")], ids=["O2", "ubsan"])
-def test_headers(flags, cxx, tmp_path):
-    program = tmp_path / "headers_test"
-    compile_cpp(cxx, HERE / "headers_test.cpp", program, *flags)
+def test_headers(flags, name, cxx, tmp_path):
+    program = tmp_path / name
+    compile_cpp(cxx, HERE / f"{name}.cpp", program, *flags)
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "passed\n", done.stdout + done.stderr
     assert done.stderr == "", done.stderr

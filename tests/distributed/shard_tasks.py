@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from papo_kernels import Compute, Head, policy_loss, token_stats
+from papo_kernels import Compute, Head, Logits, policy_loss, token_stats
 from tests.distributed.shard_cases import (
     LOSS,
     ROWS,
@@ -66,6 +66,33 @@ def run_kept_and_capped() -> None:
     for split in SPLITS[dist.get_world_size()]:
         check_head_token_stats(some_case(split, traits))
         check_head_policy_loss(some_case(split, traits, loss=True), chunk_bytes=3000)
+
+
+def run_several_ids() -> None:
+    """k ids a row, in whichever shards they lie, the statistics of whole rows, and a temperature
+    for each."""
+    for split in SPLITS[dist.get_world_size()]:
+        case = some_case(split, Traits(softcap=6.0), dtype=torch.float64)
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(VOCAB, (23, 5), generator=g)
+        ids[case.tokens.targets < 0] = ids[2, 0] = -100
+        upstream = [torch.randn(shape, generator=g) for shape in ((23, 5), (23,), (23, 5), (23,))]
+        upstream = [x.double() for x in upstream]
+        options = {
+            "temperature": torch.linspace(0.5, 2.0, 23),
+            "compute": Compute(full_stats=True, chunk_bytes=3000),
+        }
+        z = case.tokens.logits.requires_grad_()
+        expected = token_stats(Logits(z, softcap=6.0), ids, **options)
+        (dz,) = torch.autograd.grad(expected[:4], z, upstream)
+        leaves = case.leaves()
+        actual = token_stats(case.logits(leaves), ids, **options)
+        names = ("hidden", "bias")
+        grads = torch.autograd.grad(actual[:4], [leaves[name] for name in names], upstream)
+        weight = case.parameters["weight"][:VOCAB]
+        padded = torch.nn.functional.pad(dz.sum(0), (0, ROWS - VOCAB))
+        for a, e in zip((*actual, *grads), (*expected, dz @ weight, padded), strict=True):
+            torch.testing.assert_close(a, e)
 
 
 def run_masked_shard() -> None:
@@ -259,7 +286,7 @@ def run_errors() -> None:
     refused(ValueError, "zero elements.*on rank 0", lambda: stats(head(other)))
     refused(
         ValueError,
-        r"softcap: expected None or a finite number > 0, got 0.0$",
+        r"softcap: expected None or a number in \[1e-18, 1e\+18\], got 0.0$",
         lambda: stats(head(softcap=0.0)),
     )
     other = targets.clone()

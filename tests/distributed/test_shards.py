@@ -25,6 +25,7 @@ TASKS = (
     "padding",
     "same_bits",
     "scaled_and_kept",
+    "several_ids",
     "subgroup",
     "tied",
     "uneven",

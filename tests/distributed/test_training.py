@@ -198,7 +198,7 @@ def two_rank_config(folder: Path, tiny: Path) -> Path:
         method="dapo",
         steps=3,
         rollout={"top_p": 0.8},
-        loss={"kl_coef": 0.05},
+        loss={"kl_coef": 0.05, "kl_estimator": "k3+", "ratio_level": "sequence"},
         optim={"lr": 1e-3, "micro_batch_size": 3, "updates_per_rollout": 2},
         dynamic_sampling={"max_rounds": 3},
     )

@@ -19,6 +19,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,24 +58,39 @@ RowParams = _struct(
     ("softcap", F64),
     ("vocab_size", I64),
     ("sharded", ctypes.c_bool),
+    ("temperatures", PTR),
 )
 TokenStatsOut = _struct(
     "TokenStatsOut",
     *((name, PTR) for name in ("logp", "entropy", "unit_polarity", "lse", "state")),
 )
 TokenStatsGrads = _struct(
-    "TokenStatsGrads", *((name, PTR) for name in ("logp", "entropy", "unit_polarity"))
+    "TokenStatsGrads", *((name, PTR) for name in ("logp", "entropy", "unit_polarity", "lse"))
 )
 TokenInputs = _struct(
     "TokenInputs",
     *(
         (name, PTR)
-        for name in ("targets", "advantages", "token_weight", "old_logp", "ref_logp", "state")
+        for name in (
+            "targets",
+            "advantages",
+            "token_weight",
+            "old_logp",
+            "ref_logp",
+            "log_ratio",
+            "kl_weight",
+            "entropy_weight",
+            "state",
+        )
     ),
 )
 Objective = _struct(
     "Objective",
-    *((name, F64) for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")),
+    ("surrogate", I32),
+    ("kl_estimator", I32),
+    ("kl_slope_of_k2", ctypes.c_bool),
+    ("kl_ratio", ctypes.c_bool),
+    ("numbers", F64 * 14),
 )
 Weighting = _struct(
     "Weighting",
@@ -97,7 +113,7 @@ PolicyLossOut = _struct(
             "polarity",
             "weight",
             "ratio",
-            "clipped",
+            "clip_side",
         )
     ),
 )
@@ -182,9 +198,13 @@ def _built() -> Path:
         if not shared.exists():
             sources = [f"csrc/cuda/{stem}.cu" for stem in SOURCES] + ["tests/cpp/emulated_cuda.cpp"]
             objects = [f"{partial}/{Path(source).stem}.o" for source in sources]
-            for source, target in zip(sources, objects, strict=True):
+
+            def compile_one(source: str, target: str) -> None:
                 command = ["g++", *FLAGS, "-x", "c++", "-c", source, "-o", target]
                 subprocess.run(command, cwd=ROOT, check=True)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, sources, objects))
             subprocess.run(["g++", "-shared", *objects, "-o", f"{partial}/all.so"], check=True)
             os.replace(f"{partial}/all.so", shared)
     return shared
@@ -212,14 +232,9 @@ def library() -> ctypes.CDLL:
 class Native:
     """What papo_kernels._C offers the CUDA backend, on the emulated machine."""
 
-    Matrix = Matrix
     RowParams = RowParams
-    TokenStatsOut = TokenStatsOut
-    TokenStatsGrads = TokenStatsGrads
-    TokenInputs = TokenInputs
     Objective = Objective
     Weighting = Weighting
-    PolicyLossOut = PolicyLossOut
     TileChoice = TileChoice
     Launch = Launch
 
@@ -240,19 +255,22 @@ class Native:
             raise RuntimeError(message.decode())
 
     def token_stats_fwd(self, logits, targets, state, row, out, launch):
-        nothing = Matrix(0, 0, 0, 0, 0)
-        self._call("token_stats_fwd", [logits, nothing], logits, targets, state, row, out, launch)
+        matrix, nothing = Matrix(*logits), Matrix(0, 0, 0, 0, 0)
+        args = (matrix, targets, state, row, TokenStatsOut(*out), launch)
+        self._call("token_stats_fwd", [matrix, nothing], *args)
 
     def token_stats_bwd(self, logits, targets, state, grads, row, dlogits, launch):
-        args = (logits, targets, state, grads, row, dlogits, launch)
-        self._call("token_stats_bwd", [logits, dlogits], *args)
+        matrices = [Matrix(*logits), Matrix(*dlogits)]
+        args = (targets, state, TokenStatsGrads(*grads), row, matrices[1], launch)
+        self._call("token_stats_bwd", matrices, matrices[0], *args)
 
     def policy_loss(self, logits, tokens, objective, weighting, row, out, dlogits, launch):
-        args = (logits, tokens, objective, weighting, row, out, dlogits, launch)
-        self._call("policy_loss", [logits, dlogits], *args)
+        matrices = [Matrix(*logits), Matrix(*dlogits)]
+        args = (TokenInputs(*tokens), objective, weighting, row, PolicyLossOut(*out))
+        self._call("policy_loss", matrices, matrices[0], *args, matrices[1], launch)
 
     def scale(self, matrix, factor, launch):
-        self._call("scale", [matrix], matrix, factor, launch)
+        self._call("scale", [Matrix(*matrix)], Matrix(*matrix), factor, launch)
 
     def check_tile(self, columns, dtype, device, choice):
         message = self.lib.emulated_check_tile(columns, dtype, ctypes.byref(choice))

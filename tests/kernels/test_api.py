@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,48 @@ def test_dtype_of_the_results(backend, device, dtypes):
         assert {x.dtype for x in case.token_stats(case.logits, backend)} == {want}
         assert {x.dtype for x in out[:-1]} == {want}
         assert out.clipped.dtype == torch.bool
+
+
+@pytest.mark.plumbing
+def test_inputs_that_broadcast(backend, device):
+    """[B], [B, 1], [1, T] and [] stand for [B, T], in any real dtype; other shapes are refused."""
+    g = torch.Generator().manual_seed(7)
+    logits = torch.randn(3, 4, 11, generator=g).to(device)
+    targets = torch.randint(11, (3, 4), generator=g).to(device)
+    full = torch.randn(3, 1, generator=g).expand(3, 4).to(device)
+    ones = torch.ones(3, 4, device=device)
+    compute = Compute(backend)
+    expected = policy_loss(logits, targets, full, ones, temperature=0.7, compute=compute)
+    for advantages, weight, temperature in (
+        (full[:, 0], ones.bool(), np.float32(0.7)),
+        (full[:, :1].double(), ones[:1].long(), torch.tensor(0.7, device=device)),
+        (full, torch.tensor(1, device=device), torch.full((3, 1), 0.7, device=device)),
+    ):
+        got = policy_loss(
+            logits, targets, advantages, weight, temperature=temperature, compute=compute
+        )
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"advantages: expected shape \(3, 4\) .* got \(4,\)"):
+        policy_loss(logits, targets, full[0], ones)
+
+
+def test_a_temperature_for_each_row(backend, device):
+    """That of an ignored row is not read."""
+    g = torch.Generator().manual_seed(8)
+    logits = torch.randn(3, 11, generator=g).to(device)
+    targets = torch.tensor([1, -100, 5], device=device)
+    temperature = torch.tensor([0.5, 0.0, 2.0], device=device)
+    got = token_stats(logits, targets, temperature=temperature, compute=Compute(backend))
+    for i in (0, 2):
+        one = token_stats(
+            logits[i], targets[i], temperature=temperature[i].item(), compute=Compute(backend)
+        )
+        for a, b in zip(got, one, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-5, atol=1e-6)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"temperature: .* got 0\.0 at flat position 1"):
+            token_stats(logits, targets.clamp(min=0), temperature=temperature)
 
 
 def test_import_needs_no_gpu_no_triton_and_no_extension():

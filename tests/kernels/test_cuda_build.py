@@ -14,7 +14,7 @@ from benchmarks.machine_code.cuda_kernels import ARCHITECTURES, kernel_name, res
 from papo_kernels.backends import extension
 
 needs_machine_code = pytest.mark.needs("CUDA kernels", "cuobjdump")
-INSTANCES = {"resident": 5, "stats": 3, "streamed": 5, "gradient": 5, "outputs": 1, "scale": 3}
+INSTANCES = {"resident": 10, "stats": 6, "streamed": 5, "gradient": 5, "outputs": 1, "scale": 3}
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_every_alignment_of_both_matrices(dtype, device_limits):
 def test_float32_logits_with_a_narrower_gradient(narrow, device_limits):
     case = make_loss_case("normal", 5, 1203, objective=EVERY_TERM)
     row = RowParams(1.0, 0.0, 1203)
-    g = torch.randn(3, 5)
+    g = torch.randn(4, 5)
     with emulated(**device_limits):
         wide, small = torch.empty_like(case.logits), torch.empty(5, 1203, dtype=narrow)
         one_call(case, wide)
@@ -176,7 +176,7 @@ def test_float32_logits_with_a_narrower_gradient(narrow, device_limits):
 def test_in_place_and_beside_are_the_same(device_limits):
     case = make_loss_case("masked", 9, 3001, dtype=torch.bfloat16, objective=EVERY_TERM)
     row = RowParams(1.0, 0.0, 3001)
-    g = tuple(torch.randn(3, 9))
+    g = tuple(torch.randn(4, 9))
     with emulated(**device_limits):
         *_, state = CUDA.token_stats_fwd(case.logits, case.targets, row)
         beside = CUDA.token_stats_bwd(case.logits, case.targets, state, g, row)
@@ -242,7 +242,7 @@ def test_a_target_out_of_range_makes_its_row_nan(target, device_limits):
     row = RowParams(1.0, 0.0, 1203)
     with emulated(**device_limits):
         *stats, state = CUDA.token_stats_fwd(logits, targets, row)
-        dlogits = CUDA.token_stats_bwd(logits, targets, state, (torch.ones(5),) * 3, row)
+        dlogits = CUDA.token_stats_bwd(logits, targets, state, (torch.ones(5),) * 4, row)
         ones = torch.ones(5)
         loss = torch.empty_like(logits)
         outputs = CUDA.policy_loss_fwd(
@@ -288,7 +288,7 @@ def test_no_rows(device_limits):
     with emulated(**device_limits) as native:
         *stats, state = CUDA.token_stats_fwd(logits, targets, row)
         assert [tuple(x.shape) for x in stats] == [(0,)] * 4
-        assert CUDA.token_stats_bwd(logits, targets, state, (none,) * 3, row).shape == (0, 40)
+        assert CUDA.token_stats_bwd(logits, targets, state, (none,) * 4, row).shape == (0, 40)
         tokens = TokenInputs(none, none, None, None)
         CUDA.policy_loss_fwd(logits, targets, tokens, EVERY_TERM, None, row, logits)
         CUDA.scale_(logits, torch.tensor(2.0))

@@ -64,7 +64,7 @@ def test_every_access_is_ordered(name):
             for a, b in zip(outputs, one_call(case, None), strict=True):
                 assert torch.equal(a, b)
             *_, state = CUDA.token_stats_fwd(case.logits, case.targets, row)
-            CUDA.token_stats_bwd(case.logits, case.targets, state, (torch.ones(n),) * 3, row)
+            CUDA.token_stats_bwd(case.logits, case.targets, state, (torch.ones(n),) * 4, row)
 
 
 # A step left out of the small kernel of emulated_faults.cpp, and what is said to it.

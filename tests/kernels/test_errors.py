@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import papo_kernels
-from papo_kernels import Compute, Logits, Objective, PolarityWeighting, policy_loss, token_stats
+from papo_kernels import (
+    Compute,
+    Head,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    policy_loss,
+    token_stats,
+)
 
 N, V = 3, 11
 
@@ -46,21 +54,27 @@ ROW_ERRORS = [
     ("targets", 3, TypeError, r"targets: expected Tensor, got int"),
     ("targets", zeros(N), TypeError, r"targets: expected int64, got torch\.float32"),
     ("targets", zeros(N, dtype=torch.int32), TypeError, r"targets: .*torch\.int32"),
-    ("targets", zeros(N, 1, dtype=torch.int64), ValueError, r"targets: .*\(3,\).*\(3, 1\)"),
-    ("targets", zeros(N, V, dtype=torch.int64), ValueError, r"targets: expected shape \(3,\)"),
-    ("temperature", 0.0, ValueError, r"temperature: expected a finite number > 0, got 0\.0"),
+    ("targets", zeros(N, 1, 1, dtype=torch.int64), ValueError, r"targets: .*\(3,\).*\(3, 1, 1\)"),
+    ("targets", zeros(2, 4, dtype=torch.int64), ValueError, r"targets: expected shape \(3,\)"),
+    ("temperature", 0.0, ValueError, r"temperature: expected a number in .*, got 0\.0"),
+    ("temperature", 1e-39, ValueError, r"temperature: .* in \[1e-18, 1e\+18\], got 1e-39"),
+    ("temperature", 1e38, ValueError, r"temperature: .*got 1e\+38"),
     ("temperature", -1.0, ValueError, r"temperature: .*got -1\.0"),
     ("temperature", math.nan, ValueError, r"temperature: .*got nan"),
     ("temperature", math.inf, ValueError, r"temperature: .*got inf"),
+    ("temperature", zeros(N), ValueError, r"temperature: .*, got 0\.0 at flat position 0"),
     (
         "temperature",
-        None,
-        TypeError,
-        r"temperature: expected a finite number > 0, got NoneType None",
+        torch.tensor([1.0, 1e-19, 1.0]),
+        ValueError,
+        r"temperature: expected numbers in \[1e-18, 1e\+18\], got 9\.99.*e-20 at flat position 1",
     ),
-    ("softcap", "30", TypeError, r"softcap: expected None or a finite number > 0, got str '30'"),
+    ("temperature", torch.full((N,), 1e19), ValueError, r"temperature: .*got 9\.99.*e\+18 at"),
+    ("temperature", None, TypeError, r"temperature: expected a number.*, got NoneType None"),
+    ("softcap", "30", TypeError, r"softcap: expected None or a number, got str '30'"),
     ("softcap", True, TypeError, r"softcap: .*got bool True"),
-    ("softcap", 0.0, ValueError, r"softcap: expected None or a finite number > 0, got 0\.0"),
+    ("softcap", 0.0, ValueError, r"softcap: expected None or a number in .*, got 0\.0"),
+    ("softcap", 4e38, ValueError, r"softcap: .* in \[1e-18, 1e\+18\], got 4e\+38"),
     ("softcap", -30.0, ValueError, r"softcap: .*got -30\.0"),
     ("softcap", math.nan, ValueError, r"softcap: .*got nan"),
     ("vocab_size", 0, ValueError, r"vocab_size: expected a value in \[1, 11\].*got 0"),
@@ -71,10 +85,10 @@ ROW_ERRORS = [
     ("backend", "cudnn", ValueError, r"backend: expected one of .*'cudnn'"),
 ]
 LOSS_ERRORS = [
+    ("targets", zeros(N, 1, dtype=torch.int64), ValueError, r"targets: .*\(3,\).*\(3, 1\)"),
     ("advantages", 1.0, TypeError, r"advantages: expected a tensor, got float"),
     ("advantages", None, TypeError, r"advantages: expected a tensor, got NoneType"),
     ("advantages", zeros(N, 1), ValueError, r"advantages: expected shape \(3,\).*\(3, 1\)"),
-    ("advantages", torch.tensor(1.0), ValueError, r"advantages: expected shape \(3,\).*\(\)"),
     ("advantages", zeros(N, dtype=torch.complex64), TypeError, r"advantages: .*torch\.complex64"),
     ("token_weight", zeros(2), ValueError, r"token_weight: expected shape \(3,\).*\(2,\)"),
     ("token_weight", None, TypeError, r"token_weight: expected a tensor, got NoneType"),
@@ -157,6 +171,76 @@ def test_tensors_on_different_devices():
         policy_loss(**good(weighting=weighting))
 
 
+# kind: how a tensor becomes of it, and what the error says of it.
+KINDS = {
+    "sparse": (lambda x: x.to_sparse(), r"got one of layout sparse_coo; pass its to_dense\(\)"),
+    "rows": (lambda x: x[:, None].to_sparse_csr(), r"got one of layout sparse_csr"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged),
+        r"got a nested tensor; pass its \.values\(\)",
+    ),
+    "nested": (
+        lambda x: torch.nested.nested_tensor([x[:1], x[1:]]),
+        r"got a nested tensor; pass its \.val",
+    ),
+    "mkldnn": (lambda x: x.float().to_mkldnn(), r"got one of layout mkldnn"),
+    "spread": (
+        lambda x: x.as_subclass(DTensor),
+        r"got a DTensor; pass its full_tensor\(\), or for a Head\(group=\.\.\.\) its to_local\(\)",
+    ),
+}
+
+
+class DTensor(torch.Tensor):
+    """What tells torch.distributed's from an ordinary tensor."""
+
+    def full_tensor(self): ...
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_other_kinds(kind):
+    make, got = KINDS[kind]
+    for name, value in good().items():
+        with pytest.raises(TypeError, match=rf"{name}: expected an ordinary tensor, {got}"):
+            policy_loss(**good(**{name: make(value)}))
+
+
+def test_tensors_without_values():
+    one = good("meta")
+    with pytest.raises(ValueError, match=r"logits: expected a tensor with values, got .* meta"):
+        policy_loss(**one)
+    with pytest.raises(ValueError, match=r"hidden: expected a tensor with values, got .* meta"):
+        policy_loss(**{**one, "logits": Head(one["logits"].T)(torch.zeros(N, N, device="meta"))})
+
+
+def negated(x):
+    """`x` in other words: memory that holds -x, read with its sign changed."""
+    return torch._neg_view(-x)
+
+
+def test_tensors_that_are_read_with_another_sign(backend, device):
+    """The kernels read memory, not what torch makes of it."""
+    logits = torch.linspace(-2.0, 3.0, N * V, device=device).view(N, V)
+    values = torch.tensor([0.5, -1.0, 2.0], device=device)
+    given = {"advantages": values, "token_weight": values, "old_logp": values - 3.0}
+    given["targets"] = torch.arange(N, device=device)
+    compute, results = Compute(backend), []
+    for change in (lambda x: x, negated):
+        inputs = {name: change(x) for name, x in given.items()}
+        inputs["weighting"] = PolarityWeighting(0.5, change(torch.tensor(0.5, device=device)))
+        leaf = logits.clone().requires_grad_()
+        head = Head(change(leaf.T.contiguous()))(change(torch.eye(N, device=device)))
+        # Beside ordinary logits too: those with another sign make the call a torch operation, in
+        # which torch itself reads all of them.
+        out = [policy_loss(x, **inputs, compute=compute) for x in (leaf, change(leaf), head)]
+        stats = token_stats(change(leaf), inputs["targets"], compute=compute)
+        total = change(out[0].loss) + out[1].loss + out[2].loss + change(stats.entropy).sum()
+        grads = torch.autograd.grad(total, leaf)
+        results.append((*out[0], *out[1], *out[2], *stats, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 PARAM_ERRORS = [
     ({"clip_low": -0.1}, ValueError, r"clip_low: .*-0\.1"),
     ({"clip_low": 1.5}, ValueError, r"clip_low: .*\[0, 1\].*1\.5"),
@@ -226,5 +310,5 @@ def test_public_names():
         "polarity",
         "weight",
         "ratio",
-        "clipped",
+        "clip_side",
     )

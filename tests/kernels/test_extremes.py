@@ -89,7 +89,7 @@ def test_all_that_a_bad_row_reports_is_nan(bad, name, backend, device, dtypes, s
         assert dlogits[1].isnan().all()
         out = case.policy_loss(case.logits, backend)
         assert all(x[1].isnan() and x[0].isfinite() for x in out[1:-1])
-        assert not out.clipped[1]
+        assert out.clip_side[1] == 0
 
 
 @pytest.mark.not_for("the check is in front of the backend", backend="cpu")
@@ -102,14 +102,14 @@ def test_a_target_that_is_no_column_makes_its_row_nan(target, backend, device):
     targets = torch.tensor([4, target, 59], device=device)
     impl, ones = named(backend), torch.ones(3, device=device)
     *stats, state = impl.token_stats_fwd(logits, targets, row)
-    dstats = impl.token_stats_bwd(logits, targets, state, (ones, ones, ones), row)
+    dstats = impl.token_stats_bwd(logits, targets, state, (ones,) * 4, row)
     dloss = torch.empty_like(logits)
     tokens = TokenInputs(ones, ones, None, None)
-    *loss, clipped = impl.policy_loss_fwd(logits, targets, tokens, PARAMS, None, row, dloss)
+    *loss, side = impl.policy_loss_fwd(logits, targets, tokens, PARAMS, None, row, dloss)
     for x in (*stats, dstats, *loss, dloss):
         assert x[1].isnan().all()
         assert x[[0, 2]].isfinite().all()
-    assert not clipped[1]
+    assert side[1] == 0
     # The state carries it to where the logits are not read again.
     *again, _ = impl.token_stats_fwd(logits, targets, row, state)
     *given, _ = impl.policy_loss_fwd(logits, targets, tokens, PARAMS, None, row, dloss, state)
@@ -129,7 +129,7 @@ def test_elsewhere_is_for_shards(backend, device):
     assert state[0, 5] == -torch.inf
     assert state[:, :5].isfinite().all()
     state[0, 5] = 0.3
-    dz = impl.token_stats_bwd(case.logits, targets, state, (ones, None, None), row)
+    dz = impl.token_stats_bwd(case.logits, targets, state, (ones, None, None, None), row)
     p = (case.logits[0].double() / 0.9).softmax(0)
     torch.testing.assert_close(dz[0].double(), -p / 0.9, rtol=2e-6, atol=1e-9)
 

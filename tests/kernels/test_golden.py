@@ -1,18 +1,25 @@
-"""Golden cases: statistics, loss and gradients computed elsewhere with 60 digits."""
+"""Golden cases: statistics, losses and gradients computed with 60 digits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from papo_kernels import Objective, PolarityWeighting
+from papo_kernels.types import Sequences
 from tests.cases import Case
-from tests.oracle import acc_dtype, golden_cases
+from tests.oracle import acc_dtype, golden_cases, golden_objectives
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {case["name"]: case for case in golden_cases()}
+OBJECTIVES = golden_objectives()
+LOSSES = {case["name"]: case for case in OBJECTIVES["losses"]}
+
+
+# ---- a row: every option of a row's statistics -------------------------------------------------
 
 
 def logits_of(golden: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
@@ -97,3 +104,80 @@ def check(golden: dict[str, Any], case: Case, backend: str) -> None:
         assert_golden("loss", out.loss, expected["loss"])
         assert out.clipped.item() is expected["clipped"]
         assert_golden("grad_loss", torch.autograd.grad(out.loss, leaf)[0], [expected["grad_loss"]])
+
+
+# ---- a batch: every objective ------------------------------------------------------------------
+
+
+def build_batch(golden: dict[str, Any], dtype: torch.dtype, device: str) -> Case:
+    """The batch as this golden case uses it."""
+    batch, acc = OBJECTIVES["batch"], acc_dtype(dtype)
+    tokens = {
+        name: torch.tensor(values, dtype=acc, device=device)
+        for name, values in batch.items()
+        if name not in ("logits", "targets", "sequences", "upstream_stats")
+    }
+    logits = [[-torch.inf if z is None else z for z in row] for row in batch["logits"]]
+    of_rows = golden.get("temperature") == "rows"
+    return Case(
+        torch.tensor(logits, dtype=dtype, device=device),
+        torch.tensor(batch["targets"], device=device),
+        temperature=tokens["temperatures"] if of_rows else OBJECTIVES["temperature"],
+        softcap=golden.get("softcap"),
+        advantages=tokens["advantages"],
+        token_weight=tokens["policy_weight"],
+        old_logp=tokens["old_logp"],
+        ref_logp=tokens["ref_logp"],
+    )
+
+
+def with_objective(case: Case, golden: dict[str, Any]) -> Case:
+    batch, device, acc = OBJECTIVES["batch"], case.logits.device, case.advantages.dtype
+    own = {}
+    if "weights" in golden:
+        for name in ("kl_weight", "entropy_weight"):
+            own[name] = torch.tensor(batch[name], dtype=acc, device=device)
+    ratio = golden.get("ratio")
+    if ratio == "none":
+        own["old_logp"] = None
+    elif ratio == "given":
+        own["log_ratio"] = torch.tensor(batch["log_ratio"], dtype=acc, device=device)
+    elif ratio == "sequences":
+        ids = torch.tensor(batch["sequences"], device=device)
+        own["old_logp"] = Sequences(case.old_logp, ids)
+    if "shape" in golden:
+        own["weighting"] = PolarityWeighting(shape=golden["shape"], **OBJECTIVES["weighting"])
+    pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in golden["objective"].items()}
+    return replace(case, objective=Objective(**pairs), **own)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_golden_objectives(name, backend, device, dtypes, sizes):
+    golden = LOSSES[name]
+    expected, reduces = golden["expected"], golden["objective"].get("reduce", True)
+    upstream = None if reduces else OBJECTIVES["batch"]["upstream"]
+    for dtype in sizes(dtypes, (torch.float32,)):
+        case = with_objective(build_batch(golden, dtype, device), golden)
+        leaf = case.logits.requires_grad_()
+        out = case.policy_loss(leaf, backend)
+        for field in ("ratio", "polarity", "weight"):
+            assert_golden(field, getattr(out, field), expected[field])
+        assert out.clip_side.tolist() == expected["clip_side"]
+        loss = expected["loss"]
+        assert_golden("loss", out.loss, sum(loss) if reduces else loss)
+        given = None if reduces else torch.tensor(upstream).to(out.loss)
+        assert_golden("grad", torch.autograd.grad(out.loss, leaf, given)[0], expected["grad"])
+
+
+def test_golden_gradients_of_statistics(backend, device, dtypes, sizes):
+    """lse among them."""
+    upstream = torch.tensor(OBJECTIVES["batch"]["upstream_stats"], dtype=torch.float64)
+    for golden in OBJECTIVES["statistics"]:
+        for dtype in sizes(dtypes, (torch.float32,)):
+            case = build_batch(golden, dtype, device)
+            leaf = case.logits.requires_grad_()
+            stats = case.token_stats(leaf, backend)
+            for field, value in stats._asdict().items():
+                assert_golden(field, value, golden["expected"][field])
+            grad = torch.autograd.grad(stats, leaf, list(upstream.to(stats.logp)))[0]
+            assert_golden("grad", grad, golden["expected"]["grad"])

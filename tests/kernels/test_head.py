@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from papo_kernels import Compute, Head, Objective, PolarityWeighting, policy_loss, token_stats
+from papo_kernels import (
+    Compute,
+    Head,
+    Logits,
+    Objective,
+    PolarityWeighting,
+    policy_loss,
+    token_stats,
+)
 from tests.kernels.head_cases import (
     LOSS_INPUTS,
     Traits,
@@ -219,9 +227,10 @@ def test_gradcheck_of_the_statistics(chunk_bytes, backend, dtypes):
 
     def statistics(*values):
         leaves = dict(zip(names, values, strict=True))
-        return case.token_stats(leaves, backend=backend, chunk_bytes=chunk_bytes)[:3]
+        return case.token_stats(leaves, backend=backend, chunk_bytes=chunk_bytes)
 
-    assert torch.autograd.gradcheck(statistics, tuple(case.leaves().values()), atol=1e-7)
+    leaves = tuple(case.leaves().values())
+    assert torch.autograd.gradcheck(statistics, leaves, atol=1e-7, fast_mode=True)
 
 
 def test_gradcheck_of_the_loss(backend, dtypes):
@@ -238,7 +247,31 @@ def test_gradcheck_of_the_loss(backend, dtypes):
         leaves = dict(zip(names, values, strict=True))
         return 1.7 * case.policy_loss(leaves, backend=backend, chunk_bytes=1000).loss
 
-    assert torch.autograd.gradcheck(loss, tuple(case.leaves().values()), atol=1e-7)
+    leaves = tuple(case.leaves().values())
+    assert torch.autograd.gradcheck(loss, leaves, atol=1e-7, fast_mode=True)
+
+
+def test_a_temperature_for_each_row(backend, device):
+    """Each chunk takes its own rows': as of logits that are held."""
+    case = make_head_case(9, 8, 70, Traits(softcap=6.0, logit_scale=0.5), device=device, loss=True)
+    case.parameters["hidden"].nan_to_num_(0.5, posinf=0.5)
+    tokens, temperature = case.tokens, torch.linspace(0.5, 2.0, 9, device=device)
+    inputs = (tokens.targets, tokens.advantages, tokens.token_weight)
+    results = []
+    for chunk_bytes in (None, 1, 0):
+        leaves = case.leaves()
+        logits = case.logits(leaves)
+        if chunk_bytes == 0:
+            held = 0.5 * leaves["hidden"] @ leaves["weight"].t()
+            logits, chunk_bytes = Logits(held, softcap=6.0), None
+        options = {"temperature": temperature, "compute": Compute(backend, chunk_bytes)}
+        out = policy_loss(logits, *inputs, old_logp=tokens.old_logp, **options)
+        stats = token_stats(logits, tokens.targets, **options)
+        (out.loss + stats.entropy.sum()).backward()
+        results.append((*out, *stats, *(leaf.grad for leaf in leaves.values())))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
 def test_leading_dimensions_and_layouts(backend, device):

@@ -86,19 +86,6 @@ def test_a_nan_hidden_state_spoils_its_own_row_only(backend, device):
     assert dhidden[4].isnan().all() and dhidden[others].isfinite().all()
 
 
-def test_lse_refuses_a_gradient(backend, device):
-    hidden, weight, targets = (
-        x.to(device).detach().requires_grad_(x.requires_grad) for x in small()
-    )
-    logits, compute = Head(weight)(hidden), Compute(backend)
-    stats = token_stats(logits, targets, compute=compute)
-    with pytest.raises(RuntimeError, match=r"TokenStats\.lse is not differentiable"):
-        (stats.logp.sum() + stats.lse.sum()).backward()
-    stats = token_stats(logits, targets, compute=compute)
-    with pytest.raises(RuntimeError, match="not differentiable"):
-        torch.autograd.grad(stats.logp.sum(), hidden, create_graph=True)
-
-
 def test_upstream_gradients_of_every_kind(backend, device):
     """Each statistic alone, absent ones, zeros, an expanded scalar: their sum is the whole."""
     hidden, weight, targets = (x.to(device) for x in small())

@@ -110,3 +110,104 @@ def test_a_head_whose_options_the_config_does_not_tell_is_refused():
     model.config = {}
     with pytest.raises(TypeError, match=r"model: .*transformers config, got Llama.* with dict"):
         Head.of(model)
+
+
+class Adapted(nn.Module):
+    """What Head.of reads of PEFT's layer (peft 0.21), which is known by its class."""
+
+    def __init__(self, base, names=("default",)):
+        super().__init__()
+        self.base_layer, self.active_adapters = base, list(names)
+        self.merged_adapters, self.disable_adapters = [], False
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_dropout, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict()
+        self.use_dora, self.lora_bias, self.lora_variant, self.scaling = {}, {}, {}, {}
+        for name in names:
+            self.lora_A[name] = nn.Linear(D, 3, bias=False)
+            self.lora_B[name] = nn.Linear(3, V, bias=False)
+            self.lora_dropout[name] = nn.Identity()
+            self.scaling[name] = 0.5
+
+    def forward(self, hidden):
+        logits = self.base_layer(hidden)
+        for name in () if self.disable_adapters else self.active_adapters:
+            low = self.lora_A[name](self.lora_dropout[name](hidden))
+            logits = logits + self.lora_B[name](low) * self.scaling[name]
+        return logits
+
+
+Adapted.__module__, Adapted.__qualname__ = "peft.tuners.lora.layer", "Linear"
+
+
+def adapted(names=("default",)):
+    model = tiny("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.set_output_embeddings(Adapted(model.get_output_embeddings(), names))
+    return model, model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_lora_adapter_gives_the_models_logits(disabled):
+    model, layer = adapted()
+    layer.disable_adapters = disabled
+    head = Head.of(model)
+    assert (head.lora is None) == disabled
+    tokens = torch.arange(12).view(2, 6) * 4
+    with torch.no_grad():
+        hidden = model.base_model(tokens).last_hidden_state
+        expected = token_stats(model(tokens).logits, tokens + 1)
+        for a, b in zip(token_stats(head(hidden), tokens + 1), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# kind: how the layer gets it.
+MORE_THAN_LORA = {
+    "DoRA": lambda layer: layer.use_dora.update(default=True),
+    "a LoRA bias": lambda layer: layer.lora_bias.update(default=True),
+    "LoRA dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.1)}),
+    "a variant of LoRA": lambda layer: layer.lora_variant.update(default=object()),
+    "merged adapters": lambda layer: layer.merged_adapters.append("default"),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_LORA)
+def test_what_is_more_than_lora_is_refused(kind):
+    model, layer = adapted()
+    MORE_THAN_LORA[kind](layer)
+    with pytest.raises(TypeError, match=rf"model: .* or none, not {kind}, got .*default"):
+        Head.of(model)
+
+
+def test_several_active_adapters_are_refused():
+    model, layer = adapted(("one", "other"))
+    with pytest.raises(TypeError, match=r"not several active adapters, got \['one', 'other'\]"):
+        Head.of(model)
+    layer.active_adapters = ["other"]
+    assert Head.of(model).lora.a is layer.lora_A["other"].weight
+
+
+def doubles(layer, *arguments):
+    return 2.0 * arguments[-1]
+
+
+def test_hooks_that_a_head_would_leave_out_are_refused():
+    """But for those of what shards a model's parameters."""
+    message = r"without hooks, .* got .*test_head_of_model\.doubles"
+    for layer_of in (lambda layer: layer.base_layer, lambda layer: layer):
+        model, layer = adapted()
+        layer_of(layer).register_forward_hook(doubles)
+        with pytest.raises(TypeError, match=message):
+            Head.of(model)
+    model = tiny("llama")
+    projection = model.get_output_embeddings()
+    projection.forward = lambda hidden: 2.0 * nn.functional.linear(hidden, projection.weight)
+    with pytest.raises(TypeError, match=r"without hooks, .*<lambda>"):
+        Head.of(model)
+    del projection.forward
+
+    def gather(layer, *arguments): ...
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    projection.register_forward_pre_hook(gather)
+    assert Head.of(model).weight is projection.weight

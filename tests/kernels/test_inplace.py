@@ -11,6 +11,7 @@ from tests.cases import make_loss_case
 from tests.oracle import check_policy_loss
 
 pytestmark = [pytest.mark.usefixtures("path"), pytest.mark.plumbing]
+CLIPPED = Objective(clip_high=0.28, entropy_coef=0.01)
 EVERY_TERM = Objective(clip_high=0.28, dual_clip=1.5, kl_coef=0.04, entropy_coef=0.01)
 
 
@@ -89,19 +90,123 @@ def test_a_leaf_is_refused(backend, device):
     assert torch.equal(leaf.detach(), before)
 
 
-@pytest.mark.parametrize("view", ["rows", "reshape", "columns"])
-def test_a_view_is_refused(view, backend, device):
-    """Its base would be overwritten as well."""
-    case = small_case(device)
-    base = torch.zeros(18, 50, device=device).requires_grad_().mul(1.0)
-    views = {
-        "rows": lambda: base[::2],
-        "reshape": lambda: base.view(2, 9, 50)[0],
-        "columns": lambda: torch.zeros(9, 100, device=device).requires_grad_().mul(1.0)[:, :50],
-    }
-    with pytest.raises(ValueError, match=r"inplace: .*(view|contiguous)"):
-        case.policy_loss(views[view](), backend, inplace=True)
-    assert base.eq(0).all()
+# The views that a model's logits [3, 6, 50] are passed as, none of which need be copied.
+VIEWS = {
+    "flat": lambda z: z.view(-1, 50),
+    "shifted": lambda z: z[:, :-1],
+    "one": lambda z: z[1],
+    "every_other": lambda z: z[:, 1::2],
+    "transposed": lambda z: z.transpose(0, 1),
+}
+
+
+def viewed(view, device):
+    """A case of the view's shape, and the leaf and what is computed of it."""
+    g = torch.Generator().manual_seed(0)
+    leaf = torch.randn(3, 6, 50, generator=g).to(device).requires_grad_()
+    z = leaf.mul(1.0)
+    logits = VIEWS[view](z)
+    case = make_loss_case("normal", logits[..., 0].numel(), 50, device=device)
+    names = ("targets", "advantages", "token_weight", "old_logp")
+    targets, *inputs, old_logp = (
+        getattr(case, name).view(logits.shape[:-1]).clone() for name in names
+    )
+    targets.view(-1)[2] = -100
+    return (targets, *inputs), {"old_logp": old_logp, "objective": CLIPPED}, leaf, z, logits
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_of_whole_rows(view, backend, device):
+    """The results of the same call out of place, and a gradient that no copy was made for."""
+    inputs, named, leaf, z, logits = viewed(view, device)
+    expected = policy_loss(logits, *inputs, **named, compute=Compute(backend))
+    (wanted,) = torch.autograd.grad(expected.loss, leaf)
+    _, _, leaf, z, _ = viewed(view, device)
+    seen: list[int] = []
+    z = _Recorder.apply(leaf, seen)
+    before = z.data_ptr()
+    out = policy_loss(VIEWS[view](z), *inputs, **named, compute=Compute(backend, inplace=True))
+    for a, b in zip(out[1:], expected[1:], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(out.loss, expected.loss)
+    (dz,) = torch.autograd.grad(out.loss, leaf)
+    assert torch.equal(dz, wanted)
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_misuse_of_a_view(view, backend, device):
+    """What uses the same memory before or after is refused, by any name, and so is a second
+    backward."""
+    compute = Compute(backend, inplace=True)
+    for use in (lambda z, logits: z, lambda z, logits: logits, lambda z, logits: z[0]):
+        inputs, named, leaf, z, logits = viewed(view, device)
+        before = use(z, logits).tanh().sum() + use(z, logits).exp().sum()
+        loss = policy_loss(logits, *inputs, **named, compute=compute).loss
+        torch.autograd.grad(before, leaf)  # exp and tanh save their results, not the logits
+        with pytest.raises(RuntimeError, match="overwrote the logits"):
+            (loss + use(z, logits).sum()).backward()
+        inputs, named, leaf, z, logits = viewed(view, device)
+        before = use(z, logits).square().sum()
+        loss = policy_loss(logits, *inputs, **named, compute=compute).loss
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (before + loss).backward()
+    inputs, named, leaf, z, logits = viewed(view, device)
+    loss = policy_loss(logits, *inputs, **named, compute=compute).loss
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, leaf)
+
+
+class _Passed(torch.autograd.Function):
+    """A view whose gradient is not the base's, as a module's hooks return it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2.0 * grad
+
+
+def hooked(view):
+    view.register_hook(lambda grad: 2.0 * grad)
+    return view
+
+
+def retained(view):
+    view.retain_grad()
+    return view
+
+
+UNSAFE_VIEWS = {
+    "columns": (lambda leaf: (leaf * 1.0)[:, :50], r"whole rows .*Logits\(logits, vocab_size=.*"),
+    "shifted_columns": (lambda leaf: (leaf * 1.0).view(18, 50)[:, 1:], r"whole rows"),
+    "repeated": (lambda leaf: (leaf * 1.0).view(18, 50)[:1].expand(9, 50), r"ExpandBackward"),
+    "strided": (lambda leaf: (leaf * 1.0).t().t()[:, ::2], r"whole rows"),
+    "view_of_a_view": (lambda leaf: (leaf * 1.0).view(9, 100)[:5], r"view of a view"),
+    "leaf": (lambda leaf: leaf.view(18, 50)[:9], r"view of a leaf"),
+    "function": (lambda leaf: _Passed.apply(leaf * 1.0).view(18, 50), r"got _PassedBackward"),
+    "hook": (lambda leaf: hooked((leaf * 1.0).view(18, 50)), r"a view with a hook"),
+    "retained": (
+        lambda leaf: retained((leaf * 1.0).view(18, 50)),
+        r"logits that retain their gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("view", UNSAFE_VIEWS)
+def test_views_that_are_refused(view, backend, device):
+    """Their gradient is not that of whole rows; nothing is written before the error."""
+    make, message = UNSAFE_VIEWS[view]
+    leaf = torch.ones(9, 100, device=device).requires_grad_()
+    logits = make(leaf)
+    inputs = [torch.zeros(len(logits), device=device) for _ in range(2)]
+    targets = torch.zeros(len(logits), dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=rf"inplace: expected False for .*{message}"):
+        policy_loss(logits, targets, *inputs, compute=Compute(backend, inplace=True))
+    assert logits.eq(1.0).all()
 
 
 def test_non_contiguous_logits_are_refused(backend, device):

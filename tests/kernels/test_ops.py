@@ -21,7 +21,13 @@ from tests.cases import make_loss_case
 
 pytestmark = pytest.mark.plumbing
 N, V = 5, 37
-OPTIONS = [0.9, 0.0, 0.2, 0.28, 3.0, 0.04, 0.01, 0.5, 1e-6]
+ROW = torch.tensor([0.9, 20.0], dtype=torch.float64)  # temperature, soft cap
+OBJECTIVE = Objective(0.2, 0.28, 3.0, 0.04, 0.01)
+# Temperature, soft cap, strength and dead zone come before the objective's.
+NUMBERS, OF_CISPO = (
+    torch.tensor([0.9, 0.0, 0.5, 1e-6, *objective.numbers()], dtype=torch.float64)
+    for objective in (OBJECTIVE, Objective(0.2, 0.28, surrogate="cispo", kl_limit=10.0))
+)
 
 
 def loss_arguments(device, dtype=torch.float32):
@@ -29,7 +35,8 @@ def loss_arguments(device, dtype=torch.float32):
     case = make_loss_case("normal", N, V, dtype=dtype, device=device, vocab_size=V - 2)
     scalars = [torch.tensor(x, device=device) for x in (0.5, 1.0, 1.1)]
     tokens = (case.targets, case.advantages, case.token_weight, case.old_logp, case.ref_logp)
-    return case.logits, (*tokens, *scalars, "sign", OPTIONS, V - 2)
+    terms = ("sign", "clip", "k3", False, NUMBERS, None, V - 2)
+    return case.logits, (*tokens, None, None, None, *scalars, *terms)
 
 
 def samples(name, backend, device):
@@ -38,30 +45,49 @@ def samples(name, backend, device):
     targets = rest[0]
     strided = torch.zeros(N, V + 3, device=device)[:, :V].copy_(logits)
     narrow, narrow_rest = loss_arguments(device, torch.bfloat16)
-    row = (0.9, 20.0, V - 2)
+    temperatures = torch.linspace(0.5, 2.0, N, device=device)
+    row = (ROW, None, V - 2)
     _, _, _, _, state = torch.ops.papo.token_stats(logits, targets, *row, backend)
     g = torch.ones(2 * N, device=device)[::2]
-    without = (*rest[:3], None, None, None, None, None, *rest[8:])
+    without = (*rest[:3], *[None] * 8, *rest[11:])
+    log_ratio = rest[3] - rest[4]
+    full = (*rest[:3], None, rest[4], log_ratio, rest[2], 2.0 * rest[2], *rest[8:12])
+    full = (*full, "cispo", "k1+", True, OF_CISPO, temperatures, V - 2)
     targets = torch.arange(N, device=device)
     if name == "token_stats":
         for z in (logits, strided, narrow, logits[:0]):
             yield z, targets[: len(z)], *row, backend
+        yield logits, targets, ROW, temperatures, V - 2, backend
     elif name == "token_stats_bwd":
-        yield logits, targets, state, g, None, None, *row, backend
-        yield strided, targets, state, None, g, -g, *row, backend
+        yield logits, targets, state, g, None, None, None, *row, backend
+        yield strided, targets, state, None, g, -g, g, *row, backend
+        ids = torch.stack([targets, targets.flip(0)], 1)
+        state = torch.ops.papo.token_stats(logits, ids, *row, backend)[-1]
+        yield logits, ids, state, g[:, None].expand(-1, 2), g, None, None, *row, backend
+    elif name == "logit_sums":
+        yield logits, *row, backend
+        yield strided, ROW, temperatures, V - 2, backend
     elif name == "policy_loss":
         yield logits, *rest, backend, True
         yield strided, *without, backend, True
+        yield logits, *full, backend, True
         yield narrow, *narrow_rest, backend, False
     elif name == "policy_loss_":
         for z, more in ((logits, rest), (narrow, narrow_rest), (logits.clone(), without)):
             yield z, *more, backend
+    elif name == "token_loss":
+        stats = torch.ops.papo.token_stats(logits, targets, *row, backend)[:3]
+        for more in (rest, without, full):
+            yield *stats, *more, backend
     elif name == "scale_":
         yield logits, torch.tensor(0.5, device=device), backend
         yield narrow, torch.tensor(1.0, device=device), backend
 
 
-OPERATIONS = ("token_stats", "token_stats_bwd", "policy_loss", "policy_loss_", "scale_")
+OPERATIONS = (
+    *("token_stats", "token_stats_bwd", "token_loss", "logit_sums"),
+    *("policy_loss", "policy_loss_", "scale_"),
+)
 
 
 def test_no_operation_is_left_out():
@@ -80,9 +106,8 @@ def test_opcheck_of_every_operation(name, backend, device):
 
 
 def statistics_of(backend, logits, targets):
-    """The differentiable ones."""
     logits = Logits(logits, softcap=20.0, vocab_size=V - 2)
-    return token_stats(logits, targets, temperature=0.9, compute=Compute(backend))[:3]
+    return token_stats(logits, targets, temperature=0.9, compute=Compute(backend))
 
 
 def loss_of(backend, logits, *arguments):
@@ -94,7 +119,7 @@ def loss_of(backend, logits, *arguments):
         token_weight,
         old_logp=old_logp,
         ref_logp=ref_logp,
-        objective=Objective(0.2, 0.28, 3.0, 0.04, 0.01),
+        objective=OBJECTIVE,
         weighting=PolarityWeighting(0.5, phase, sigma=sigma, scale=scale),
         temperature=0.9,
         compute=Compute(backend),
@@ -105,7 +130,8 @@ def loss_of(backend, logits, *arguments):
 def test_traced_gradients(kind, backend, device):
     """The part of opcheck that an operation without autograd escapes, for the two functions."""
     dtype = torch.bfloat16 if kind == "half precision" else torch.float32
-    logits, (*tokens, phase, sigma, scale, _, _, _) = loss_arguments(device, dtype)
+    logits, rest = loss_arguments(device, dtype)
+    tokens, (phase, sigma, scale) = rest[:5], rest[8:11]
     if kind == "strided":
         logits = torch.zeros(N, V + 3, device=device)[:, :V].copy_(logits)
     elif kind == "no rows":
@@ -248,12 +274,14 @@ def test_the_two_ways_of_a_call(path, device):
     logits = logits[:, : V - 2].contiguous().requires_grad_()
     with torch.profiler.profile() as profiler:
         total = policy_loss(logits.mul(1.0), targets, advantages, token_weight).loss
-        total = total + token_stats(logits, targets).entropy.sum()
+        stats = token_stats(logits, targets, compute=Compute(full_stats=True))
+        total = total + stats.entropy.sum()
         compute = Compute(inplace=True)
         out = policy_loss(logits.mul(1.0), targets, advantages, token_weight, compute=compute)
         (2.0 * (total + out.loss)).backward()
     seen = {event.name for event in profiler.events() if event.name.startswith("papo::")}
-    assert seen == ({f"papo::{x}" for x in OPERATIONS} if path == "dispatcher" else set())
+    fused = {f"papo::{x}" for x in OPERATIONS if x != "token_loss"}
+    assert seen == (fused if path == "dispatcher" else set())
 
 
 def test_errors_inside_compiled_code(backend, device):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 
 from papo_kernels import Compute, Logits, Objective, PolarityWeighting, policy_loss, token_stats
+from papo_kernels.objective import KL_ESTIMATORS, SURROGATES
 from tests.cases import make_case, make_loss_case
 from tests.oracle import check_policy_loss, check_token_stats
 
@@ -263,29 +264,55 @@ def test_strength_or_phase_zero_is_the_baseline_bit_for_bit(
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def draw_objective(data):
+    """Any that papo_kernels/objective.py allows, of the level of a token."""
+
+    def draw(*values):
+        return data.draw(st.sampled_from(values))
+
+    surrogate = data.draw(st.sampled_from(SURROGATES))
+    options = {}
+    if surrogate != "sapo":
+        options["negative_clip"] = draw(None, (0.1, 0.3), (0.0, math.inf))
+    if surrogate == "clip":
+        options["dual_clip"] = draw(None, 1.01, 3.0)
+    if surrogate.startswith("dppo"):
+        options["ratio_cap"] = draw(None, 1.2)
+    if surrogate == "sapo":
+        options["sapo_temperature"] = draw((1.0, 1.05), (5.0, 0.3))
+    if surrogate == "ce_gppo":
+        options["gppo_scale"] = draw((0.75, 1.0), (0.0, 2.0))
+    return Objective(
+        clip_low=draw(0.0, 0.2, 0.03, 1.0, math.inf),
+        clip_high=draw(0.0, 0.28, 0.03, math.inf),
+        kl_coef=draw(0.0, 0.04, 1.0),
+        entropy_coef=draw(0.0, 0.01, -0.5),
+        surrogate=surrogate,
+        log_ratio_limit=draw(None, 0.3),
+        kl_estimator=draw(*KL_ESTIMATORS),
+        kl_ratio=draw(False, True),
+        kl_limit=draw(None, 0.1),
+        **options,
+    )
+
+
 @given(
     data=st.data(),
     weighting=st.one_of(st.none(), WEIGHTINGS),
     kind=st.sampled_from(["normal", "peaked", "masked", "uniform"]),
 )
 def test_every_loss_option_against_one_oracle(backend, device, data, weighting, kind):
-    objective = Objective(
-        clip_low=data.draw(st.sampled_from([0.0, 0.2, 1.0])),
-        clip_high=data.draw(st.sampled_from([0.0, 0.28, math.inf])),
-        dual_clip=data.draw(st.sampled_from([None, 1.01, 3.0])),
-        kl_coef=data.draw(st.sampled_from([0.0, 0.04, 1.0])),
-        entropy_coef=data.draw(st.sampled_from([0.0, 0.01, -0.5])),
-    )
     case = make_loss_case(
         kind,
         9,
         data.draw(st.integers(2, 80)),
         device=device,
         seed=data.draw(st.integers(0, 1000)),
-        on_policy=data.draw(st.booleans()),
-        temperature=data.draw(st.sampled_from([1.0, 0.6])),
+        **data.draw(st.sampled_from([{}, {"on_policy": True}, {"gives_log_ratio": True}])),
+        own_weights=data.draw(st.booleans()),
+        temperature=data.draw(st.sampled_from([1.0, 0.6, None])),
         softcap=data.draw(st.sampled_from([None, 15.0])),
-        objective=objective,
+        objective=draw_objective(data),
         weighting=weighting,
     )
     check_policy_loss(case, backend, factor=data.draw(st.sampled_from([1.0, -2.5])))
@@ -296,7 +323,7 @@ def test_every_loss_option_against_one_oracle(backend, device, data, weighting, 
     n=st.integers(0, 9),
     v=st.integers(1, 90),
     kind=st.sampled_from(["normal", "peaked", "masked", "negative", "one_hot"]),
-    temperature=SCALES,
+    temperature=st.one_of(SCALES, st.none()),
 )
 def test_statistics_against_the_oracle(backend, device, seed, n, v, kind, temperature):
     case = make_case(kind, n, v, seed=seed, temperature=temperature, device=device)

@@ -66,7 +66,7 @@ class Call:
         self.weighting = WeightingInputs(0.5, scalars[0], "tanh", *scalars[1:], 1e-6)
         g = torch.Generator().manual_seed(3)
         self.grads = tuple(
-            torch.randn(n, generator=g).to(device=device, dtype=self.acc) for _ in range(3)
+            torch.randn(n, generator=g).to(device=device, dtype=self.acc) for _ in range(4)
         )
 
     def whole(self):
@@ -203,7 +203,7 @@ def test_state_of_a_shard_without_a_distribution(value, backend, device):
     *again, _ = impl.token_stats_fwd(good, elsewhere, RowParams(1.0, 0.0, 50, sharded=True), whole)
     assert all(x.isnan().all() for x in again)
     assert not any(x[:1].isnan().any() for x in stats)
-    grads = (torch.ones(2, device=device),) * 3
+    grads = (torch.ones(2, device=device),) * 4
     dz = impl.token_stats_bwd(good, elsewhere, whole, grads, RowParams(1.0, 0.0, 50, sharded=True))
     assert dz.isnan().all()
 
@@ -229,6 +229,37 @@ def test_where_the_gradient_goes(where, call):
         assert torch.equal(target, expected)
         target.fill_(3.0)
         assert buffer.eq(3.0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 25.0])
+def test_temperatures_of_rows(softcap, backend, device, sizes):
+    """Each row as in a call whose only temperature is its own, bit for bit; one that is none makes
+    its row NaN, unless that is ignored."""
+    impl, n = named(backend), sizes(9, 5)
+    case = make_loss_case("masked", n, 300, device=device, objective=PARAMS)
+    case.targets[-1] = IGNORED
+    values = torch.tensor([0.5, 1.0, 0.6875, 0.0, 3.0, -1.0, torch.nan, torch.inf, 0.5])[:n]
+    values[-1] = torch.nan
+    tokens = TokenInputs(case.advantages, case.token_weight, case.old_logp, case.ref_logp)
+
+    def run(row):
+        *stats, state = impl.token_stats_fwd(case.logits, case.targets, row)
+        grads = (case.advantages,) * 4
+        dstats = impl.token_stats_bwd(case.logits, case.targets, state, grads, row)
+        dloss = torch.empty_like(case.logits)
+        loss = impl.policy_loss_fwd(case.logits, case.targets, tokens, PARAMS, None, row, dloss)
+        return *stats, state, dstats, *loss, dloss
+
+    together = run(RowParams(1.0, softcap, 300, temperatures=values.to(device)))
+    for i, temperature in enumerate(values.tolist()):
+        if 0.0 < temperature < torch.inf:
+            alone = run(RowParams(temperature, softcap, 300))
+            assert all(torch.equal(a[i], b[i]) for a, b in zip(together, alone, strict=True))
+        elif case.targets[i] == IGNORED:
+            assert all(x[i].eq(0).all() for x in together)
+        else:
+            assert all(x[i].isnan().all() for x in together[:4])
+            assert together[5][i].isnan().all()
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -286,11 +317,11 @@ def test_no_rows_and_no_gradients(backend, device):
     *stats, state = impl.token_stats_fwd(logits, targets, row)
     assert state.shape == (0, 6)
     assert all(x.shape == (0,) for x in stats)
-    dz = impl.token_stats_bwd(logits, targets, state, (None, None, None), row)
+    dz = impl.token_stats_bwd(logits, targets, state, (None,) * 4, row)
     assert dz.shape == (0, 9)
     logits, targets = torch.randn(3, 9, device=device), torch.tensor([1, 2, 3], device=device)
     *_, state = impl.token_stats_fwd(logits, targets, row)
-    dz = impl.token_stats_bwd(logits, targets, state, (None, None, None), row)
+    dz = impl.token_stats_bwd(logits, targets, state, (None,) * 4, row)
     assert dz.eq(0).all()
 
 

@@ -47,7 +47,8 @@ def test_both_entry_points_scan_with_the_same_instructions():
 
 
 def test_nothing_but_the_variant_leads_to_a_compilation():
-    """Rows, columns, temperature, alignment of row tensors, coefficients: a kernel each, once."""
+    """Rows, columns, temperature, alignment of row tensors, coefficients, limits: a kernel each,
+    once."""
     from papo_kernels.backends.triton import TRITON
 
     def calls():
@@ -64,10 +65,11 @@ def test_nothing_but_the_variant_leads_to_a_compilation():
                 )
                 row = RowParams(t, 0.0, v - 1)
                 *_, state = TRITON.token_stats_fwd(logits, targets, row)
-                TRITON.token_stats_bwd(logits, targets, state, (values, None, values), row)
-                for old, kl in ((values, 0.0), (None, 0.5)):
-                    tokens = TokenInputs(values, values, old, values)
-                    objective = Objective(clip, clip, None, kl, clip)
+                TRITON.token_stats_bwd(logits, targets, state, (values, None, values, None), row)
+                for old, kl, limit in ((values, 0.0, None), (None, 0.5, 1.0 + t)):
+                    tokens = TokenInputs(values, values, old, values, None, old)
+                    limits = {"log_ratio_limit": limit, "kl_limit": limit}
+                    objective = Objective(clip, clip, limit, kl, clip, **limits)
                     TRITON.policy_loss_fwd(logits, targets, tokens, objective, None, row, logits)
             TRITON.scale_(logits, torch.ones(()))
 

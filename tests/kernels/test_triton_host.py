@@ -5,6 +5,7 @@ Kernels are compiled, for an H100, and never run.
 
 from __future__ import annotations
 
+from math import inf
 from types import SimpleNamespace
 
 import pytest
@@ -88,7 +89,7 @@ def backward(logits, row=ROW, n=N):
 
     state, g = torch.zeros(n, 6, dtype=torch.float64), torch.zeros(n)
     targets = torch.zeros(n, dtype=torch.int64)
-    return TRITON.token_stats_bwd(logits, targets, state, (g, None, g), row)
+    return TRITON.token_stats_bwd(logits, targets, state, (g, None, g, None), row)
 
 
 def scale(logits):
@@ -127,7 +128,7 @@ def test_split_rows_take_two_launches_of_compiled_kernels(call, host):
 
 
 def test_another_variant_is_another_kernel(host):
-    """Types, alignment, a soft cap; and for each of them the launch knows its own."""
+    """Types, alignment, a soft cap, what a loss is; and for each the launch knows its own."""
     aligned = bf16()
     calls = {
         "bfloat16": lambda: stats(aligned),
@@ -135,6 +136,8 @@ def test_another_variant_is_another_kernel(host):
         "not aligned": lambda: stats(bf16(N, V + 1)[:, :V]),
         "soft cap": lambda: stats(aligned, RowParams(0.9, 30.0, V)),
         "gradient": lambda: loss(aligned),
+        "surrogate": lambda: loss(aligned, Objective(surrogate="cispo")),
+        "temperatures": lambda: stats(aligned, ROW._replace(temperatures=torch.ones(N))),
     }
     for call in calls.values():
         call()
@@ -142,7 +145,8 @@ def test_another_variant_is_another_kernel(host):
     for call in calls.values():
         call()
     assert host.slow == len(calls)
-    for first, second in zip(host.launches[:5], host.launches[5:], strict=True):
+    n = len(calls)
+    for first, second in zip(host.launches[:n], host.launches[n:], strict=True):
         assert repr(first) == repr(second)
 
 
@@ -158,8 +162,11 @@ def test_the_numbers_of_a_call_reach_the_kernel_that_is_there(host):
         loss(bf16(), objective, weighting=weights)
     assert host.slow == 1
     numbers = [[x for x in call[2] if isinstance(x, float)] for call in host.launches]
-    assert numbers[0][4:] == [0.0, 1.0, 3.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert numbers[1][4:] == [0.25, 0.5, 0.0, 0.0, 0.125, 1.0, 1.0, 1.0, 0.5, 0.0]
+    rest = [1.0, 1.05, 0.75, 1.0]  # of sapo and ce_gppo
+    no_limits, dual = [inf] * 4, [3.0, inf, inf, inf]
+    assert numbers[0][4:] == [0.0, 1.0] * 2 + dual + rest + [1.0, 0.0, 1.0] + [0.0] * 5
+    given = [0.0, 0.125, 1.0, 0.0, 1.0, 1.0, 0.5, 0.0]
+    assert numbers[1][4:] == [0.25, 0.5] * 2 + no_limits + rest + given
     for call in host.launches:
         integers = [x for x in call[2] if isinstance(x, int)]
         assert integers == [V, V, V, V]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from papo_kernels import Objective
-from papo_kernels.types import RowParams, TokenInputs
+from papo_kernels.types import INSIDE, RowParams, TokenInputs
 from tests.cases import make_case, make_loss_case
 from tests.kernels.test_extremes import check_nearly_certain_tokens
 from tests.oracle import check_policy_loss, check_token_stats
@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_where_a_row_starts(dtype):
     """At every distance from a 16-byte boundary, and with every distance of the gradient's row."""
     v, targets = 300, torch.tensor([7], device=DEVICE)
     row = rows(1, v, dtype)
-    upstream = (torch.ones(1, device=DEVICE),) * 3
+    upstream = (torch.ones(1, device=DEVICE),) * 4
     params = RowParams(0.9, 0.0, v)
     *expected, state = stats_of(row, targets)
     gradient = impl().token_stats_bwd(row, targets, state, upstream, params)
@@ -184,9 +184,9 @@ def test_a_target_that_is_no_column_is_neither_read_nor_written(n, target):
     targets[0] = target
     *stats, _ = stats_of(logits, targets)
     assert all(x[0].isnan() and x[1:].isfinite().all() for x in stats)
-    *out, clipped = loss_of(logits, targets, logits)
+    *out, clip_side = loss_of(logits, targets, logits)
     assert all(x[0].isnan() and x[1:].isfinite().all() for x in out)
-    assert not clipped[0]
+    assert clip_side[0] == INSIDE
     assert logits[0].isnan().all()
     assert logits[1:].isfinite().all()
     assert buffer[:, :20].eq(7.0).all()
@@ -205,12 +205,85 @@ def test_ignored_rows_and_padding_are_not_read(n):
     *stats, state = stats_of(logits, targets, vocab_size)
     assert all(x[1].eq(0).all() and x[0].isfinite().all() for x in (*stats, state))
     row = RowParams(0.9, 0.0, vocab_size)
-    upstream = (torch.ones(n, device=DEVICE),) * 3
+    upstream = (torch.ones(n, device=DEVICE),) * 4
     dlogits = torch.full_like(logits, 5.0)
     impl().token_stats_bwd(logits, targets, state, upstream, row, dlogits)
     assert dlogits[1].eq(0).all()
     assert dlogits[:, vocab_size:].eq(0).all()
     assert dlogits[0].isfinite().all()
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Rows of 1100 columns have several, and are split where they are few."""
+    from papo_kernels.backends.triton import launch
+
+    monkeypatch.setenv("PAPO_TRITON_CONFIG", "lanes=64,vectors=1,segment=1,maxnreg=64")
+    launch.clear_config()
+    yield
+    monkeypatch.undo()
+    launch.clear_config()
+
+
+@pytest.mark.parametrize("n", [3, 7])
+def test_every_row_has_a_temperature_of_its_own(n, short_segments):
+    """Split, whole and from states; one that is no positive number spoils its row alone, and none
+    that is not read."""
+    own = torch.tensor([0.5, 2.0, 0.0, NAN, -1.0, torch.inf, NAN][:n], device=DEVICE)
+    logits, targets = rows(n, 1100), torch.arange(n, device=DEVICE)
+    targets[6:] = -100
+    row = RowParams(1.0, 0.0, 1100, temperatures=own)
+    ones = torch.ones(n, device=DEVICE)
+    tokens, upstream = TokenInputs(ones, ones, None, None), (ones, None, ones, ones)
+
+    def results(logits, targets, tokens, upstream, row):
+        *stats, state = impl().token_stats_fwd(logits, targets, row)
+        found = [*stats, impl().token_stats_bwd(logits, targets, state, upstream, row)]
+        for given in (None, state):
+            dz = torch.empty_like(logits)
+            found += impl().policy_loss_fwd(logits, targets, tokens, PARAMS, None, row, dz, given)
+            found.append(dz)
+        return found
+
+    found = results(logits, targets, tokens, upstream, row)
+    for i in range(2):
+        at = slice(i, i + 1)
+        one = TokenInputs(ones[at], ones[at], None, None)
+        shared = row._replace(temperature=own[i].item(), temperatures=None)
+        alone = results(logits[at], targets[at], one, (ones[at], None, *[ones[at]] * 2), shared)
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a[at], b, rtol=2e-3 if a.dim() == 2 else 1e-5, atol=1e-6)
+    assert all(x[2:6].isnan().all() for x in found if x.dtype != torch.uint8)
+    assert all(x[6:].eq(0).all() for x in found)
+    assert all(x.eq(INSIDE).all() for x in found if x.dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("name", ["token_weight", "kl_weight", "entropy_weight"])
+def test_a_row_is_read_where_any_term_has_a_weight(n, name, short_segments):
+    """Split and whole; the others hold NaN."""
+    logits, targets = rows(n, 1100), torch.arange(n, device=DEVICE)
+    logits[1] = NAN
+    zeros, weights = torch.zeros(n, device=DEVICE), torch.zeros(n, device=DEVICE)
+    weights[0] = 1.0
+    tokens = TokenInputs(zeros + 1.0, zeros, None, zeros, None, zeros, zeros)
+    tokens = tokens._replace(**{name: weights})
+    dlogits, row = torch.empty_like(logits), RowParams(0.9, 0.0, 1100)
+    out = impl().policy_loss_fwd(logits, targets, tokens, PARAMS, None, row, dlogits)
+    assert out[1][0] < 0
+    assert dlogits[0].ne(0).any()
+    assert all(x[1:].eq(0).all() for x in (*out, dlogits))
+
+
+@pytest.mark.parametrize("factor", [0.0, torch.inf])
+def test_an_infinite_factor_of_a_gradient_gives_no_nan(factor):
+    dlogits = torch.tensor([[0.0, torch.inf, 1.0]], device=DEVICE)
+    if factor:
+        dlogits[0, 1] = -2.0
+    impl().scale_(dlogits, torch.tensor(factor, device=DEVICE))
+    assert not dlogits.isnan().any()
+    assert dlogits[0, 0] == 0
+    assert dlogits.ne(0).any() == bool(factor)
 
 
 def test_more_columns_than_can_be_counted_are_refused():

@@ -79,14 +79,22 @@ def passes(engine: Any, size: int = 64) -> Passes:
     return Passes(engine, BATCHER, size)
 
 
-def update(engine: Any, pieces: Pieces, lr: float = 1e-2) -> Update:
+def update(
+    engine: Any, pieces: Pieces, lr: float = 1e-2, objective: Objective | None = None
+) -> Update:
     controller = WeightController(WeightingConfig())
-    return Updater(engine, BATCHER, Objective(), controller).update(pieces, None, lr)
+    updater = Updater(engine, BATCHER, objective or Objective(), controller)
+    return updater.update(pieces, None, lr)
 
 
-def run_update(engine: Any, sequences: list[TrainingSequence], size: int = 64) -> Update:
+def run_update(
+    engine: Any,
+    sequences: list[TrainingSequence],
+    size: int = 64,
+    objective: Objective | None = None,
+) -> Update:
     """An update on `sequences`, `size` of them in a micro-batch."""
-    return update(engine, passes(engine, size).pieces(sequences))
+    return update(engine, passes(engine, size).pieces(sequences), objective=objective)
 
 
 def measured_update(

@@ -1,4 +1,4 @@
-"""Advantages and token weights against float64 by hand and their properties."""
+"""Advantages against float64 by hand and their properties."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papo.policy.advantage import STD_EPS, group_advantages, overlong_penalty
-from papo.policy.objective import masked_counts, sequence_token_weights
 
 NAN = math.nan
 
@@ -105,80 +104,3 @@ def test_overlong_penalty_is_daposs():
 def test_overlong_buffer_out_of_bounds(buffer):
     with pytest.raises(ValueError, match=f"got {buffer}"):
         overlong_penalty(torch.tensor([1]), 20, buffer)
-
-
-AGGREGATIONS = ["token", "sequence", "constant"]
-
-
-def weights(lengths, mask, aggregation, counts):
-    return sequence_token_weights(
-        lengths,
-        mask,
-        aggregation=aggregation,
-        constant_length=10,
-        **{name: float(count) for name, count in counts.items()},
-    )
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_weighted_sum_is_the_named_mean(aggregation):
-    torch.manual_seed(0)
-    lengths = torch.tensor([3, 1, 7, 4])
-    mask = torch.tensor([True, True, False, True])
-    losses = [torch.randn(int(n), dtype=torch.float64) for n in lengths]
-    kept = [x for x, m in zip(losses, mask.tolist(), strict=True) if m]
-    expected = {
-        "token": torch.cat(kept).mean(),
-        "sequence": torch.stack([x.mean() for x in kept]).mean(),
-        "constant": torch.stack([x.sum() / 10 for x in kept]).mean(),
-    }[aggregation]
-    weight = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
-    total = sum(w * x.sum() for w, x in zip(weight, losses, strict=True))
-    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
-    assert weight[2] == 0.0
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=2, max_size=12), st.data())
-def test_weights_do_not_depend_on_how_the_batch_is_cut(aggregation, rows, data):
-    """Any split into ranks or accumulation steps gives the same weights."""
-    lengths = torch.tensor([n for n, _ in rows])
-    mask = torch.tensor([m for _, m in rows])
-    whole = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
-    cut = data.draw(st.integers(1, len(rows) - 1))
-    parts = [(lengths[:cut], mask[:cut]), (lengths[cut:], mask[cut:])]
-    each = [masked_counts(*part) for part in parts]
-    counts = {name: sum(c[name] for c in each) for name in each[0]}
-    pieces = torch.cat([weights(*part, aggregation, counts) for part in parts])
-    assert torch.equal(whole, pieces)
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_fully_masked_batch_weighs_zero(aggregation):
-    """0, not 0/0."""
-    lengths, mask = torch.tensor([3, 5]), torch.tensor([False, False])
-    weight = weights(lengths, mask, aggregation, masked_counts(lengths, mask))
-    assert weight.tolist() == [0.0, 0.0]
-
-
-def test_no_sequences_at_all():
-    empty = torch.tensor([], dtype=torch.int64)
-    weight = weights(empty, empty.bool(), "token", masked_counts(empty, empty.bool()))
-    assert weight.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("aggregation", "constant_length", "mentions"),
-    [("mean", 10, "mean"), ("constant", None, "None"), ("constant", 0, "0")],
-)
-def test_bad_aggregation_is_named(aggregation, constant_length, mentions):
-    with pytest.raises(ValueError, match=f"got '?{mentions}"):
-        sequence_token_weights(
-            torch.tensor([1]),
-            torch.tensor([True]),
-            aggregation=aggregation,
-            constant_length=constant_length,
-            global_tokens=1.0,
-            global_sequences=1.0,
-        )

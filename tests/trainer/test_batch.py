@@ -80,6 +80,9 @@ def test_targets_and_masks_are_the_sampled_ids_even_where_pad_is_eos() -> None:
         == len(batch.token_weight)
     )
     assert batch.old_logp is None and batch.factor is None
+    assert batch.completion.tolist() == [0, 0, 1, 2, 2, 2]
+    assert batch.loss_inputs()["old_logp"] is None
+    assert batch.loss_inputs("sequence")["old_logp"] == (None, batch.completion)
     # The fed tokens are each prompt once and all but the last token of every response.
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 1], [0, 1, 1, -1]]

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from papo.config import PRESETS, ConfigError, TrainConfig, load_config
+from papo.config import PRESETS, ConfigError, LossConfig, TrainConfig, load_config
 from papo.config.page import reference_page
 from papo.config.text import known_keys, sections_of
+from papo.policy.objective import objective_of
+from papo_kernels import Objective
+from papo_kernels.objective import SURROGATES
 from tests.trainer.tiny import MINIMAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +94,20 @@ def test_one_completion_per_prompt_is_refused(load):
         ("rollout.top_p=0", "rollout.top_p=0: expected greater than 0"),
         ("loss.dual_clip=1", "loss.dual_clip=1: expected greater than 1"),
         ("loss.dual_clip=.inf", "loss.dual_clip=inf: expected a finite number"),
+        ("loss.surrogate=ppo", "loss.surrogate='ppo': expected 'clip', 'cispo', 'sapo'"),
+        ("loss.negative_clip=[0.2]", "loss.negative_clip[1] is missing"),
+        ("loss.negative_clip=[1.2, 0.2]", "loss.negative_clip[0]=1.2: expected less than or equal"),
+        ("loss.log_ratio_limit=0", "loss.log_ratio_limit=0: expected greater than 0"),
+        ("loss.ratio_cap=20", "loss.ratio_cap=20.0: expected loss.surrogate dppo_tv or dppo_kl"),
+        ("loss.sapo_temperature=[1, 2]", "expected loss.surrogate sapo, got clip"),
+        (
+            "loss={surrogate: cispo, dual_clip: 3}",
+            "loss.dual_clip=3.0: expected loss.surrogate clip",
+        ),
+        (
+            "loss={surrogate: dppo_kl, ratio_level: sequence}",
+            "loss.ratio_level='sequence': expected 'token' with loss.surrogate=dppo_kl",
+        ),
         ("loss.entropy_coef=.nan", "loss.entropy_coef=nan: expected a finite number"),
         ("optim.lr=1e", "optim.lr='1e': expected number"),
         ("name=2024-13-45", "not valid YAML: month must be in 1..12"),
@@ -171,6 +189,52 @@ def test_overrides_are_yaml_and_reach_into_parameters(load):
     assert config.data.params == {"max_terms": 2}
     assert config.output_dir == "runs/x"
     assert config.loss.dual_clip == 3.0
+
+
+def test_every_option_of_the_objective_reaches_it(load):
+    """Under its own name, from another value than its default."""
+    values = {
+        "clip_low": 0.1,
+        "clip_high": 0.3,
+        "dual_clip": 3.0,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+        "negative_clip": (0.3, 0.4),
+        "ratio_level": "sequence",
+        "log_ratio_limit": 20.0,
+        "kl_estimator": "k1+",
+        "kl_ratio": True,
+        "kl_limit": 10.0,
+    }
+    of_others = {
+        "dppo_tv": {"ratio_cap": 20.0},
+        "sapo": {"sapo_temperature": (1.0, 2.0)},
+        "ce_gppo": {"gppo_scale": (0.5, 1.0)},
+    }
+    assert objective_of(LossConfig(**values)) == Objective(**values)
+    for surrogate, options in of_others.items():
+        given = {"surrogate": surrogate, **options}
+        assert objective_of(LossConfig(**given)) == Objective(**given)
+        values |= given
+    assert {field.name for field in fields(Objective)} == {*values, "reduce"}
+    assert objective_of(LossConfig()) == Objective()
+    assert load("loss.sapo_temperature=[1, 2]", "loss.surrogate=sapo").loss == LossConfig(
+        surrogate="sapo", sapo_temperature=(1.0, 2.0), clip_high=0.28
+    )
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_what_the_objective_refuses_is_refused_when_the_config_is_read(surrogate):
+    options = {"dual_clip": 3.0, "ratio_cap": 20.0, "ratio_level": "sequence"}
+    options["negative_clip"] = (0.1, 0.1)
+    for name, value in options.items():
+        try:
+            Objective(surrogate=surrogate, **{name: value})
+        except ValueError:
+            with pytest.raises(ValueError, match=f"loss.{name}="):
+                LossConfig(surrogate=surrogate, **{name: value})
+        else:
+            objective_of(LossConfig(surrogate=surrogate, **{name: value}))
 
 
 @pytest.mark.parametrize("name", ["7b", "2nd-try", "0x", "1.5B-x", "2024_runs"])

@@ -96,6 +96,19 @@ def test_masked_truncated_completions_leave_nothing_and_no_zero_division() -> No
     assert with_token_weights(to_sequences(groups), Loss()) == []
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [("token", [1 / 9, 1 / 9]), ("sequence", [1 / 8, 1 / 10]), ("constant", [1 / 16, 1 / 16])],
+)
+def test_the_loss_is_the_mean_that_its_aggregation_names(
+    aggregation: str, expected: list[float]
+) -> None:
+    """Of completions of 4 and 5 tokens."""
+    sequences = to_sequences(scored([[1.0, 0.0]]))
+    weighted = with_token_weights(sequences, Loss(aggregation, constant_length=8))
+    assert [s.weight for s in weighted] == expected
+
+
 def test_soft_overlong_penalty_shapes_the_reward_only() -> None:
     group = scored([[1.0, 1.0, 1.0, 1.0]], Advantage(overlong="soft", overlong_buffer=4), length=4)[
         0

@@ -240,7 +240,7 @@ def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
     out = policy_loss(logits, torch.arange(4), advantages, batch.token_weight)
     out.loss.backward()
     assert logits.grad is not None
-    sums = TokenSums.of(sum_named(token_sums(out, batch)))
+    sums = TokenSums.of(sum_named(token_sums(out, batch, torch.zeros(4))))
     figures = update_metrics([update_of(sums, float(logits.grad.norm()))])
     assert figures["loss/policy"] == pytest.approx(0.0, abs=1e-7)
     assert figures["loss/advantage_abs"] == pytest.approx(0.75)
@@ -309,8 +309,8 @@ def test_accuracy_counts_rewards_from_the_threshold_on(success: float, accuracy:
 
 
 def test_token_figures_are_means_over_the_tokens_of_all_updates() -> None:
-    first = TokenSums(3, 0.5, 6.0, 3.0, 1.0, 0.0, 0.3, 1.5, 0.0)
-    second = TokenSums(1, -0.1, 1.0, 1.4, 0.0, 1.0, 0.1, 2.5, 0.0)
+    first = TokenSums(3, 0.5, 6.0, 3.0, 1.0, 0.0, 2.0, 0.3, 1.5, 0.0)
+    second = TokenSums(1, -0.1, 1.0, 1.4, 0.0, 1.0, 0.0, 0.1, 2.5, 0.0)
     updates = [
         update_of(first, 0.7),
         update_of(second, math.nan, reason="gradient norm is nan"),
@@ -321,9 +321,10 @@ def test_token_figures_are_means_over_the_tokens_of_all_updates() -> None:
     assert figures["loss/advantage_abs"] == pytest.approx(1.0)
     assert figures["loss/ratio"] == pytest.approx(1.1)
     assert figures["loss/clip_low"] == figures["loss/clip_high"] == 0.25
+    assert figures["loss/clip_dual"] == 0.5
     assert figures["loss/sampler_kl"] == pytest.approx(0.1)
     assert figures["optim/skipped"] == 1 and math.isnan(figures["optim/grad_norm"])
-    nothing = update_metrics([update_of(TokenSums(*[0.0] * 9))])
+    nothing = update_metrics([update_of(TokenSums(*[0.0] * 10))])
     assert math.isnan(nothing["entropy/mean"])
 
 
@@ -334,16 +335,15 @@ def test_the_samplers_kl_is_k3_over_the_tokens_that_train() -> None:
         logp=logp,
         entropy=zero,
         ratio=zero,
-        clipped=zero.bool(),
-        weight=zero,
-        polarity=zero,
+        clip_side=zero,
+        unit_polarity=zero,
         loss=torch.tensor(0.0),
     )
     weight = torch.tensor([1.0, 1.0, 0.0])
     batch = SimpleNamespace(
         token_weight=weight, live=weight > 0, advantages=zero, sampler_logp=sampler
     )
-    sums = TokenSums.of(sum_named(token_sums(out, batch)))
+    sums = TokenSums.of(sum_named(token_sums(out, batch, zero)))
     assert sums.tokens == 2
     gap = 0.5  # log policy - log sampler of the first token
     assert sums.sampler_kl == pytest.approx(math.exp(gap) - 1 - gap)

@@ -28,7 +28,7 @@ def optim(**options: Any) -> OptimConfig:
 def effect(
     instant: float, grad_norm: float = 2.0, lr: float = 0.1, measured: float | None = None
 ) -> Update:
-    sums = TokenSums(*[0.0] * 9)._replace(predicted=instant)
+    sums = TokenSums(*[0.0] * 10)._replace(predicted=instant)
     return Update(sums, BranchSums(*[0.0] * 11), grad_norm, lr, measured_delta=measured)
 
 

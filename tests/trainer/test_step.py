@@ -14,10 +14,11 @@ import torch
 from papo.config import OptimConfig
 from papo.dist import collectives
 from papo.policy.batch import TrainingSequence
-from papo.policy.update import TokenSums, Update, token_sums
+from papo.policy.update import TokenSums, Update, policy_gradient, token_sums
 from papo.policy.weighting import BranchSums
 from papo.train.entropy import EntropyMeasurement, spread
-from papo_kernels import PolarityWeighting, policy_loss, token_stats
+from papo_kernels import Objective, PolarityWeighting, policy_loss, token_stats
+from papo_kernels.objective import SURROGATES
 from tests.trainer.bigram import (
     BATCHER,
     VOCABULARY,
@@ -50,8 +51,11 @@ def sums_of(part: list[TrainingSequence], **loss: Any) -> tuple[TokenSums, Any, 
     logits = loss.pop("logits", None)
     if logits is None:
         logits = logits_of(len(batch.targets))
-    out = policy_loss(logits, batch.targets, batch.advantages, batch.token_weight, **loss)
-    return TokenSums.of(collectives.sum_named(token_sums(out, batch))), batch, out
+    objective = loss.setdefault("objective", Objective())
+    inputs = batch.loss_inputs(objective.ratio_level)
+    out = policy_loss(logits, batch.targets, **{**inputs, **loss})
+    gradient = policy_gradient(out, batch, objective)
+    return TokenSums.of(collectives.sum_named(token_sums(out, batch, gradient))), batch, out
 
 
 def bigram(seed: int = 0, **options: Any) -> Bigram:
@@ -73,7 +77,8 @@ def test_what_is_predicted_is_weighted_polarity_and_nothing_where_it_is_clipped(
     logp = token_stats(logits_of(12), batch.targets).logp
     old = logp - torch.tensor([0.6, 0.05, -0.6]).repeat(4)  # ratios: 1.8, 1.05, 0.55
     weighting = PolarityWeighting(strength=0.5, phase=1.0)
-    sums, _, out = sums_of(part, old_logp=old, weighting=weighting)
+    part = [replace(s, old_logp=o) for s, o in zip(part, old.split(4), strict=True)]
+    sums, _, out = sums_of(part, weighting=weighting)
     live = batch.token_weight > 0
     assert out.clipped[live].any() and not out.clipped[live].all()
     assert set(out.weight[live].tolist()) == {0.5, 1.5}
@@ -90,15 +95,33 @@ def test_what_a_token_that_does_not_train_holds_is_not_predicted_from() -> None:
     assert sums_of(part, logits=logits)[0].predicted == expected.predicted != 0.0
 
 
-def test_the_prediction_is_the_entropy_change_of_a_step_in_logit_space() -> None:
+OBJECTIVES = [
+    Objective(dual_clip=1.5),
+    *(Objective(surrogate=name) for name in SURROGATES[1:]),
+    Objective(ratio_level="sequence", clip_low=0.02),
+    Objective(ratio_level="sequence_token", surrogate="cispo"),
+    Objective(log_ratio_limit=0.1, clip_high=1.0),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_the_prediction_is_the_entropy_change_of_a_step_in_logit_space(
+    objective: Objective,
+) -> None:
     """Where every token has logits of its own (no shared weights), a small step along the loss's
     gradient changes the entropy by exactly what is predicted, to first order; so too where
-    completions weigh differently (`loss.aggregation: sequence`).
+    completions weigh differently (`loss.aggregation: sequence`), and for every surrogate.
     """
     part = [replace(s, weight=w) for s, w in zip(sequences(6, 1, 6), (0.5, 0.0, 2.0), strict=True)]
+    part = [replace(s, advantage=a) for s, a in zip(part, (1.0, 1.0, -1.0), strict=True)]
     logits = logits_of(13).double().requires_grad_()
+    old = token_stats(logits.detach(), BATCHER.batch(part).targets).logp.float()
+    old -= torch.tensor([0.6, 0.05, 0.0, -0.6, 0.1, -0.05]).repeat(3)[:13]
     sums, batch, out = sums_of(
-        part, logits=logits, weighting=PolarityWeighting(strength=0.5, phase=-0.7)
+        [replace(s, old_logp=o) for s, o in zip(part, old.split([6, 1, 6]), strict=True)],
+        logits=logits,
+        objective=objective,
+        weighting=PolarityWeighting(strength=0.5, phase=-0.7),
     )
     out.loss.backward()
     rate = 1e-5
@@ -117,6 +140,34 @@ def test_the_prediction_is_over_all_tokens_and_not_the_first_micro_batchs() -> N
     both = run_update(bigram(), [first, second], size=1).sums.predicted
     assert abs(alone) > 1e-3
     assert both == pytest.approx(alone - 4 * alone, rel=1e-5)
+
+
+# ---- ratios of sequences ------------------------------------------------------------------------
+
+
+def test_the_ratio_of_a_completion_does_not_depend_on_its_mates() -> None:
+    """In micro-batches of one or of all, by tokens whose advantage and ratio differ."""
+    generator = torch.Generator().manual_seed(1)
+    part = [
+        replace(s, old_logp=torch.randn(len(s.response_ids), generator=generator) - 3)
+        for s in weighted(4, 2, 3)
+    ]
+    objective = Objective(ratio_level="sequence", clip_low=1.0, clip_high=9.0)
+    engines, done = [], []
+    for size in (64, 1):
+        engines.append(bigram())
+        done.append(run_update(engines[-1], part, size=size, objective=objective))
+    assert done[0].sums == pytest.approx(done[1].sums)
+    torch.testing.assert_close(engines[0].table, engines[1].table, rtol=1e-5, atol=1e-7)
+    table = bigram().table.detach()
+    ratios = []
+    for s in part:
+        fed = torch.tensor([s.prompt_ids[-1], *s.response_ids[:-1]])
+        logp = token_stats(table[fed], torch.tensor(s.response_ids)).logp
+        ratios.append((logp - s.old_logp).mean().exp().item())
+    lengths = [len(s.response_ids) for s in part]
+    expected = sum(n * r for n, r in zip(lengths, ratios, strict=True))
+    assert done[0].sums.ratio == pytest.approx(expected, rel=1e-5)
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -195,7 +246,7 @@ def test_without_a_token_that_trains_the_entropy_is_0() -> None:
 
 
 def test_an_update_that_is_not_measured_has_no_change() -> None:
-    done = Update(TokenSums(*[0.0] * 9), BranchSums(*[0.0] * 11), 0.0, 1e-3)
+    done = Update(TokenSums(*[0.0] * 10), BranchSums(*[0.0] * 11), 0.0, 1e-3)
     assert done.applied and done.measured_delta is None
     skipped = replace(done, reason="loss is nan")
     assert not skipped.applied and EntropyMeasurement(passes(None), []).measure(skipped) is skipped

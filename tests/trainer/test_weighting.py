@@ -9,7 +9,7 @@ import torch
 from papo.config import WeightingConfig as Config
 from papo.dist import collectives
 from papo.policy.weighting import BranchSums, WeightController, branch_sums
-from papo_kernels.reference import polarity_shape
+from papo_kernels.token_loss import polarity_shape
 
 
 def batch(seed: int, n: int = 200) -> dict[str, torch.Tensor]:

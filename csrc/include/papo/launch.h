@@ -33,7 +33,8 @@ Status launch_policy_loss(const Matrix& logits, const TokenInputs& tokens,
                           const RowParams& row, const PolicyLossOut& out, const Matrix& dlogits,
                           const Launch& launch);
 
-// matrix *= *factor, which is acc. Where it is 1 the matrix is neither read nor written.
+// matrix *= *factor, which is acc. Where it is 1 the matrix is neither read nor written, and where
+// it is 0 it becomes 0, infinite elements too.
 Status launch_scale(const Matrix& matrix, const void* factor, const Launch& launch);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".

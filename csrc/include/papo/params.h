@@ -44,6 +44,24 @@ struct RowParams {
   // The columns are a shard of the vocabulary: a target may be kElsewhere, which is out of range
   // otherwise.
   bool sharded = false;
+  // [rows] acc: each row's, in place of `temperature`. Null: they have that in common.
+  const void* temperatures = nullptr;
+
+  // Those of row i alone, for logits whose acc is A.
+  template <typename A>
+  PAPO_HD RowParams of_row(int64_t i) const {
+    RowParams row = *this;
+    row.temperatures = nullptr;
+    if (temperatures != nullptr) {
+      row.temperature = static_cast<double>(static_cast<const A*>(temperatures)[i]);
+    }
+    return row;
+  }
+
+  // A row whose temperature is not a positive number has no distribution.
+  PAPO_HD bool has_temperature() const {
+    return temperature > 0.0 && temperature < static_cast<double>(HUGE_VALF);
+  }
 };
 
 // In the structs below a row array is contiguous, [rows], and its elements are acc unless the
@@ -61,20 +79,44 @@ struct TokenStatsGrads {
   const void* logp;
   const void* entropy;
   const void* unit_polarity;
+  const void* lse;
 };
 
 struct TokenInputs {
   const int64_t* targets;  // a column, kIgnoreIndex or kElsewhere
   const void* advantages;
   const void* token_weight;
-  const void* old_logp;  // null: on-policy
-  const void* ref_logp;  // null: no reference policy, and kl_coef must be 0
+  const void* old_logp;        // null, as is log_ratio: on-policy
+  const void* ref_logp;        // null: no reference policy, and kl_coef must be 0
+  const void* log_ratio;       // in place of old_logp: the log of the ratio itself
+  const void* kl_weight;       // null: token_weight
+  const void* entropy_weight;  // null: token_weight
   const double* state;   // [rows, kStateSize] of the whole rows; null: scan the logits
 };
 
-// The surrogate's coefficients. A dual_clip of 0 means none.
+enum class Surrogate : int {
+  kClip = 0,
+  kCispo = 1,
+  kSapo = 2,
+  kDppoTv = 3,
+  kDppoKl = 4,
+  kCeGppo = 5
+};
+
+enum class KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
+
+// What the loss is; papo_kernels/objective.py has the formulas. Limits that are off are infinite.
 struct Objective {
-  double clip_low, clip_high, dual_clip, kl_coef, entropy_coef;
+  Surrogate surrogate;
+  KlEstimator kl_estimator;
+  bool kl_slope_of_k2;  // the gradient of the KL term is that of k2
+  bool kl_ratio;        // the KL term is multiplied by the ratio
+  double clip_low, clip_high;          // of tokens with a positive advantage
+  double negative_low, negative_high;  // of the others
+  double dual_clip, log_ratio_limit, ratio_cap, kl_limit;
+  double sapo_positive, sapo_other;
+  double gppo_low, gppo_high;
+  double kl_coef, entropy_coef;
 };
 
 enum class WeightShape : int { kNone = 0, kSign = 1, kTanh = 2 };
@@ -90,6 +132,9 @@ struct Weighting {
   const void* scale;
 };
 
+// The bound that acted on a token's policy gradient.
+enum class ClipSide : uint8_t { kInside = 0, kLow = 1, kHigh = 2, kDual = 3 };
+
 struct PolicyLossOut {
   void* token_loss;  // token_weight applied
   void* logp;
@@ -98,7 +143,7 @@ struct PolicyLossOut {
   void* polarity;
   void* weight;
   void* ratio;
-  bool* clipped;
+  uint8_t* clip_side;  // a ClipSide
 };
 
 // How rows are cut on a GPU, as papo_kernels/backends/tuning.py reads it from the table or the

@@ -35,4 +35,16 @@ PAPO_HD A quiet_nan() {
   return static_cast<A>(NAN);
 }
 
+// Of double, in which sums are formed, with room for a sum of such numbers.
+PAPO_HD float largest(float) { return 3.4028234663852886e38f; }
+PAPO_HD double largest(double) { return 1.7976931348623157e308 / 1024.0; }
+
+// x, but no larger than the largest number of A. In a sum of products an infinite factor would turn
+// a 0 into NaN. A NaN stays.
+template <typename A, typename X>
+PAPO_HD X saturated(X x) {
+  const X most = static_cast<X>(largest(A{}));
+  return x > most ? most : x < -most ? -most : x;
+}
+
 }  // namespace papo

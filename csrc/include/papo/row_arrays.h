@@ -34,16 +34,41 @@ PAPO_HD void store_scan(double* states, int64_t i, const RowScan& scan) {
   s[5] = scan.target_u;
 }
 
-template <typename A>
-PAPO_HD WeightingValues<A> load_weighting(const Weighting& w) {
-  WeightingValues<A> v = {w.shape, A(0), A(0), A(0), A(0), A(0)};
+template <typename C, typename A>
+PAPO_HD WeightingValues<C> load_weighting(const Weighting& w) {
+  WeightingValues<C> v = {w.shape, C(0), C(0), C(0), C(0), C(0)};
   if (w.shape == WeightShape::kNone) return v;
-  v.strength = static_cast<A>(w.strength);
-  v.dead_zone = static_cast<A>(w.dead_zone);
+  v.strength = static_cast<C>(w.strength);
+  v.dead_zone = static_cast<C>(w.dead_zone);
   v.phase = *static_cast<const A*>(w.phase);
   v.sigma = *static_cast<const A*>(w.sigma);
   v.scale = *static_cast<const A*>(w.scale);
   return v;
+}
+
+// Whether any of the loss's terms has a weight at token i.
+template <typename A>
+PAPO_HD bool has_weight(const TokenInputs& in, int64_t i) {
+  return load_acc<A>(in.token_weight, i) != A(0) || load_acc<A>(in.kl_weight, i) != A(0) ||
+         load_acc<A>(in.entropy_weight, i) != A(0);
+}
+
+// Token i's inputs, in the arithmetic of C.
+template <typename C, typename A>
+PAPO_HD TokenIn<C> load_token(const TokenInputs& in, int64_t i) {
+  TokenIn<C> t;
+  t.advantage = load_acc<A>(in.advantages, i);
+  t.token_weight = load_acc<A>(in.token_weight, i);
+  t.kl_weight = in.kl_weight != nullptr ? C(load_acc<A>(in.kl_weight, i)) : t.token_weight;
+  t.entropy_weight =
+      in.entropy_weight != nullptr ? C(load_acc<A>(in.entropy_weight, i)) : t.token_weight;
+  t.past = in.log_ratio != nullptr  ? Past::kLogRatio
+           : in.old_logp != nullptr ? Past::kOldLogp
+                                    : Past::kOnPolicy;
+  t.old = load_acc<A>(in.log_ratio != nullptr ? in.log_ratio : in.old_logp, i);
+  t.has_ref = in.ref_logp != nullptr;
+  t.ref_logp = load_acc<A>(in.ref_logp, i);
+  return t;
 }
 
 template <typename A>
@@ -56,9 +81,9 @@ PAPO_HD void write_stats(const TokenStatsOut& out, int64_t i, const RowScan& sca
   if (out.state != nullptr) store_scan(out.state, i, scan);
 }
 
-template <typename A>
+template <typename A, typename C>
 PAPO_HD void write_loss(const PolicyLossOut& out, int64_t i, const RowStats<double>& stats,
-                        const TokenOut<A>& token) {
+                        const TokenOut<C>& token) {
   store_acc<A>(out.token_loss, i, token.loss);
   store_acc<A>(out.logp, i, stats.logp);
   store_acc<A>(out.entropy, i, stats.entropy);
@@ -66,7 +91,7 @@ PAPO_HD void write_loss(const PolicyLossOut& out, int64_t i, const RowStats<doub
   store_acc<A>(out.polarity, i, token.polarity);
   store_acc<A>(out.weight, i, token.weight);
   store_acc<A>(out.ratio, i, token.ratio);
-  out.clipped[i] = token.clipped;
+  out.clip_side[i] = static_cast<uint8_t>(token.clip_side);
 }
 
 }  // namespace papo

@@ -1,9 +1,10 @@
-// The gradient of logp, entropy and unit polarity with respect to a row's logits.
+// The gradient of logp, entropy, unit polarity and lse with respect to a row's logits.
 //
 // With p = e^d / Z, mu = T/Z, s_j = d_j - mu, Q = sum p^2, S = sum p^2 s and the sampled token a
 // (s_j is log p_j + H without the cancellation):
 //   dlogp/du_j = [j=a] - p_j
 //   dH/du_j    = -p_j s_j
+//   dlse/du_j  = p_j
 //   dc/du_j    = p_j (2 p_j s_j + p_j - 2 S - Q - Q s_j + p_a s_a + p_a + p_a s_j)
 //                - [j=a] p_a (s_a + 1)
 // Weighted by the upstream gradients they add up to
@@ -19,7 +20,7 @@ namespace papo {
 
 template <typename A>
 struct Upstream {
-  A logp, entropy, unit_polarity;
+  A logp, entropy, unit_polarity, lse;
 };
 
 template <typename A>
@@ -41,7 +42,7 @@ PAPO_HD RowGrad<A> make_row_grad(const RowState<A>& state, const RowStats<A>& r,
   const A inv_Z = A(1) / state.Z;
   const A gc = g.unit_polarity;
   const A a1 = gc * (r.p_a - r.Q) - g.entropy;
-  const A a0 = gc * (r.p_a - r.Q + r.p_a * r.s_a - A(2) * r.S) - g.logp - a1 * r.mu;
+  const A a0 = gc * (r.p_a - r.Q + r.p_a * r.s_a - A(2) * r.S) - g.logp + g.lse - a1 * r.mu;
   const A b1 = A(2) * gc;
   const A b0 = gc * (A(1) - A(2) * r.mu);
   RowGrad<A> out;
@@ -57,7 +58,7 @@ PAPO_HD RowGrad<A> make_row_grad(const RowState<A>& state, const RowStats<A>& r,
   const A Q_r = r.Q - p2;
   const A S_r = r.S - p2 * r.s_a;
   const A dc = r.p_a * (A(2) * r.p_a * q * r.s_a - (q * q + Q_r) * (A(1) + r.s_a) - A(2) * S_r);
-  out.target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc;
+  out.target = g.logp * q - g.entropy * r.p_a * r.s_a + gc * dc + g.lse * r.p_a;
   return out;
 }
 
@@ -68,14 +69,23 @@ PAPO_HD V softcap_slope(V t) {
   return (1 - t) * (1 + t);
 }
 
-// dz = du * du/dz. `capped` is softcap(z) = u * temperature.
-template <typename A>
-PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
+// du times the slope of the soft cap. `capped` is softcap(z) = u * temperature, where u has been
+// rounded to Acc: at the cap it may lie a few roundings off, and has no slope all the same.
+template <typename Acc = float, typename A>
+PAPO_HD A through_softcap(A du, A capped, const RowParams& row) {
   // A masked token has du = 0 and an infinite `capped`.
   if (row.softcap > 0.0 && du != A(0)) {
-    du *= softcap_slope(capped / static_cast<A>(row.softcap));
+    const A t = capped / static_cast<A>(row.softcap);
+    constexpr A kRoundings = sizeof(Acc) == 8 ? A(0x1p-51) : A(0x1p-22);
+    du *= A(1) - abs_of(t) < kRoundings ? A(0) : softcap_slope(t);
   }
-  return du / static_cast<A>(row.temperature);
+  return du;
+}
+
+// dz = du * du/dz.
+template <typename Acc = float, typename A>
+PAPO_HD A chain_rule(A du, A capped, const RowParams& row) {
+  return through_softcap<Acc>(du, capped, row) / static_cast<A>(row.temperature);
 }
 
 }  // namespace papo

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from papo_kernels.backends.protocol import MOST_GPU_COLUMNS, Capabilities
 from papo_kernels.checks import GPU_DTYPES, HALF_DTYPES
-from papo_kernels.types import Objective, RowParams, TokenInputs, WeightingInputs
+from papo_kernels.objective import Objective
+from papo_kernels.types import RowParams, TokenInputs, WeightingInputs
 
 
 class TritonBackend:

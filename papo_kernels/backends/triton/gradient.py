@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .row_state import gradient
+from .row_grad import gradient
 from .tile import Row, aligned_words, rounded, unpacked
 
 

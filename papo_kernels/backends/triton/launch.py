@@ -23,7 +23,7 @@ from papo_kernels.types import RowParams
 
 from . import config
 from .config import Config, candidates
-from .source import LOGITS, PARTS, Numbers, segments_kernel
+from .source import LOGITS, PARTS, Numbers, Rows, segments_kernel
 from .tile import N_SUMS, WORD_BYTES, Variant
 
 __all__ = ["Plan", "candidates", "clear_config", "plan"]
@@ -40,6 +40,11 @@ class Flags(NamedTuple):
     source: int = LOGITS.value
     has_gradient: bool = False
     has_squares: bool = False
+    has_temperatures: bool = False
+    surrogate: str = ""
+    kl_estimator: str = ""
+    kl_slope_of_k2: bool = False
+    kl_ratio: bool = False
 
 
 class Plan:
@@ -101,15 +106,21 @@ class Plan:
                 self._started[key] = compiled, how
 
 
-@lru_cache(maxsize=256)
 def plan(device: torch.device, dtype: torch.dtype, row: RowParams) -> Plan:
+    if row.temperatures is not None:
+        row = row._replace(temperature=1.0, temperatures=None)
+    return _plan(device, dtype, row)
+
+
+@lru_cache(maxsize=256)
+def _plan(device: torch.device, dtype: torch.dtype, row: RowParams) -> Plan:
     return Plan(device, dtype, row)
 
 
 def clear_config() -> None:
     """Makes the next call read ``PAPO_TRITON_CONFIG`` again."""
     config.clear()
-    plan.cache_clear()
+    _plan.cache_clear()
 
 
 @cache
@@ -135,11 +146,14 @@ def count_segments(config: Config, vocab_size: int, itemsize: int) -> int:
 
 
 def read_rows(
-    call: Plan, logits: Tensor, aligned: bool, targets: Tensor, weights: Tensor | None
+    call: Plan, logits: Tensor, aligned: bool, rows: Rows | Tensor, temperatures: Tensor | None
 ) -> tuple[int, Tensor]:
     """The ``SOURCE`` of the kernel that follows, and the tensor in which it finds the rows' sums.
 
     Split rows are read here, into a buffer of ``20 lanes`` bytes per segment.
+
+    Args:
+        rows: their targets alone, where no row has a weight.
     """
     n = logits.shape[0]
     n_parts = call.count_parts(n)
@@ -147,17 +161,18 @@ def read_rows(
         return LOGITS.value, logits
     floats = (n_parts * N_SUMS.value + 1) * call.config.lanes
     parts = logits.new_empty((n, floats), dtype=torch.float32)
+    has_weights = isinstance(rows, Rows)
     call.run(
         segments_kernel,
-        Flags(aligned),
+        Flags(aligned, has_temperatures=temperatures is not None),
         None,
         n,
         n_parts,
         logits,
         parts,
-        targets,
-        parts if weights is None else weights,
-        float(weights is not None),
+        rows if has_weights else Rows(rows, parts, parts, parts),
+        float(has_weights),
+        logits if temperatures is None else temperatures,
         call.numbers,
         logits.stride(0),
         call.row.vocab_size,
@@ -189,6 +204,11 @@ def row_tensor(values: Tensor, dtype: torch.dtype) -> Tensor:
     if not values.is_contiguous():
         values = values.contiguous()
     return values if values.data_ptr() % WORD_BYTES == 0 else values.clone()
+
+
+def temperatures(row: RowParams) -> Tensor | None:
+    """Each row's, where rows do not share one."""
+    return None if row.temperatures is None else row_tensor(row.temperatures, torch.float32)
 
 
 # ---- launches -------------------------------------------------------------------------------

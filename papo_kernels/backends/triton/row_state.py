@@ -1,7 +1,7 @@
-"""The math of one row as Triton helpers: its statistics and the coefficients of its gradient.
+"""The math of one row as Triton helpers: its state and its statistics.
 
-The formulas of ``csrc/include/papo/{row_state,row_grad}.h`` in the same notation, so the two can be
-read side by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
+The formulas of ``csrc/include/papo/row_state.h`` in the same notation, so the two can be read side
+by side. With ``u = softcap(z) / temperature`` and ``d = u - row_max`` a row is
 
     Z = sum e^d      T = sum e^d d      Z2 = sum e^2d      T2 = sum e^2d d
 
@@ -28,8 +28,10 @@ POS_INF = tl.constexpr(float("inf"))
 # 2^-200 and e^-200 are 0 in float32. Distances are floored here so that a masked logit adds
 # 0 * -200 = -0 to T and T2, where 0 * -inf would add NaN.
 FLOOR = tl.constexpr(-200.0)
-# -max of float32: distances from an empty state's -inf are taken from here, to avoid inf - inf.
+# The ends of float32. Distances from an empty state's -inf are taken from the lowest, to avoid
+# inf - inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+HIGHEST = tl.constexpr(3.4028234663852886e38)
 
 
 class Scaling(NamedTuple):
@@ -40,14 +42,6 @@ class Scaling(NamedTuple):
     log2_scale: tl.tensor
     softcap: tl.tensor
     elsewhere: tl.tensor
-
-
-class Upstream(NamedTuple):
-    """The gradient's weights: of logp, entropy and unit polarity."""
-
-    logp: tl.tensor
-    entropy: tl.tensor
-    unit_polarity: tl.tensor
 
 
 class LaneStates(NamedTuple):
@@ -98,26 +92,19 @@ class RowStats(NamedTuple):
     Q_r: tl.tensor  # sum p^2 of all other tokens
 
 
-class RowGrad(NamedTuple):
-    """``dz_j = e_j (a0 + a1 s_j + e_j (b0 + b1 s_j))`` before the soft cap's slope, with ``e_j =
-    2^y_j``, ``y_j = (z_j - z_ref) log2(e) / temperature`` and ``s_j = y_j - center``, near whose
-    zero an element's gradient changes its sign. ``target`` is the sampled token's, complete."""
-
-    z_ref: tl.tensor
-    center: tl.tensor
-    a0: tl.tensor
-    a1: tl.tensor
-    b0: tl.tensor
-    b1: tl.tensor
-    target: tl.tensor
-
-
 # ---- logits ---------------------------------------------------------------------------------
 
 
 @triton.jit
 def floored(d):
     return tl.maximum(d, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def saturated(x, most):
+    """x, at most ``most`` in size; NaN stays."""
+    x = tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -most, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -135,9 +122,21 @@ def tanh(x):
 
 
 @triton.jit
+def of_tanh(z, t, softcap):
+    """softcap(z) from ``t = tanh(z / softcap)``; -inf stays masked and +inf stays bad."""
+    return tl.where(tl.abs(z) == POS_INF, z, softcap * t)
+
+
+@triton.jit
 def capped(z, softcap):
-    """softcap * tanh(z / softcap); infinities pass: -inf stays masked and +inf stays bad."""
-    return tl.where(tl.abs(z) == POS_INF, z, softcap * tanh(z * (1.0 / softcap)))
+    return of_tanh(z, tanh(z * (1.0 / softcap)), softcap)
+
+
+@triton.jit
+def slope(t):
+    """d softcap(z) / dz where ``t = tanh(z / softcap)``."""
+    # (1 - t)(1 + t) keeps its digits where the cap saturates.
+    return (1.0 - t) * (1.0 + t)
 
 
 # ---- statistics -----------------------------------------------------------------------------
@@ -285,7 +284,7 @@ def logit_at(u, s):
     """The float32 logit z with ``u = z inv_temperature``, exactly where there is one."""
     temperature = (1.0 / s.inv_temperature).to(tl.float64)
     z = u * temperature
-    z = tl.minimum(tl.maximum(z, LOWEST), -LOWEST)  # a rounding may lift it out of float32
+    z = tl.minimum(tl.maximum(z, LOWEST), HIGHEST)  # a rounding may lift it out of float32
     z = z.to(tl.float32).to(tl.float64)
     return (z + (u - z * s.inv_temperature) * temperature).to(tl.float32)
 
@@ -297,9 +296,10 @@ def loaded_state(at, s):
     target_u = tl.load(at + 5)
     z_ref = logit_at(row_max, s)
     shift = z_ref.to(tl.float64) * s.inv_temperature - row_max
+    rest = (tl.load(at + 1) - 1.0).to(tl.float32)
     sums = RowSums(
         row_max.to(tl.float32),
-        (tl.load(at + 1) - 1.0).to(tl.float32),
+        tl.where(s.inv_temperature == s.inv_temperature, rest, float("nan")),
         (tl.load(at + 2) * LOG2E).to(tl.float32),
         (tl.load(at + 3) - 1.0).to(tl.float32),
         (tl.load(at + 4) * LOG2E).to(tl.float32),
@@ -324,63 +324,3 @@ def store_state(at, sums, token, s, active):
     unit = tl.where(in_base_2, one * LN2, tl.where(is_sum, one, s.inv_temperature.to(tl.float64)))
     state = value.to(tl.float64) * unit + tl.where(is_sum, one, 0.0)
     tl.store(at + k, tl.where(active, state, 0.0), mask=k < 6)
-
-
-# ---- gradients ------------------------------------------------------------------------------
-
-
-@triton.jit
-def row_grad(sums, r, g, token, s, HAS_SOFTCAP: tl.constexpr):
-    """The gradient of g.logp logp + g.entropy H + g.unit_polarity c.
-
-    The derivation is in row_grad.h. With its ``Q = Q_r + p_a^2`` and ``c = S - p_a s_a`` the
-    coefficients about ``d = mu`` are these.
-    """
-    gc, c = g.unit_polarity, r.unit_polarity
-    spread = r.p_a * r.q - r.Q_r  # p_a - Q
-    a0 = gc * (spread - 2.0 * c - r.p_a * r.s_a) - g.logp
-    a1 = gc * spread - g.entropy
-    dc = -r.p_a * ((r.q * r.q + r.Q_r) * (1.0 + r.s_a) + 2.0 * c)
-    target = g.logp * r.q - g.entropy * r.p_a * r.s_a + gc * dc
-    # Where the sampled token has probability 0, no token of the row has a gradient.
-    factor = tl.where(r.logp == NEG_INF, 0.0, s.inv_temperature)
-    scale = tl.exp2(sums.shift) * r.inv_Z
-    first = scale * factor
-    second = scale * first * gc
-    if HAS_SOFTCAP:
-        target *= slope(token.z, s.softcap)
-    return RowGrad(
-        z_ref=sums.z_ref,
-        center=r.mu - sums.shift,
-        a0=first * a0,
-        a1=first * a1 * LN2,
-        b0=second,
-        b1=second * (2.0 * LN2),
-        target=factor * target,
-    )
-
-
-@triton.jit
-def gradient(z, grad, s, HAS_SOFTCAP: tl.constexpr, HAS_SQUARES: tl.constexpr):
-    """dlogits of a block of float32 logits, except for the sampled token."""
-    x = z
-    if HAS_SOFTCAP:
-        x = capped(z, s.softcap)
-    y = floored((x - grad.z_ref) * s.log2_scale)
-    e = tl.exp2(y)
-    y -= grad.center
-    factor = tl.fma(grad.a1, y, grad.a0)
-    if HAS_SQUARES:
-        factor = tl.fma(e, tl.fma(grad.b1, y, grad.b0), factor)
-    dz = e * factor
-    if HAS_SOFTCAP:
-        dz *= slope(x, s.softcap)
-    return dz
-
-
-@triton.jit
-def slope(x, softcap):
-    """d softcap(z) / dz at ``x = softcap(z)``; finite for a masked x, whose gradient is 0."""
-    t = tl.maximum(x, -softcap) * (1.0 / softcap)
-    # (1 - t)(1 + t) keeps its digits where the cap saturates.
-    return (1.0 - t) * (1.0 + t)

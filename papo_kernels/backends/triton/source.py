@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from papo_kernels import types
 
-from .row_state import Scaling, capped, empty_states, loaded_state, sampled
+from .row_state import LOG2E, POS_INF, Scaling, capped, empty_states, loaded_state, sampled
 from .tile import (
     N_SUMS,
     count_segments,
@@ -32,7 +33,7 @@ INTEGERS = ("stride", "dlogits_stride", "vocab_size", "n_columns")
 
 
 class Numbers(NamedTuple):
-    """The numbers of a call that all kernels need."""
+    """The numbers of a call that all kernels need; the first two where rows share a temperature."""
 
     inv_temperature: float
     log2_scale: float
@@ -40,14 +41,40 @@ class Numbers(NamedTuple):
     elsewhere: float  # logit of a token that lies in another shard: -inf, NaN in whole rows
 
 
+class Rows(NamedTuple):
+    """``[N]``: what says whether a row is read."""
+
+    targets: Tensor
+    token_weight: Tensor
+    kl_weight: Tensor
+    entropy_weight: Tensor
+
+
 @triton.jit
-def scaling(numbers):
+def scaling(numbers, temperatures, i, how):
+    """Of row ``i``; NaN where its own temperature is not a positive number."""
+    if how.HAS_TEMPERATURES:
+        t = tl.load(temperatures + i)
+        t = tl.where((t > 0.0) & (t < POS_INF), t, float("nan"))
+        inv_temperature = tl.div_rn(1.0, t)
+        log2_scale = inv_temperature * LOG2E
+    else:
+        inv_temperature = tl.cast(numbers.inv_temperature, tl.float32)
+        log2_scale = tl.cast(numbers.log2_scale, tl.float32)
     return Scaling(
-        tl.cast(numbers.inv_temperature, tl.float32),
-        tl.cast(numbers.log2_scale, tl.float32),
+        inv_temperature,
+        log2_scale,
         tl.cast(numbers.softcap, tl.float32),
         tl.cast(numbers.elsewhere, tl.float32),
     )
+
+
+@triton.jit
+def has_weight(rows, i):
+    """Whether any of the loss's terms has a weight at token ``i``."""
+    in_policy = tl.load(rows.token_weight + i) != 0.0
+    in_kl = tl.load(rows.kl_weight + i) != 0.0
+    return in_policy | in_kl | (tl.load(rows.entropy_weight + i) != 0.0)
 
 
 @triton.jit
@@ -100,16 +127,26 @@ def whole_row(row, source, i, target, vocab_size, s, how, EVICTION: tl.constexpr
         return sums, sampled(z, sums.z_ref, s)
 
 
-@triton.jit(do_not_specialize=["logits", "parts", "targets", "weights", *INTEGERS])
+@triton.jit(do_not_specialize=["logits", "parts", "temperatures", *INTEGERS])
 def segments_kernel(
-    logits, parts, targets, weights, has_weights, numbers, stride: tl.int64, vocab_size, how
+    logits,
+    parts,
+    rows,
+    has_weights,
+    temperatures,
+    numbers,
+    stride: tl.int64,
+    vocab_size,
+    how,
 ):
     """The states of every row's segments, one program per segment, in ``parts``."""
     i, segment = program_row(), tl.program_id(1)
-    target = tl.load(targets + i)
-    weight = tl.load(weights + i, mask=has_weights > 0.0, other=1.0)
-    if (target != IGNORED) & (weight != 0.0):
-        s = scaling(numbers)
+    target = tl.load(rows.targets + i)
+    is_read = target != IGNORED
+    if has_weights > 0.0:
+        is_read = is_read & has_weight(rows, i)
+    if is_read:
+        s = scaling(numbers, temperatures, i, how)
         row = row_at(logits, i, stride)
         row_stride = parts_stride(tl.num_programs(1), how)
         at = parts + i * row_stride

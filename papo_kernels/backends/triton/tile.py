@@ -45,6 +45,12 @@ class Variant(NamedTuple):
     SOURCE: int = 0  # of the row's state, see source.py
     HAS_GRADIENT: bool = False
     HAS_SQUARES: bool = False  # the gradient has terms in p^2: that of unit polarity
+    HAS_TEMPERATURES: bool = False  # each row has its own
+    # What an `Objective` is besides its numbers.
+    SURROGATE: str = ""
+    KL_ESTIMATOR: str = ""  # k1, k2, k3 or abs
+    KL_SLOPE_OF_K2: bool = False
+    KL_RATIO: bool = False
 
 
 class Row(NamedTuple):

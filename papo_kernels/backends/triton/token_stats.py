@@ -14,7 +14,8 @@ from papo_kernels.types import STATE_SIZE, RowParams
 
 from . import launch
 from .gradient import fill_zeros, program_part, row_beside, write_gradient
-from .row_state import Upstream, finished, row_grad, store_state
+from .row_grad import Upstream, row_grad
+from .row_state import finished, store_state
 from .source import IGNORED, INTEGERS, STATE, program_row, scaling, whole_row
 from .tile import row_at
 
@@ -36,9 +37,11 @@ class StatsGrads(NamedTuple):
     logp: Tensor
     entropy: Tensor
     unit_polarity: Tensor
+    lse: Tensor
     has_logp: float
     has_entropy: float
     has_unit_polarity: float
+    has_lse: float
 
 
 # ---- kernels --------------------------------------------------------------------------------
@@ -52,10 +55,12 @@ def store_stats(out, i, r, active):
     tl.store(out.lse + i, tl.where(active, r.lse, 0.0))
 
 
-@triton.jit(do_not_specialize=["logits", "source", "targets", *INTEGERS])
-def token_stats_kernel(logits, source, targets, out, numbers, stride: tl.int64, vocab_size, how):
+@triton.jit(do_not_specialize=["logits", "source", "targets", "temperatures", *INTEGERS])
+def token_stats_kernel(
+    logits, source, targets, temperatures, out, numbers, stride: tl.int64, vocab_size, how
+):
     i = program_row()
-    s = scaling(numbers)
+    s = scaling(numbers, temperatures, i, how)
     target = tl.load(targets + i)
     active = target != IGNORED
     row = row_at(logits, i, stride)
@@ -71,11 +76,12 @@ def upstream_gradient(ptr, i, given):
     return tl.load(ptr + i, mask=given > 0.0, other=0.0)
 
 
-@triton.jit(do_not_specialize=["logits", "dlogits", "state", *INTEGERS])
+@triton.jit(do_not_specialize=["logits", "dlogits", "state", "temperatures", *INTEGERS])
 def token_stats_bwd_kernel(
     logits,
     dlogits,
     state,
+    temperatures,
     grads,
     numbers,
     stride: tl.int64,
@@ -88,12 +94,13 @@ def token_stats_bwd_kernel(
     target = tl.load(grads.targets + i)
     row = row_at(logits, i, stride)
     if target != IGNORED:
-        s = scaling(numbers)
+        s = scaling(numbers, temperatures, i, how)
         sums, token = whole_row(row, state, i, target, vocab_size, s, how, "")
         g = Upstream(
             upstream_gradient(grads.logp, i, grads.has_logp),
             upstream_gradient(grads.entropy, i, grads.has_entropy),
             upstream_gradient(grads.unit_polarity, i, grads.has_unit_polarity),
+            upstream_gradient(grads.lse, i, grads.has_lse),
         )
         grad = row_grad(sums, finished(sums, token), g, token, s, how.HAS_SOFTCAP)
         out = row_beside(dlogits, i, dlogits_stride, row.head)
@@ -113,23 +120,24 @@ def token_stats_fwd(
     """As `Backend.token_stats_fwd`, in one pass over the rows."""
     call = launch.plan(logits.device, logits.dtype, row)
     n, aligned = logits.shape[0], launch.is_aligned(logits)
-    targets = launch.row_tensor(targets, torch.int64)
+    targets, temperatures = launch.row_tensor(targets, torch.int64), launch.temperatures(row)
     logp = logits.new_empty(n, dtype=torch.float32)
     stats = (logp, torch.empty_like(logp), torch.empty_like(logp), torch.empty_like(logp))
     if state is None:
-        kind, source = launch.read_rows(call, logits, aligned, targets, None)
+        kind, source = launch.read_rows(call, logits, aligned, targets, temperatures)
         state = logits.new_empty((n, STATE_SIZE), dtype=torch.float64)
     else:
         kind, source = STATE.value, state.contiguous()
     call.run(
         token_stats_kernel,
-        launch.Flags(aligned, False, kind),
+        launch.Flags(aligned, False, kind, has_temperatures=temperatures is not None),
         None,
         n,
         1,
         logits,
         source,
         targets,
+        logits if temperatures is None else temperatures,
         StatsOut(*stats, state),
         call.numbers,
         logits.stride(0),
@@ -157,15 +165,18 @@ def token_stats_bwd(
     rest = iter(given)
     upstream = [next(rest) if is_given else given[0] for is_given in has]
     same_words = dlogits is logits or launch.same_words(logits, dlogits)
+    temperatures = launch.temperatures(row)
+    has_squares, has_temperatures = grads[2] is not None, temperatures is not None
     call.run(
         token_stats_bwd_kernel,
-        launch.Flags(False, same_words, STATE.value, False, grads[2] is not None),
+        launch.Flags(False, same_words, STATE.value, False, has_squares, has_temperatures),
         dlogits.dtype,
         n,
         call.count_parts(n),
         logits,
         dlogits,
         state.contiguous(),
+        logits if temperatures is None else temperatures,
         StatsGrads(launch.row_tensor(targets, torch.int64), *upstream, *has),
         call.numbers,
         logits.stride(0),

@@ -24,6 +24,9 @@ from papo_kernels import (
 )
 from papo_kernels.objective import KL_ESTIMATORS, SURROGATES
 
+# A kernel's part in it, the statistics and their gradient, is tested on every backend elsewhere.
+pytestmark = pytest.mark.plumbing
+
 B, T, V = 3, 5, 9
 WEIGHTING = PolarityWeighting(0.4, 0.7, shape="tanh")
 
@@ -338,7 +341,6 @@ def test_under_checkpoint(reentrant, kind):
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.plumbing
 @pytest.mark.parametrize("compiled", [False, True])
 def test_lse_is_differentiable(compiled, backend, device):
     """Its gradient is p, whether or not other statistics are used, or stacked with it."""

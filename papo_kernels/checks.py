@@ -12,10 +12,6 @@ from torch import Tensor
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.float32, *HALF_DTYPES)  # of the logits that GPU kernels take
 FLOAT_DTYPES = (torch.float64, *GPU_DTYPES)
-_LARGEST = torch.finfo(torch.float32).max
-# Of a factor on logits: kernels form the quotient of two, which float32 has to hold as a normal
-# number.
-FACTORS = (1e-18, 1e18)
 _STRIDED = torch.strided
 
 
@@ -62,9 +58,22 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str = "lo
         raise ValueError(f"{name}: expected a tensor on {device} like {like}, got {value.device}")
 
 
+# Bounds are functions: as globals they would be variables of a traced graph, which Dynamo would
+# start again without.
+def factors() -> tuple[float, float]:
+    """The least and the largest factor on logits. Kernels form the quotient of two, which float32
+    has to hold as a normal number."""
+    return 1e-18, 1e18
+
+
+def _largest() -> float:
+    """Of float32, in which kernels hold numbers: what is larger would be infinite there."""
+    return 3.4028234663852886e38
+
+
 def check_factor(name: str, value: object, otherwise: str = "") -> None:
     """A temperature, a soft cap or a scale of logits; `otherwise` says what else is allowed."""
-    low, high = FACTORS
+    low, high = factors()
     if type(value) is float and low <= value <= high:
         return
     if not low <= check_number(name, value, otherwise) <= high:
@@ -80,20 +89,19 @@ def check_number(name: str, value: object, otherwise: str = "") -> float:
     return float(value)
 
 
-# Compared, not math.isfinite: what torch.compile keeps symbolic stays so. What float32 cannot hold
-# would be infinite in a kernel.
+# Compared, not math.isfinite: what torch.compile keeps symbolic stays so.
 def check_finite(name: str, value: object) -> None:
-    if not -_LARGEST <= check_number(name, value) <= _LARGEST:
+    if not -_largest() <= check_number(name, value) <= _largest():
         raise ValueError(f"{name}: expected a finite number that float32 holds, got {value!r}")
 
 
 def check_at_least(name: str, value: object, low: float) -> None:
-    if not low <= check_number(name, value) <= _LARGEST:
+    if not low <= check_number(name, value) <= _largest():
         raise ValueError(f"{name}: expected a finite number >= {low:g}, got {value!r}")
 
 
 def check_above(name: str, value: object, low: float) -> None:
-    if not low < check_number(name, value) <= _LARGEST:
+    if not low < check_number(name, value) <= _largest():
         raise ValueError(f"{name}: expected a finite number > {low:g}, got {value!r}")
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .checks import (
-    FACTORS,
     check_device,
     check_factor,
     check_float,
@@ -20,6 +19,7 @@ from .checks import (
     check_type,
     check_vocab_size,
     counted_columns,
+    factors,
 )
 from .dispatch import filled, is_plain
 from .objective import Objective, PolarityWeighting
@@ -199,7 +199,7 @@ def row_params(
     like = TokenLike.of(targets, dtype, "the logits")
     temperatures = like.checked("temperature", temperature)
     if temperatures.is_cpu and is_plain(temperatures):
-        low, high = FACTORS
+        low, high = factors()
         good = (temperatures >= low) & (temperatures <= high)
         bad = (~good & (targets.reshape(-1) != IGNORE_INDEX)).nonzero()
         if bad.numel():

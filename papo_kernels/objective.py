@@ -147,8 +147,12 @@ class Objective:
             raise ValueError(f"ratio_cap: expected None for surrogate {self.surrogate!r}")
         if self.negative_clip is not None and self.surrogate == "sapo":
             raise ValueError("negative_clip: expected None for surrogate 'sapo'")
-        for name, owner in (("sapo_temperature", "sapo"), ("gppo_scale", "ce_gppo")):
-            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        # The defaults once more: read from their fields, they would be inputs of a traced graph.
+        for name, owner, default in (
+            ("sapo_temperature", "sapo", (1.0, 1.05)),
+            ("gppo_scale", "ce_gppo", (0.75, 1.0)),
+        ):
+            given = getattr(self, name)
             if self.surrogate != owner and given != default:
                 raise ValueError(
                     f"{name}: expected {default} for surrogate {self.surrogate!r}, got {given!r}"

@@ -86,6 +86,15 @@ def test_a_nan_hidden_state_spoils_its_own_row_only(backend, device):
     assert dhidden[4].isnan().all() and dhidden[others].isfinite().all()
 
 
+def test_double_backward_is_refused(backend, device):
+    hidden, weight, targets = (
+        x.to(device).detach().requires_grad_(x.requires_grad) for x in small()
+    )
+    stats = token_stats(Head(weight)(hidden), targets, compute=Compute(backend))
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        torch.autograd.grad(stats.logp.sum(), hidden, create_graph=True)
+
+
 def test_upstream_gradients_of_every_kind(backend, device):
     """Each statistic alone, absent ones, zeros, an expanded scalar: their sum is the whole."""
     hidden, weight, targets = (x.to(device) for x in small())

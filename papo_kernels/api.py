@@ -97,7 +97,7 @@ def token_stats(
     rows, full = targets_of_rows(logits, targets), compute.full_stats
     if isinstance(logits, LazyLogits):
         operands, call, _ = _head_call(logits, rows, temperature, compute, None)
-        refuse_forward_mode(operands)
+        refuse_forward_mode(operands, call.options.row)
         row, flat_targets = call.options.row, flat_ids(targets, rows)
         stats = run_head_token_stats(operands, call, flat_targets, full)
     else:

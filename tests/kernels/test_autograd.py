@@ -219,7 +219,9 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("operand", ["logits", "hidden", "weight", "log-probs", "advantages"])
+@pytest.mark.parametrize(
+    "operand", ["logits", "hidden", "weight", "log-probs", "advantages", "temperature"]
+)
 def test_forward_mode_is_refused(mode, operand):
     """A tangent that a kernel lost would be a derivative of 0."""
     g = torch.Generator().manual_seed(0)
@@ -243,6 +245,11 @@ def test_forward_mode_is_refused(mode, operand):
     operands = {"hidden": hidden, "weight": weight, "log-probs": -ones, "advantages": ones}
     x = operands.get(operand, logits)
     calls = [loss]
+    if operand == "temperature":
+        x, calls = ones, []
+        for given in (logits, Head(weight)(hidden)):
+            calls.append(lambda x, z=given: token_stats(z, targets, temperature=x).logp)
+            calls.append(lambda x, z=given: policy_loss(z, targets, ones, ones, temperature=x).loss)
     if operand in ("logits", "hidden", "weight"):
         calls.append(lambda x: token_stats(logits_of(x), targets).logp)
     for call in calls:

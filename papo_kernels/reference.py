@@ -55,18 +55,13 @@ def _rows(
     return _Rows(z, torch.where(ignored | ~known, 0, targets), ignored, spoiled, bad)
 
 
-def _temperature(row: RowParams) -> float | Tensor:
-    """Of every row, `[N, 1]` where each has its own."""
-    return row.temperature if row.temperatures is None else row.temperatures.double()[:, None]
-
-
 def _scaled(logits: Tensor, row: RowParams) -> Tensor:
     """u = softcap(z) / temperature; a masked (-inf) logit stays masked and gets no gradient."""
     masked = logits.isneginf()
     z = torch.where(masked, 0.0, logits)
     if row.softcap:
         z = row.softcap * torch.tanh(z / row.softcap)
-    return torch.where(masked, -torch.inf, z / _temperature(row))
+    return torch.where(masked, -torch.inf, z / row.temperature_of_rows())
 
 
 class _Statistics(NamedTuple):
@@ -162,7 +157,7 @@ def _statistics_gradient(
     du = g_logp * dlogp + g_entropy * dentropy + g_polarity * (dstate_term + dsampled_term)
     du = du + g_lse * p
 
-    dz = du / _temperature(row)
+    dz = du / row.temperature_of_rows()
     if row.softcap:
         dz = dz * (1.0 - torch.tanh(rows.logits / row.softcap) ** 2)
     return torch.where(alive, dz, 0.0)

@@ -290,6 +290,11 @@ class RowParams(NamedTuple):
     sharded: bool = False
     temperatures: Tensor | None = None
 
+    def temperature_of_rows(self) -> float | Tensor:
+        """The temperature, `[N, 1]` float64 where each row has its own."""
+        own = self.temperatures
+        return self.temperature if own is None else own.double()[:, None]
+
 
 class TokenInputs(NamedTuple):
     """Per-token inputs of the loss, contiguous `[N]` in the accumulation dtype; None where not

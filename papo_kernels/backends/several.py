@@ -30,13 +30,13 @@ def logit_sums(logits: Tensor, row: RowParams) -> Tensor:
     z, cap = logits[:, : row.vocab_size], row.softcap
     if cap:
         parts = z.split(max(1, _TILE // z.shape[1]))
-        capped = [cap * torch.tanh(part.double() / cap).sum(dim=1) for part in parts]
+        capped = [cap * torch.tanh(part.double() / cap).sum(dim=1, keepdim=True) for part in parts]
         # tanh makes -inf a number, where it stands for a token that cannot be sampled.
-        masked = [part.isneginf().any(dim=1) for part in parts]
+        masked = [part.isneginf().any(dim=1, keepdim=True) for part in parts]
         sums = torch.cat(capped).masked_fill(torch.cat(masked), -torch.inf)
     else:
-        sums = z.sum(dim=1, dtype=torch.float64)
-    return sums / (row.temperature if row.temperatures is None else row.temperatures)
+        sums = z.sum(dim=1, keepdim=True, dtype=torch.float64)
+    return (sums / row.temperature_of_rows())[:, 0]
 
 
 def token_stats_fwd(
@@ -99,8 +99,7 @@ def token_stats_bwd(
     if row.softcap:
         t = torch.tanh(z / row.softcap)
         du = du * (1.0 - t) * (1.0 + t)
-    dz = du / (row.temperature if row.temperatures is None else row.temperatures[:, None])
-    dz = dz.to(dlogits.dtype)
+    dz = (du / row.temperature_of_rows()).to(dlogits.dtype)
     # What is not to be written repeats what is: the row's most likely id, or where none of the ids
     # is among these columns, an element as it stands.
     found = inside.any(dim=1, keepdim=True)

@@ -16,7 +16,7 @@ from papo_kernels.checks import (
 from papo_kernels.inputs import LossArguments, row_params
 from papo_kernels.types import Compute, LossInputs, acc_dtype
 
-from .head import LazyLogits, LoRA
+from .head import Head, LazyLogits, LoRA
 from .keep import KeepSet
 from .passes import Operands, PassOptions
 
@@ -38,17 +38,9 @@ def prepare(
     """
     check_type("compute", compute, Compute)
     hidden, head, keep = logits
-    check_float("hidden", hidden)
+    _check_tensors(hidden, head)
     weight, bias, lora = head.weight, head.bias, head.lora
     device = hidden.device.type
-    if device == "meta":
-        raise ValueError("hidden: expected a tensor with values, got one on meta")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_tensor(name, tensor)
-    if lora is not None:
-        check_tensor("lora.a", lora.a)
-        check_tensor("lora.b", lora.b)
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -105,6 +97,18 @@ def check_gathered(weight: Tensor, shard: bool = False) -> None:
             "A weight partitioned by DeepSpeed ZeRO-3 was used outside a gather; call inside "
             "deepspeed.zero.GatheredParameters([weight]) or a module that reads it"
         )
+
+
+def _check_tensors(hidden: Tensor, head: Head) -> None:
+    check_float("hidden", hidden)
+    if hidden.device.type == "meta":
+        raise ValueError("hidden: expected a tensor with values, got one on meta")
+    for name, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if head.lora is not None:
+        check_tensor("lora.a", head.lora.a)
+        check_tensor("lora.b", head.lora.b)
 
 
 def _check_weight(hidden: Tensor, weight: Tensor) -> None:

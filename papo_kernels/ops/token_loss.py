@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from papo_kernels.dispatch import kernel_or_operation
-from papo_kernels.token_loss import left_out, token_loss, weightless
+from papo_kernels.token_loss import left_out, saturated, token_loss, weightless
 from papo_kernels.types import IGNORE_INDEX, INSIDE, LossInputs
 
 from .common import refuse_double_backward
@@ -119,12 +119,6 @@ def _times(grad: Tensor, derivative: Tensor) -> Tensor:
     return torch.where(zero, 0.0, grad * derivative)
 
 
-def _narrowed(grad: Tensor, like: Tensor) -> Tensor:
-    """`grad` in the dtype of `like`, at most as large as that holds."""
-    most = torch.finfo(like.dtype).max
-    return grad.clamp(-most, most).to(like.dtype)
-
-
 class _TokenLoss(torch.autograd.Function):
     """Losses `[N]` whose derivatives were formed along with them.
 
@@ -157,8 +151,10 @@ class _TokenLoss(torch.autograd.Function):
         of_ratio = _times(grad, dlog_ratio)
         if segments:
             of_ratio = _Segments(*segments).mean(of_ratio)
-        g_logp = _narrowed(_times(grad, dlogp) + of_ratio, logp)
-        g_entropy = None if entropy is None else _narrowed(_times(grad, dentropy), entropy)
+        g_logp = saturated(_times(grad, dlogp) + of_ratio, logp.dtype).to(logp.dtype)
+        g_entropy = None
+        if entropy is not None:
+            g_entropy = saturated(_times(grad, dentropy), entropy.dtype).to(entropy.dtype)
         return None, None, None, g_logp, g_entropy
 
 

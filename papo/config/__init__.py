@@ -7,16 +7,17 @@ from papo.config.options import (
     DeepSpeedConfig,
     DynamicSamplingConfig,
     EvaluationConfig,
+    HealthConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
     PhaseConfig,
-    RewardConfig,
     RolloutConfig,
     WeightingConfig,
 )
 from papo.config.presets import PRESETS
+from papo.config.reward import RewardConfig
 from papo.config.schema import TrainConfig, load_config
 from papo.config.text import ConfigError
 
@@ -29,6 +30,7 @@ __all__ = [
     "DeepSpeedConfig",
     "DynamicSamplingConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "LossConfig",
     "MetricsConfig",
     "ModelConfig",

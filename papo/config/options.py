@@ -13,6 +13,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ClipLow = Annotated[float, Field(gt=0, le=1)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 # Under any other surrogate these options of the loss would silently do nothing.
 _SURROGATES_OF = {
     "dual_clip": ("clip",),
@@ -87,34 +88,6 @@ class RolloutConfig(Section):
     skip_special_tokens: bool = True
     """Leave special tokens out of the text that verifiers see and `completions.jsonl` holds. When
     it is off, tokens such as `<tool_call>` stay; the end-of-sequence token never does."""
-
-
-class RewardConfig(Section):
-    """Verifiable rewards, computed in worker processes that can be killed."""
-
-    verifier: Annotated[
-        str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
-    ] = "auto"
-    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
-    what each treats as equal), or your own `package.module:function` called as (answer text,
-    reference answer, metadata) and returning a float, or None to mask the completion."""
-    extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
-    """Which part of a completion the verifier sees; a completion without such a part scores 0."""
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """For built-in verifiers, the reward is 1 where the score exceeds this and 0 elsewhere
-    (reasoning-gym gives partial credit). What your own function returns is the reward itself."""
-    success: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Reward from which a completion counts as right in `reward/accuracy`, held-out accuracy and
-    pass@k. It changes no reward. Lower it if your own function gives less than 1 for a right
-    answer."""
-    on_bad_reference: Literal["error", "drop", "keep"] = "error"
-    """What to do where a built-in verifier cannot read a reference answer, or would not score it 1
-    as a completion: stop before the model is loaded, drop the problem, or keep it. All such answers
-    are listed."""
-    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 5.0
-    """Seconds a completion may take before its worker is killed and it scores 0."""
-    workers: Positive = 2
-    """Worker processes per rank."""
 
 
 class AdvantageConfig(Section):
@@ -337,7 +310,24 @@ class CheckpointConfig(Section):
     every: NonNegative = 10
     """Steps between checkpoints; 0 saves only at the end."""
     keep: Positive = 2
-    """Number of checkpoints to keep."""
+    """Number of the newest checkpoints to keep. Those that a run writes while it learns nothing
+    (`health.max_bad_steps`) replace none of them."""
+    keep_best: NonNegative = 0
+    """Number of checkpoints to keep besides for their held-out accuracy, of the steps that were
+    evaluated (`evaluation.every`). They keep their weights alone, without the optimizer's part."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """How the weights are written. With `fp32` they are the float32 masters, 4 bytes a parameter.
+    With `bf16` they are the weights that the model computes with, 2 bytes a parameter, and the
+    masters stand in the optimizer's part. Both resume exactly."""
+
+
+class HealthConfig(Section):
+    """When a run that has gone bad stops, with a non-zero exit status."""
+
+    max_bad_steps: NonNegative = 10
+    """Steps in a row that teach nothing, after which the run stops: their update was skipped, or no
+    verifier gave any of their completions a verdict. 0 never stops for that. Weights or an entropy
+    that are not finite stop a run at once."""
 
 
 class MetricsConfig(Section):

@@ -99,6 +99,8 @@ def _name(annotation: Any) -> str:
     if origin is tuple:
         kinds = list(dict.fromkeys(map(_name, args)))
         return f"{len(args)} x {kinds[0]}" if len(kinds) == 1 else "; ".join(kinds)
+    if origin is list:
+        return f"list of {_name(args[0])}"
     if origin is dict:
         return "mapping"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[

@@ -21,6 +21,7 @@ from papo.config.options import (
     DeepSpeedConfig,
     DynamicSamplingConfig,
     EvaluationConfig,
+    HealthConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
@@ -28,13 +29,13 @@ from papo.config.options import (
     OptimConfig,
     PhaseConfig,
     Positive,
-    RewardConfig,
     RolloutConfig,
     Section,
     WeightingConfig,
     refuse,
 )
 from papo.config.presets import PRESETS
+from papo.config.reward import RewardConfig
 from papo.config.text import ConfigError, explain, merged, read_options
 
 
@@ -56,6 +57,8 @@ class TrainConfig(Section):
     resume: Annotated[str, Field(min_length=1)] = "never"
     """`never`; `auto` for the newest checkpoint of `output_dir`, or the start where there is none;
     or a checkpoint's folder."""
+    resume_anyway: bool = False
+    """Resume although options differ from the checkpoint's that change what is trained."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
@@ -68,6 +71,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

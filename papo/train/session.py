@@ -65,7 +65,7 @@ class Session:
         with collectives.failing_together():
             build.check_backend(config.loss.backend)
             self._resumed = checkpoint.resolve(config.resume, self._checkpoints)
-            verifier = choose_verifier(config.reward.verifier, config.data.source)
+            verifier = choose_verifier(config.reward.verifiers[0], config.data.source)
             self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
             self.tokenizer = load_tokenizer(config.model)
             self.problems = ProblemSource(config.data, self.tokenizer, config.seed)

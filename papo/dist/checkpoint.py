@@ -105,7 +105,7 @@ def save(
         except OSError as error:
             failure = _explain(final, error)
     collectives.raise_together(failure)
-    partial = collectives.gather_objects(partial)[0]
+    partial = root / collectives.gather_objects(partial.name)[0]
     files, failure = _write_tensors(partial, engine, weights)
     _raise_without(partial, failure)
     parts = dict(item for part in collectives.gather_objects(files) for item in part.items())

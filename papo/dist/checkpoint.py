@@ -209,7 +209,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         PapoError: it is damaged all the same.
     """
     try:
-        return read_trainer(folder).model_dump()
+        return dict(read_trainer(folder))
     except PapoError as error:
         raise PapoError(f"{folder}: {error}") from error
 
@@ -247,7 +247,7 @@ def _check(folder: Path, reader: ShardReader, engine: Engine, meta: dict[str, An
                 f"{folder}: {name} has shape {tuple(found)}, the model's is {tuple(shape)}"
             )
     learned = MOMENTS if meta["optimizer_steps"] else ()
-    optional = {MASTER} & reader.kinds()
+    optional = {MASTER, *MOMENTS} & reader.kinds()
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     reader.check({WEIGHT, *learned, *optional}, numels)
 

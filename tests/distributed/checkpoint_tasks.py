@@ -36,6 +36,7 @@ from tests.distributed.tasks import (
     sequences,
     whole_weights,
 )
+from tests.trainer.tiny import build_tokenizer
 
 KEEP = checkpoint.Retention(2)
 
@@ -221,6 +222,12 @@ def run_export(folder: str, tied: bool, dtype: str) -> dict[str, Any]:
     """`final/` after an update, beside the model that sampled."""
     e = Engine(Policy(model(tied), temperature=1.0), ds_config(3, dtype), OptimConfig(lr=1e-2))
     one_update(e, my_part(sequences(8), [4, 4]), 4, Loss(), True)
+    base = Path(f"{folder}-base")
+    if collectives.rank() == 0:
+        model(tied).save_pretrained(base)
+        build_tokenizer().save_pretrained(base)
+    recorded = {"config": {"model": {"path": str(base), "dtype": dtype}}}
+    checkpoint.save(Path(f"{folder}-checkpoints"), 1, e, recorded, KEEP, "bf16")
     checkpoint.export(Path(folder), e, SimpleNamespace(save_pretrained=lambda folder: None))
     again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     ids = torch.arange(VOCABULARY)[None]

@@ -15,6 +15,18 @@ from papo.dist.folders import name_of
 from papo.dist.manifest import Manifest, entry_of, read_manifest, write_manifest
 from papo.dist.partition import MOMENTS, ReplicatedPartition
 
+FILES = (
+    "weights-00000-of-00001-00001.safetensors",
+    "optimizer-00000-of-00001-00001.safetensors",
+    "trainer.json",
+    "manifest.json",
+)
+
+
+def one_line(fault: str) -> bool:
+    """Whether a user can read it."""
+    return "\n" not in fault and fault.isprintable() and len(fault) < 400
+
 
 class SmallEngine:
     """Enough of an engine to save and load: two parameters, in float32 without ZeRO."""

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from papo.dist import checkpoint
+from papo.dist.export import main
+from papo.dist.manifest import read_manifest, write_manifest
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance
 
@@ -180,3 +184,26 @@ def test_final_gives_the_logits_that_sampled(results, tied, dtype) -> None:
     name = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[dtype]
     for got in results[f"export-{tied}"]:
         assert got == {"same": True, "moved": True, "head": not tied, "dtype": name}
+
+
+@pytest.mark.parametrize(("tied", "dtype"), EXPORTS)
+def test_a_checkpoint_becomes_the_same_model(results, tmp_path: Path, capsys, tied, dtype) -> None:
+    """By the command, also of one that holds weights alone; what is wrong is one line."""
+    root = results["root"]
+    folder = root / f"final-{tied}-checkpoints" / "step-00000001"
+    for path in folder.glob("optimizer-*"):
+        path.unlink()
+    made = tmp_path / "model"
+    assert main([str(folder), str(made)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}: damaged: optimizer-00000-of-00002-00001")
+    manifest = read_manifest(folder)
+    weights = {n: e for n, e in manifest.files.items() if not n.startswith("optimizer-")}
+    write_manifest(folder, manifest.model_copy(update={"resumable": False, "files": weights}))
+    assert main([str(folder), str(made)]) == 0
+    expected, got = (load_file(f / "model.safetensors") for f in (root / f"final-{tied}", made))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert (made / "tokenizer.json").exists() and (made / "generation_config.json").exists()
+    assert main([str(folder), str(made)]) == 1
+    assert "expected a new or an empty folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""DeepSpeed around the policy: forward, backward, step, whole weights, optimizer state by name.
+"""DeepSpeed around the policy: forward, backward, step, whole weights, this rank's state by name.
 
 The only file that imports deepspeed. ZeRO-0 to 3 look the same from outside.
 """
@@ -18,6 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from papo.dist import collectives
+from papo.dist.partition import (
+    MASTER,
+    MOMENTS,
+    FragmentPartition,
+    Partition,
+    ReplicatedPartition,
+    ZeRO3Partition,
+)
 from papo.errors import PapoError
 
 if TYPE_CHECKING:
@@ -32,16 +41,6 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StepResult(NamedTuple):
@@ -137,7 +136,11 @@ class Engine:
     ) -> None:
         self.policy = policy
         self.device = local_device()
+        if optim is None and ds_config["zero_optimization"]["stage"] != 3:
+            # ZeRO-1 and 2 partition what only an optimizer has, and refuse to run without one.
+            ds_config = {**ds_config, "zero_optimization": {"stage": 0}}
         self._stage = ds_config["zero_optimization"]["stage"]
+        self.computes_in_bf16: bool = ds_config["bf16"]["enabled"]
         self.adamw: GuardedAdamW | None = None
         if optim is not None:
             self.adamw = GuardedAdamW(
@@ -155,7 +158,7 @@ class Engine:
         exact = {
             name: p.detach()
             for name, p in self.trained_parameters()
-            if ds_config["bf16"]["enabled"] and p.dtype != torch.bfloat16
+            if self.computes_in_bf16 and p.dtype != torch.bfloat16
         }
         self._ds, self._zero, _, _ = deepspeed.initialize(
             model=policy, optimizer=self.adamw, config=ds_config, dist_init_required=False
@@ -165,7 +168,9 @@ class Engine:
                 deepspeed.zero.register_external_parameter(policy.scoring, parameter)
         for name, parameter in self.trained_parameters():
             if name in exact:
-                self._write_master(parameter, exact.pop(name).to(self.device, torch.float32))
+                partition = self.partition(parameter)
+                mine = exact.pop(name).flatten()[partition.start : partition.stop]
+                partition.write(MASTER, mine.float())
         self.train(optim is not None)
 
     def forward(
@@ -253,58 +258,29 @@ class Engine:
         return [(name, p) for name, p in named if p.requires_grad]
 
     @property
-    def trained_numel(self) -> int:
-        """How many numbers are trained, over all ranks."""
-        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trained_parameters())
-
-    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Whole float32 weight and moments of one parameter, on every rank (a collective)."""
-        weight = safe_get_full_fp32_param(parameter)
-        if weight is None:  # float32 without ZeRO: the parameter is its own master copy
-            state = self.adamw.state.get(parameter, {}) if self.adamw else {}
-            moments = {k: state[k] for k in MOMENTS if k in state}
-            return {"weight": parameter.detach(), **moments}
-        if not self._has_moments:
-            return {"weight": weight}
-        moments = {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}
-        return {"weight": weight, **moments}
-
-    def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Inverse of `read_state`: sets the compute copy, the master copy and the moments."""
-        weight = state["weight"].to(self.device)
-        if self._stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(weight)
-        else:
-            parameter.data.copy_(weight)
-        self._write_master(parameter, weight)
-        for key in MOMENTS:
-            moment = state[key].to(self.device)
-            if self._stage == 3:
-                safe_set_local_optimizer_state(parameter, self._shard(parameter, moment), key)
-            elif hasattr(parameter, "_hp_mapping"):
-                safe_set_full_optimizer_state(parameter, moment, key)
-            elif self.adamw is not None:
-                self.adamw.state[parameter][key].copy_(moment)
-
-    def _write_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
-        """Set the float32 copy that the optimizer updates, where it is not the parameter itself."""
-        if self._stage == 3:
-            safe_set_local_fp32_param(parameter, self._shard(parameter, weight))
-        elif hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, weight)
-
-    @staticmethod
-    def _shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's part of `whole`; DeepSpeed's "set full" reads past the end on the last."""
-        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-        size = partition.ds_numel
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        padded = nn.functional.pad(whole.flatten(), (0, size * world - whole.numel()))
-        return padded.narrow(0, rank * size, size)
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of everything that is trained, by name."""
+        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.trained_parameters()}
 
     @property
-    def _has_moments(self) -> bool:
+    def trained_numel(self) -> int:
+        """How many numbers are trained, over all ranks."""
+        return sum(math.prod(shape) for shape in self.trained_shapes.values())
+
+    def partition(self, parameter: nn.Parameter) -> Partition:
+        """This rank's part of a trained parameter and of its optimizer state."""
+        if self._stage == 3:
+            return ZeRO3Partition(parameter, self._zero, collectives.rank())
+        if hasattr(parameter, "_hp_mapping"):
+            return FragmentPartition(parameter)
+        state = self.adamw.state.get(parameter, {}) if self.adamw else {}
+        moments = {key: state[key] for key in MOMENTS if key in state}
+        ranks = collectives.rank(), collectives.world_size()
+        return ReplicatedPartition(parameter, moments, *ranks)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether AdamW's moments exist, which its first update makes."""
         return self.adamw is not None and any("exp_avg" in s for s in self.adamw.state.values())
 
     @property

@@ -64,13 +64,13 @@ class Session:
         config = self.config
         with collectives.failing_together():
             build.check_backend(config.loss.backend)
-            self._resumed = checkpoint.resolve(config.resume, self._checkpoints)
             verifier = choose_verifier(config.reward.verifiers[0], config.data.source)
             self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
             self.tokenizer = load_tokenizer(config.model)
             self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
             prompt = self.problems.batch(0, 1)[0].prompt_ids
             self.rewards.thinks = opens_thinking(self.tokenizer, prompt)
+        self._resumed = checkpoint.resolve(config.resume, self._checkpoints)
         references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.progress)
 
     def _build_policy(self) -> None:
@@ -133,7 +133,8 @@ class Session:
         self.held_out = HeldOut(evaluator, self.engine, self.problems, self.recorder)
         self.state = RunState(
             self._checkpoints,
-            config.checkpoint.keep,
+            checkpoint.Retention(config.checkpoint.keep, config.checkpoint.keep_best),
+            config.checkpoint.weights,
             self._resumed,
             self.engine,
             self.batcher,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from papo.data.problems import ProblemSource
 from papo.dist import checkpoint, collectives
@@ -24,14 +25,16 @@ class RunState:
 
     Attributes:
         folder: of the run's checkpoints.
-        keep: how many of them.
+        retention: which of them stay.
+        weights: how they hold the weights, see `CheckpointConfig`.
         resumed: the checkpoint that the run goes on from, if any.
         parts: what changes beside the engine, by its name in a checkpoint.
         recorder: has the evaluations so far.
     """
 
     folder: Path
-    keep: int
+    retention: checkpoint.Retention
+    weights: Literal["fp32", "bf16"]
     resumed: Path | None
     engine: Engine
     batcher: Batcher
@@ -47,7 +50,7 @@ class RunState:
             **{name: part.state_dict() for name, part in self.parts.items()},
             "evaluations": self.recorder.results.evaluations,
         }
-        checkpoint.save(self.folder, step, self.engine, state, self.keep)
+        checkpoint.save(self.folder, step, self.engine, state, self.retention, self.weights)
 
     def resume(self) -> tuple[int, int]:
         """Load the checkpoint to go on from, if any, and drop what was written after it; a

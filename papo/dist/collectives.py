@@ -7,7 +7,7 @@ call the same functions in the same order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -71,8 +71,8 @@ def gather_objects(value: T) -> list[T]:
     return gathered  # type: ignore[return-value]  # every place has been filled
 
 
-def gather_lists(items: Sequence[T]) -> list[T]:
-    """The lists of all ranks joined in rank order, on every rank."""
+def gather_lists(items: Collection[T]) -> list[T]:
+    """The items of all ranks joined in rank order, on every rank."""
     return [item for part in gather_objects(list(items)) for item in part]
 
 

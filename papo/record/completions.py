@@ -45,11 +45,11 @@ class CompletionsWriter:
             self._lines.close()
 
 
-def completion_rows(groups: Sequence[ScoredGroup], first_group: int) -> list[dict[str, Any]]:
+def completion_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
     """One row per completion for completions.jsonl."""
     return [
         {
-            "group": first_group + g,
+            "group": group.index,
             "uid": c.problem.uid,
             "prompt": c.problem.messages[-1]["content"],
             "answer": c.problem.answer,
@@ -60,6 +60,6 @@ def completion_rows(groups: Sequence[ScoredGroup], first_group: int) -> list[dic
             "status": r.status,
             "advantage": a,
         }
-        for g, group in enumerate(groups)
+        for group in groups
         for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
     ]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from papo.dist import collectives
 from papo.policy.advantage import ScoredGroup
 from papo.record.jsonl import JsonLines
 
@@ -46,8 +47,12 @@ class CompletionsWriter:
 
 
 def completion_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
-    """One row per completion for completions.jsonl."""
-    return [
+    """One row per completion of all ranks' groups, in the order of the groups; a collective.
+
+    Args:
+        groups: this rank's.
+    """
+    mine = [
         {
             "group": group.index,
             "uid": c.problem.uid,
@@ -63,3 +68,4 @@ def completion_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
         for group in groups
         for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
     ]
+    return sorted(collectives.gather_lists(mine), key=lambda row: row["group"])

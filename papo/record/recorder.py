@@ -61,8 +61,7 @@ class Recorder:
         Args:
             sampled: this rank's groups.
         """
-        rows = collectives.gather_lists(completion_rows(sampled))
-        rows.sort(key=lambda row: row["group"])
+        rows = completion_rows(sampled)
         with collectives.failing_together():
             self._completions.write(step, rows)
             self._metrics.write(step, metrics)

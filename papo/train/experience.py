@@ -67,13 +67,48 @@ def collect(rounds: Rounds, wanted: int, dynamic: DynamicSamplingConfig) -> Coll
             )
         if dynamic.on_exhausted == "skip":
             found = []
-    kept = set(found[:wanted])
-    return Collected([g for g in sampled if g.index in kept], sampled, count)
+    return Collected(_share(sampled, found[:wanted]), sampled, count)
 
 
-def _with_spread(groups: Sequence[ScoredGroup]) -> list[int]:
-    """Indices of all ranks' groups that have spread, in their order; a collective."""
-    return sorted(collectives.gather_lists([g.index for g in groups if not g.zero_spread]))
+def _with_spread(groups: Sequence[ScoredGroup]) -> list[tuple[int, int]]:
+    """Index and rank of all ranks' groups that have spread, in order; a collective."""
+    rank = collectives.rank()
+    return sorted(collectives.gather_lists([(g.index, rank) for g in groups if not g.zero_spread]))
+
+
+def _share(sampled: Sequence[ScoredGroup], kept: Sequence[tuple[int, int]]) -> list[ScoredGroup]:
+    """The groups that this rank trains on; a collective.
+
+    One rank may have sampled many more of the `kept` groups than another, which would wait for it:
+    groups move from rank to rank.
+
+    Args:
+        sampled: by this rank.
+        kept: index and rank of the groups that train, over all ranks.
+    """
+    own = {g.index: g for g in sampled}
+    shares: list[list[ScoredGroup]] = [[] for _ in range(collectives.world_size())]
+    takers = takers_of([rank for _, rank in kept], len(shares))
+    for (index, rank), taker in zip(kept, takers, strict=True):
+        if rank == collectives.rank():
+            shares[taker].append(own[index])
+    stay, shares[collectives.rank()] = shares[collectives.rank()], []
+    return sorted([*stay, *collectives.exchange(shares)], key=lambda group: group.index)
+
+
+def takers_of(holders: Sequence[int], world: int) -> list[int]:
+    """The rank that trains on each group, where `holders` have sampled them.
+
+    Of every `world` groups in a row each rank takes one, so that it also has its share of every
+    part that `mini_batches` makes; it is one of its own where there is one.
+    """
+    takers: list[int] = []
+    for start in range(0, len(holders), world):
+        part = holders[start : start + world]
+        free = [r for r in range(world) if r not in part]
+        for i, holder in enumerate(part):
+            takers.append(free.pop(0) if holder in part[:i] else holder)
+    return takers
 
 
 def to_sequences(groups: Sequence[ScoredGroup]) -> list[TrainingSequence]:

@@ -43,6 +43,7 @@ def on_ranks(world: int, work: Callable[[], T]) -> list[T]:
             rank=lambda: here.rank,
             world_size=lambda: world,
             gather_objects=gather,
+            exchange=lambda parcels: [x for row in gather(parcels) for x in row[here.rank]],
             sum_named=total,
             all_max=lambda value: max(gather(value)),
         ),

@@ -15,6 +15,7 @@ from papo.train.experience import (
     Collected,
     collect,
     mini_batches,
+    takers_of,
     to_sequences,
     with_token_weights,
 )
@@ -172,7 +173,20 @@ def test_rounds_depend_on_all_ranks() -> None:
 
     rich, poor = on_ranks(2, work)
     assert (rich.rounds, poor.rounds) == (3, 3)
-    assert (len(rich.groups), len(poor.groups)) == (3, 0)
+    assert [[g.index for g in r.sampled] for r in (rich, poor)] == [[0, 2, 4], [1, 3, 5]]
+    # The second group has moved, so that neither waits long for the other.
+    assert [[g.index for g in r.groups] for r in (rich, poor)] == [[0, 4], [2]]
+
+
+@given(st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1)))))
+def test_of_as_many_groups_as_there_are_ranks_each_takes_one(case: tuple[int, list[int]]) -> None:
+    world, holders = case
+    takers = takers_of(holders, world)
+    assert len(takers) == len(holders)
+    for start in range(0, len(holders), world):
+        held, taken = holders[start : start + world], takers[start : start + world]
+        assert len(set(taken)) == len(taken) and set(taken) <= set(range(world))
+        assert all(taken[held.index(rank)] == rank for rank in set(held))
 
 
 @given(st.integers(1, 7), st.integers(1, 4))

@@ -116,6 +116,8 @@ def test_a_step_samples_keeps_cuts_and_measures_the_same(model) -> None:
             )
             assert (rank.collected.rounds, rank.cursor) == (whole.collected.rounds, whole.cursor)
         for u in range(UPDATES):
+            shares = [len({s.group for s in r.parts[u]}) for r in ranks]
+            assert max(shares) == max(1, PROMPTS // UPDATES // len(ranks))
             assert rows_of(s for r in ranks for s in r.parts[u]) == rows_of(whole.parts[u])
         assert rows_of(s for r in ranks for s in r.measured) == rows_of(whole.measured)
 

@@ -42,7 +42,7 @@ def config(folder: Path, model: Path, /, **sections: Any) -> Path:
         "name": "tiny",
         "output_dir": str(folder / "run"),
         "steps": STEPS,
-        "model": {"path": str(model), "dtype": "bf16"},
+        "model": {"path": str(model), "dtype": "bf16", "dropout": True},
         "data": {
             "source": "reasoning_gym",
             "dataset": "chain_sum",
@@ -207,15 +207,16 @@ def two_rank_config(folder: Path, tiny: Path) -> Path:
     """Dynamic sampling, two updates per rollout, a KL term and kept ids: everything that makes
     ranks differ in what they do.
 
-    In float32, in which rounding does not change what is drawn; with the default eps AdamW would
-    move a weight whose gradient is rounding alone by the whole learning rate.
+    Without dropout, which depends on the number of ranks, and in float32, in which rounding does
+    not change what is drawn; with the default eps AdamW would move a weight whose gradient is
+    rounding alone by the whole learning rate.
     """
     return config(
         folder,
         tiny,
         method="dapo",
         steps=4,
-        model={"dtype": "fp32"},
+        model={"dtype": "fp32", "dropout": False},
         rollout={"top_p": 0.8},
         loss={"kl_coef": 0.05, "kl_estimator": "k3+", "ratio_level": "sequence"},
         optim={"lr": 1e-3, "eps": 1e-5, "micro_batch_size": 3, "updates_per_rollout": 2},
@@ -227,22 +228,6 @@ def two_rank_config(folder: Path, tiny: Path) -> Path:
 def two_ranks(tmp_path_factory, tiny) -> tuple[Path, list[tuple[int, str, str]]]:
     folder = tmp_path_factory.mktemp("two")
     return folder, train(two_rank_config(folder, tiny), world=2)
-
-
-def test_a_run_that_changes_its_number_of_ranks_is_that_of_two_ranks(
-    tmp_path: Path, tiny: Path, two_ranks
-) -> None:
-    """The first step on one rank, the second on two, which are killed around the third, and the
-    rest on one: the same completions and, but for rounding, the same figures and weights.
-
-    The cursor depends on how often they sampled, and the reference is the initial model, not the
-    resumed one.
-    """
-    path, auto = two_rank_config(tmp_path, tiny), ("--resume", "auto")
-    train(path, "--set", "steps=1", "--set", "evaluation.after=false")
-    kill_after("step 3/", path, *auto, world=2)
-    train(path, *auto)
-    same_but_for_rounding(tmp_path, two_ranks[0])
 
 
 def test_two_ranks_evaluate_sample_and_train(two_ranks) -> None:
@@ -263,6 +248,22 @@ def test_two_ranks_evaluate_sample_and_train(two_ranks) -> None:
         ("after", 4, 4.0),
     ]
     AutoModelForCausalLM.from_pretrained(folder / "run" / "final")
+
+
+def test_a_run_that_changes_its_number_of_ranks_is_that_of_two_ranks(
+    tmp_path: Path, tiny: Path, two_ranks
+) -> None:
+    """The first step on one rank, the second on two, which are killed around the third, and the
+    rest on one: the same completions and, but for rounding, the same figures and weights.
+
+    The cursor depends on how often they sampled, and the reference is the initial model, not the
+    resumed one.
+    """
+    path, auto = two_rank_config(tmp_path, tiny), ("--resume", "auto")
+    train(path, "--set", "steps=1", "--set", "evaluation.after=false")
+    kill_after("step 3/", path, *auto, world=2)
+    train(path, *auto)
+    same_but_for_rounding(tmp_path, two_ranks[0])
 
 
 def test_strength_zero_is_the_baseline_bit_for_bit(tmp_path: Path, tiny: Path) -> None:

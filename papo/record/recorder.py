@@ -61,9 +61,7 @@ class Recorder:
         Args:
             sampled: this rank's groups.
         """
-        counts = collectives.gather_objects(len(sampled))
-        first = sum(counts[: collectives.rank()])
-        rows = collectives.gather_lists(completion_rows(sampled, first))
+        rows = completion_rows(sampled)
         with collectives.failing_together():
             self._completions.write(step, rows)
             self._metrics.write(step, metrics)

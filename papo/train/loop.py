@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from papo.config import TrainConfig
 from papo.dist import checkpoint, collectives, engine
 from papo.dist.termination import Termination
@@ -13,7 +15,7 @@ from papo.record.telemetry import StageClock, memory_metrics, rollout_metrics, u
 from papo.train import experience
 from papo.train.entropy import EntropyMeasurement
 from papo.train.rounds import SamplingRounds
-from papo.train.schedule import due, learning_rate
+from papo.train.schedule import due, learning_rate, seed_of
 from papo.train.session import Session
 from papo.train.stats import attach
 
@@ -102,6 +104,8 @@ class Loop:
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock
     ) -> list[Update]:
         config, s, count = self.config, self.s, self.config.optim.updates_per_rollout
+        # For the model's dropout, where it is kept.
+        torch.manual_seed(seed_of(config.seed, "dropout", self.step, collectives.rank()))
         measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
             s.row_check.check(sequences)

@@ -27,7 +27,6 @@ from papo.rollout import HFSampler, SamplingParams
 from papo.train import build, probe, references
 from papo.train.evaluate import Evaluator, HeldOut
 from papo.train.rows import RowCheck
-from papo.train.schedule import seed_of
 from papo.train.state import RunState
 from papo.train.stats import Passes
 from papo.train.step import Updater
@@ -128,7 +127,7 @@ class Session:
             samples=options.samples,
             with_greedy=options.greedy,
             success=config.reward.success,
-            seed=seed_of(config.seed, "evaluation", collectives.rank()),
+            seed=config.seed,
         )
         self.held_out = HeldOut(evaluator, self.engine, self.problems, self.recorder)
         self.state = RunState(

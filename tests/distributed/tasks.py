@@ -246,6 +246,12 @@ def run_fail_together(failing: int) -> str:
     return ""
 
 
+def run_exchange() -> list[str]:
+    """What this rank receives where rank r sends r texts to every rank."""
+    rank, world = collectives.rank(), collectives.world_size()
+    return collectives.exchange([[f"{rank} to {r}"] * rank for r in range(world)])
+
+
 def run_bad_update(stage: int, where: str) -> dict[str, Any]:
     """A step with a non-finite loss or gradient, then a good one."""
     e = make_engine(stage)

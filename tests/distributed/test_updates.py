@@ -79,6 +79,7 @@ def of_world(world: int) -> dict:
         for tokens in (0, 9)
     }
     if world == 2:
+        tasks["exchange"] = ("exchange", {})
         tasks |= {f"fails-{rank}": ("fail_together", {"failing": rank}) for rank in (0, 1)}
     if world == 1:
         tasks |= {
@@ -165,6 +166,10 @@ def test_nothing_to_train_on_is_a_loss_of_zero(results) -> None:
         for got in results[world]["nothing"]:
             assert got["unchanged"] and not got["applied"]
             assert got["grad_norm"] == 0.0 and not any(got["sums"].values())
+
+
+def test_each_rank_receives_what_the_others_have_for_it(results) -> None:
+    assert results[2]["exchange"] == [["1 to 0"], ["1 to 1"]]
 
 
 def test_what_fails_on_one_rank_fails_on_all_with_its_text(results) -> None:

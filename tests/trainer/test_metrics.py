@@ -254,7 +254,9 @@ def test_a_loss_of_zero_comes_with_what_tells_that_training_works() -> None:
 
 
 def scored(values: list[list[float]]) -> list[ScoredGroup]:
-    """Groups of completions with these rewards; the n-th completion is n tokens long."""
+    """Groups of completions with these rewards, from index 5 on; the n-th completion is n tokens
+    long.
+    """
     n = len(values[0])
     completions = [
         Completion(
@@ -273,7 +275,7 @@ def scored(values: list[list[float]]) -> list[ScoredGroup]:
         for v in row
     ]
     advantage = SimpleNamespace(normalize_std=True, overlong="none", overlong_buffer=0)
-    return score_groups(completions, flat, n, advantage, 8)
+    return score_groups(completions, flat, range(5, 5 + len(values)), advantage, 8)
 
 
 def test_rollout_figures_by_hand() -> None:
@@ -368,7 +370,7 @@ def test_stage_times_add_up_and_make_tokens_per_second() -> None:
 
 
 def test_completion_rows_hold_what_was_sampled() -> None:
-    rows = completion_rows(scored([[1.0, math.nan], [0.0, 0.0]]), first_group=5)
+    rows = completion_rows(scored([[1.0, math.nan], [0.0, 0.0]]))
     assert [(r["group"], r["uid"], r["text"]) for r in rows] == [
         (5, 0, "text 0 0"),
         (5, 0, "text 0 1"),

@@ -22,21 +22,20 @@ TIMEOUT_SECONDS = 180.0  # of a run that takes five
 LEAVE_SECONDS = 10.0
 
 
-def parser(name: str, doc: str | None, cases: int) -> argparse.ArgumentParser:
-    """The arguments of every campaign; `cases` is how many there are unless asked otherwise."""
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The arguments of every campaign but for how many cases it has."""
     made = argparse.ArgumentParser(prog=f"python -m tests.campaigns.{name}", description=doc)
-    made.add_argument("--cases", type=int, default=cases, help=f"how many (default {cases})")
-    made.add_argument("--seed", type=int, default=0, help="of all random choices")
+    made.add_argument("--seed", type=int, default=0, help="of all random choices (default 0)")
     made.add_argument(
         "--out",
         type=Path,
         default=ROOT / "build" / "campaigns" / f"{name}.jsonl",
-        help="JSON Lines, a row per case; cases with a row of this seed are not run again",
+        help="JSON Lines, a row per case; a case that has a row of this seed is not run again",
     )
     made.add_argument(
         "--fresh", action="store_true", help="start Python anew for every rank (10 to 15 s each)"
     )
-    made.add_argument("--keep", type=Path, help="a folder for the runs of failed cases")
+    made.add_argument("--keep", type=Path, help="a folder for copies of the runs that failed")
     return made
 
 
@@ -160,9 +159,11 @@ def tiny_model(folder: Path) -> Path:
     """The tests' tiny model in `folder`; it stays out of this process."""
 
     def build() -> str:
+        from papo.model.quiet import quiet
         from tests.trainer.tiny import build_model
 
-        return str(build_model(folder / "model"))
+        with quiet():
+            return str(build_model(folder / "model"))
 
     return Path(ranks.call(build))
 
@@ -171,8 +172,11 @@ def compare(a: Path, b: Path, tolerance: Tolerance | None = None) -> str:
     """`difference` of two runs, and what kept it from being told."""
 
     def differ() -> str:
+        from papo.model.quiet import quiet
+
         try:
-            return difference(a, b, tolerance)
+            with quiet():
+                return difference(a, b, tolerance)
         except Exception as error:  # such as a file that the run did not write
             return f"{type(error).__name__}: {error}"
 
@@ -187,11 +191,12 @@ def campaign_config(folder: Path, model: Path, **sections: Any) -> Path:
     return config(folder, model, **{"reward": reward, **sections})
 
 
-def unbroken(path: Path, world: int) -> Path:
-    """The run of the config at `path` from its start to its end, in fresh processes, which is what
-    forked ones are held against; the config's folder."""
-    started = ranks.start(world, ["--config", str(path)], path.parent, str(path), fresh=True)
-    done = end(started, str(path))
+def end_well(started: list[Rank], mark: str) -> None:
+    """Wait for ranks that nothing befell.
+
+    Raises:
+        SystemExit: they failed, so that there is nothing to hold others against.
+    """
+    done = end(started, mark)
     if done.misbehaved or any(done.codes):
-        raise SystemExit(f"the unbroken run failed: {done.misbehaved or done.summary}\n{done.err}")
-    return path.parent
+        raise SystemExit(f"an unbroken run failed: {done.misbehaved or done.summary}\n{done.err}")

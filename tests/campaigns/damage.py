@@ -52,16 +52,18 @@ def break_run(variant: Variant, folder: Path, model: Path) -> Broken:
     """Train to the end, and take away what a run that was killed before has not written."""
     checkpoint = {"every": 1, "keep": STEPS, "weights": variant.weights}
     path = campaign.campaign_config(folder, model, steps=STEPS, checkpoint=checkpoint)
-    unbroken = campaign.unbroken(path, variant.world)
+    # Afresh: what forked ranks resume is held against what users start.
+    started = ranks.start(variant.world, ["--config", str(path)], folder, str(path), fresh=True)
+    campaign.end_well(started, str(path))
     broken = folder.with_name(f"{folder.name}-broken")
-    shutil.copytree(unbroken, broken)
+    shutil.copytree(folder, broken)
     for name in ("final", "summary.json", "curves.png"):
         gone = broken / "run" / name
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
     for checkpoint_folder in (broken / "run" / "checkpoints").iterdir():
         if checkpoint_folder.name not in (OLDER, NEWEST):
             shutil.rmtree(checkpoint_folder)
-    return Broken(variant, broken, unbroken)
+    return Broken(variant, broken, folder)
 
 
 def choose(cases: int, seed: int, runs: list[Broken]) -> list[tuple[Broken, Damage]]:
@@ -114,7 +116,9 @@ def run_case(
 
 def main() -> int:
     """Run the cases that have no row yet."""
-    asked = campaign.parser("damage", __doc__, cases=200).parse_args()
+    parser = campaign.parser("damage", __doc__)
+    parser.add_argument("--cases", type=int, default=200, help="how many (default 200)")
+    asked = parser.parse_args()
     ledger = Ledger(asked.out, asked.seed)
     ranks.import_all()
     with campaign.workshop(asked.keep) as (folder, save):

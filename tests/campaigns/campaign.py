@@ -183,7 +183,7 @@ def compare(a: Path, b: Path, tolerance: Tolerance | None = None) -> str:
     return ranks.call(differ)
 
 
-def campaign_config(folder: Path, model: Path, **sections: Any) -> Path:
+def campaign_config(folder: Path, model: Path, /, **sections: Any) -> Path:
     """`config` with rewards that half of the completions earn, so that each step changes the
     weights; `folder` is made."""
     folder.mkdir(parents=True, exist_ok=True)

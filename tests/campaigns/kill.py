@@ -54,7 +54,7 @@ class Variant(NamedTuple):
             folder,
             model,
             steps=STEPS,
-            model={"path": str(model), "dtype": dtype},
+            model={"dtype": dtype},
             checkpoint={"every": 1, "keep": 2, "weights": self.weights},
         )
 
@@ -211,7 +211,7 @@ def run_unbroken(folder: Path, model: Path) -> Unbroken:
         SystemExit: these differ, so that forked ranks prove nothing.
     """
     made = Unbroken({}, {})
-    for worlds in dict.fromkeys(variant.worlds for variant in VARIANTS):
+    for worlds in WORLDS:
         folders = {fresh: folder / f"unbroken-{worlds}-{fresh}" for fresh in (True, False)}
         for fresh, place in folders.items():
             path = Variant(worlds, "fp32").config(place, model)

@@ -24,7 +24,7 @@ class Tolerance(NamedTuple):
     absolute: float
 
 
-def config(folder: Path, model: Path, **sections: Any) -> Path:
+def config(folder: Path, model: Path, /, **sections: Any) -> Path:
     """Write a config of a tiny run into `folder` and return the file's path."""
     options: dict[str, Any] = {
         "name": "tiny",

@@ -47,6 +47,11 @@ class Rank:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code
 
+    def has_printed(self, start: str) -> bool:
+        """Whether there is a line that begins so, or never will be."""
+        lines = self.out.splitlines()
+        return any(line.startswith(start) for line in lines) or self.poll() is not None
+
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
         """A signal to the process, or to its group too; nothing where it has ended."""
         if self.poll() is None:
@@ -86,6 +91,8 @@ def start(
     for rank in range(world):
         stdout, stderr = folder / f"rank{rank}.out", folder / f"rank{rank}.err"
         variables = environment(rank, world, port, **{MARK: mark})
+        for path in (stdout, stderr):
+            path.write_bytes(b"")
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
@@ -105,8 +112,7 @@ def _become_rank(
         os.setsid()
         os.chdir(ROOT)
         for descriptor, path in ((0, Path(os.devnull)), (1, stdout), (2, stderr)):
-            flags = os.O_RDWR | os.O_CREAT | (0 if descriptor == 0 else os.O_TRUNC)
-            os.dup2(os.open(path, flags, 0o644), descriptor)
+            os.dup2(os.open(path, os.O_RDWR), descriptor)
         if fresh:
             os.execve(sys.executable, [sys.executable, "train.py", *arguments], variables)
         os.environ.clear()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tests.campaigns import campaign, ranks
 from tests.campaigns.campaign import Ended, Ledger
-from tests.campaigns.damages import Damage, all_damages
+from tests.campaigns.damages import Damage, all_damages, permit
 
 STEPS = 4
 OLDER, NEWEST = "step-00000002", "step-00000003"  # of a run that was killed in its last step
@@ -31,6 +31,11 @@ class Variant(NamedTuple):
     def name(self) -> str:
         return f"{self.world} rank{'s' if self.world > 1 else ''}, {self.weights}"
 
+    def config(self, folder: Path, model: Path) -> Path:
+        """Its config, written into `folder`."""
+        checkpoint = {"every": 1, "keep": STEPS, "weights": self.weights}
+        return campaign.campaign_config(folder, model, steps=STEPS, checkpoint=checkpoint)
+
 
 VARIANTS = [Variant(world, weights) for world in (1, 2) for weights in ("fp32", "bf16")]
 
@@ -44,14 +49,14 @@ class Broken(NamedTuple):
     """
 
     variant: Variant
+    model: Path
     folder: Path
     unbroken: Path
 
 
 def break_run(variant: Variant, folder: Path, model: Path) -> Broken:
     """Train to the end, and take away what a run that was killed before has not written."""
-    checkpoint = {"every": 1, "keep": STEPS, "weights": variant.weights}
-    path = campaign.campaign_config(folder, model, steps=STEPS, checkpoint=checkpoint)
+    path = variant.config(folder, model)
     # Afresh: what forked ranks resume is held against what users start.
     started = ranks.start(variant.world, ["--config", str(path)], folder, str(path), fresh=True)
     campaign.end_well(started, str(path))
@@ -63,7 +68,7 @@ def break_run(variant: Variant, folder: Path, model: Path) -> Broken:
     for checkpoint_folder in (broken / "run" / "checkpoints").iterdir():
         if checkpoint_folder.name not in (OLDER, NEWEST):
             shutil.rmtree(checkpoint_folder)
-    return Broken(variant, broken, folder)
+    return Broken(variant, model, broken, folder)
 
 
 def choose(cases: int, seed: int, runs: list[Broken]) -> list[tuple[Broken, Damage]]:
@@ -102,16 +107,16 @@ def run_case(
 ) -> tuple[str, str, str]:
     """Damage a copy of the run in `folder` and resume it: what was done, outcome and failure."""
     shutil.copytree(run.folder, folder)
-    model = run.unbroken.parent / "model"
-    checkpoint = {"every": 1, "keep": STEPS, "weights": run.variant.weights}
-    path = campaign.campaign_config(folder, model, steps=STEPS, checkpoint=checkpoint)
+    path = run.variant.config(folder, run.model)
     checkpoints = folder / "run" / "checkpoints"
     done = damage.apply(checkpoints / NEWEST, checkpoints / OLDER, rng)
-    existed = (checkpoints / NEWEST).exists()
+    existed = (checkpoints / NEWEST).is_dir()
     mark = str(folder)
     arguments = ["--config", str(path), "--resume", "auto"]
     started = ranks.start(run.variant.world, arguments, folder, mark, fresh=fresh)
-    return done, *judge(campaign.end(started, mark), damage, existed, run, folder)
+    ended = campaign.end(started, mark)
+    permit(folder)
+    return done, *judge(ended, damage, existed, run, folder)
 
 
 def main() -> int:

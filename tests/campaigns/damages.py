@@ -221,3 +221,11 @@ def all_damages(newest: Path) -> list[Damage]:
     files = sorted(path.name for path in newest.iterdir())
     of_files = [Damage(kind, name) for name in files for kind in FILE_DAMAGES]
     return of_files + [Damage(kind) for kind in (*FOLDER_DAMAGES, *TOTAL_DAMAGES)]
+
+
+def permit(folder: Path) -> None:
+    """Give back all permissions below `folder`, so that it can be copied and removed."""
+    for root, folders, files in os.walk(folder):
+        for path in (Path(root, name) for name in (*folders, *files)):
+            if not path.is_symlink():
+                path.chmod(0o700)

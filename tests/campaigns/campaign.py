@@ -121,12 +121,12 @@ class Ended(NamedTuple):
         return f"exit status {self.codes}: {' | '.join(said)[:400]}"
 
 
-def end(started: list[Rank], mark: str, seconds: float = TIMEOUT_SECONDS) -> Ended:
+def end(started: list[Rank], seconds: float = TIMEOUT_SECONDS) -> Ended:
     """Wait for the ranks of a case, and look for what none may do: hang, show a traceback, or leave
     processes behind."""
     in_time = ranks.ended(started, seconds)
     out, err = ("".join(getattr(rank, name) for rank in started) for name in ("out", "err"))
-    left = ranks.left_behind(mark, LEAVE_SECONDS)
+    left = ranks.left_behind(LEAVE_SECONDS)
     misbehaved = ""
     if not in_time:
         misbehaved = f"no end within {seconds:.0f} s: {(out + err)[-300:]!r}"
@@ -191,12 +191,12 @@ def campaign_config(folder: Path, model: Path, /, **sections: Any) -> Path:
     return config(folder, model, **{"reward": reward, **sections})
 
 
-def end_well(started: list[Rank], mark: str) -> None:
+def end_well(started: list[Rank]) -> None:
     """Wait for ranks that nothing befell.
 
     Raises:
         SystemExit: they failed, so that there is nothing to hold others against.
     """
-    done = end(started, mark)
+    done = end(started)
     if done.misbehaved or any(done.codes):
         raise SystemExit(f"an unbroken run failed: {done.misbehaved or done.summary}\n{done.err}")

@@ -58,8 +58,8 @@ def break_run(variant: Variant, folder: Path, model: Path) -> Broken:
     """Train to the end, and take away what a run that was killed before has not written."""
     path = variant.config(folder, model)
     # Afresh: what forked ranks resume is held against what users start.
-    started = ranks.start(variant.world, ["--config", str(path)], folder, str(path), fresh=True)
-    campaign.end_well(started, str(path))
+    started = ranks.start(variant.world, ["--config", str(path)], folder, fresh=True)
+    campaign.end_well(started)
     broken = folder.with_name(f"{folder.name}-broken")
     shutil.copytree(folder, broken)
     for name in ("final", "summary.json", "curves.png"):
@@ -111,10 +111,9 @@ def run_case(
     checkpoints = folder / "run" / "checkpoints"
     done = damage.apply(checkpoints / NEWEST, checkpoints / OLDER, rng)
     existed = (checkpoints / NEWEST).is_dir()
-    mark = str(folder)
     arguments = ["--config", str(path), "--resume", "auto"]
-    started = ranks.start(run.variant.world, arguments, folder, mark, fresh=fresh)
-    ended = campaign.end(started, mark)
+    started = ranks.start(run.variant.world, arguments, folder, fresh=fresh)
+    ended = campaign.end(started)
     permit(folder)
     return done, *judge(ended, damage, existed, run, folder)
 
@@ -125,7 +124,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=200, help="how many (default 200)")
     asked = parser.parse_args()
     ledger = Ledger(asked.out, asked.seed)
-    ranks.import_all()
+    ranks.prepare()
     with campaign.workshop(asked.keep) as (folder, save):
         model = campaign.tiny_model(folder)
         runs = [break_run(v, folder / v.name.replace(" ", ""), model) for v in VARIANTS]

@@ -169,28 +169,27 @@ class Case:
         self.strikes: list[str] = []
         self.worlds: list[int] = []
 
-    def start(self, fresh: bool) -> tuple[list[Rank], str]:
-        """Start or resume it; its ranks and their mark."""
+    def start(self, fresh: bool) -> list[Rank]:
+        """Start or resume it."""
         self.worlds.append(self._rng.choice(self._variant.worlds))
         arguments = ["--config", str(self._path), "--resume", "auto"]
-        mark = f"{self._folder}-{len(self.worlds)}"
-        return ranks.start(self.worlds[-1], arguments, self._folder, mark, fresh=fresh), mark
+        return ranks.start(self.worlds[-1], arguments, self._folder, fresh=fresh)
 
     def suffer(self, number: signal.Signals, unbroken: Unbroken, fresh: bool) -> str:
         """Start it and strike; what is wrong with how it ended."""
-        started, mark = self.start(fresh)
+        started = self.start(fresh)
         pace = unbroken.paces[self.worlds[-1], fresh]
         planned = choose_strike(self._rng, number, self.worlds[-1], pace)
         if strike(started, planned):
             self.strikes.append(planned.words)
             seconds = campaign.TIMEOUT_SECONDS if number != signal.SIGKILL else _PEER_SECONDS
-            return complaint(campaign.end(started, mark, seconds), planned)
-        done = campaign.end(started, mark)
+            return complaint(campaign.end(started, seconds), planned)
+        done = campaign.end(started)
         return done.misbehaved or ("" if not any(done.codes) else done.summary)
 
     def finish(self, unbroken: Unbroken, fresh: bool) -> str:
         """Resume it to its end; what is wrong with that, or with its figures."""
-        done = campaign.end(*self.start(fresh))
+        done = campaign.end(self.start(fresh))
         if done.misbehaved or any(done.codes):
             return f"cannot be resumed: {done.misbehaved or done.summary}"
         tolerance = ROUNDING if self._variant.changes else None
@@ -220,14 +219,13 @@ def run_unbroken(folder: Path, model: Path) -> Unbroken:
 
 def run_to_end(path: Path, world: int, fresh: bool) -> Pace:
     """The pace of the run of the config at `path`."""
-    mark = str(path)
     began = time.monotonic()
-    started = ranks.start(world, ["--config", mark], path.parent, mark, fresh=fresh)
+    started = ranks.start(world, ["--config", str(path)], path.parent, fresh=fresh)
     ranks.until(lambda: started[0].has_printed("step 1/"), campaign.TIMEOUT_SECONDS)
     first = time.monotonic()
     ranks.until(lambda: started[0].has_printed(f"step {STEPS}/"), campaign.TIMEOUT_SECONDS)
     step_s = (time.monotonic() - first) / (STEPS - 1)
-    campaign.end_well(started, mark)
+    campaign.end_well(started)
     return Pace(_LAUNCH_SECONDS[fresh], time.monotonic() - began, step_s)
 
 
@@ -250,7 +248,7 @@ def main() -> int:
     )
     asked = parser.parse_args()
     ledger = Ledger(asked.out, asked.seed)
-    ranks.import_all()
+    ranks.prepare()
     with campaign.workshop(asked.keep) as (folder, save):
         model = campaign.tiny_model(folder)
         unbroken = run_unbroken(folder, model)

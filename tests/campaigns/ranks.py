@@ -5,6 +5,8 @@ it has imported all that they need, which saves most of what a start costs.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import importlib
 import os
 import signal
@@ -18,11 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+import psutil
+
 from tests.distributed.launch import ROOT, environment, free_port
 
-# In the environment of every process of a case, and inherited by whatever these start.
-MARK = "PAPO_CAMPAIGN_CASE"
+_SCRIPT = str(ROOT / "train.py")
 _POLL_SECONDS = 0.01
+_SET_CHILD_SUBREAPER = 36  # of prctl
 
 
 @dataclass
@@ -68,53 +72,63 @@ class Rank:
         return self.stderr.read_text(errors="replace")
 
 
-def import_all() -> None:
-    """Import what a run imports, so that forked ranks begin behind it. One thread each, as in
-    `environment`."""
+def prepare() -> None:
+    """Import what a run imports, so that forked ranks begin behind it, and become the parent of
+    what they leave behind. One thread each, as in `environment`.
+
+    Raises:
+        OSError: not on Linux.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     for name in ("matplotlib.pyplot", "reasoning_gym", "papo.train.loop"):
         importlib.import_module(name)
 
 
 def start(
-    world: int, arguments: list[str], folder: Path, mark: str, *, fresh: bool = False
+    world: int, arguments: list[str], folder: Path, *, fresh: bool = False, cwd: Path = ROOT
 ) -> list[Rank]:
     """`world` ranks of `train.py arguments...`.
 
     Args:
         folder: for the files they print to.
-        mark: the value of MARK in their environment.
         fresh: start Python anew instead of forking this process.
+        cwd: the folder they run in.
     """
     port = free_port()
     ranks = []
     for rank in range(world):
         stdout, stderr = folder / f"rank{rank}.out", folder / f"rank{rank}.err"
-        variables = environment(rank, world, port, **{MARK: mark})
+        variables = environment(rank, world, port)
         for path in (stdout, stderr):
             path.write_bytes(b"")
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _become_rank(arguments, variables, stdout, stderr, fresh)
+            _become_rank(arguments, variables, (stdout, stderr), fresh, cwd)
         until(lambda pid=pid: os.getpgid(pid) == pid, seconds=60)
         ranks.append(Rank(pid, stdout, stderr))
     return ranks
 
 
 def _become_rank(
-    arguments: list[str], variables: dict[str, str], stdout: Path, stderr: Path, fresh: bool
+    arguments: list[str],
+    variables: dict[str, str],
+    outputs: tuple[Path, Path],
+    fresh: bool,
+    cwd: Path,
 ) -> NoReturn:
     """In the child: what a shell does between fork and exec, then train."""
     code = 1
     try:
         os.setsid()
-        os.chdir(ROOT)
-        for descriptor, path in ((0, Path(os.devnull)), (1, stdout), (2, stderr)):
+        os.chdir(cwd)
+        for descriptor, path in enumerate((Path(os.devnull), *outputs)):
             os.dup2(os.open(path, os.O_RDWR), descriptor)
         if fresh:
-            os.execve(sys.executable, [sys.executable, "train.py", *arguments], variables)
+            os.execve(sys.executable, [sys.executable, _SCRIPT, *arguments], variables)
         os.environ.clear()
         os.environ.update(variables)
         code = _train(arguments)
@@ -129,9 +143,9 @@ def _train(arguments: list[str]) -> int:
     from papo.cli import main
 
     script = ModuleType("__main__")  # which spawned workers import
-    script.__file__ = str(ROOT / "train.py")
+    script.__file__ = _SCRIPT
     sys.modules["__main__"] = script
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [_SCRIPT, *arguments]
     try:
         code = main()
     except SystemExit as error:
@@ -188,29 +202,25 @@ def ended(ranks: list[Rank], seconds: float) -> bool:
     return False
 
 
-def left_behind(mark: str, seconds: float) -> list[str]:
-    """The commands of the case's processes that are still there after `seconds`, and that are then
-    killed."""
-    until(lambda: not _marked(mark), seconds)
-    found = _marked(mark)
-    commands = [_read(pid, "cmdline").replace("\0", " ").strip() for pid in found]
-    for pid in found:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def left_behind(seconds: float) -> list[str]:
+    """The commands of processes that ranks have left and that are still there after `seconds`;
+    these are killed."""
+    until(lambda: not _descendants(), seconds)
+    commands = []
+    for process in _descendants():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            commands.append(" ".join(process.cmdline()))
+            process.kill()
     return commands
 
 
-def _marked(mark: str) -> list[int]:
-    wanted = f"{MARK}={mark}"
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [pid for pid in pids if wanted in _read(pid, "environ").split("\0")]
-
-
-def _read(pid: int, name: str) -> str:
-    """A file of /proc; empty for a process that has ended or is another user's."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    except OSError:
-        return ""
+def _descendants() -> list[psutil.Process]:
+    """The living processes below this one; those that have ended are reaped."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(process.pid, os.WNOHANG)
+            else:
+                found.append(process)
+    return found

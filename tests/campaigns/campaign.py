@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +49,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, seed: int) -> None:
-        self._path, self._seed = path, seed
+        self._path, self._seed, self._began = path, seed, time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.read_text().splitlines() if path.exists() else []
         self.rows: list[Row] = [row for row in map(json.loads, written) if row["seed"] == seed]
@@ -84,7 +86,11 @@ class Ledger:
         for line in lines:
             print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
         failed = [row for row in self.rows if row["failure"]]
-        print(f"{len(self.rows)} cases, {len(failed)} failed; rows in {self._path}")
+        used = sum(os.times()[:4])
+        print(
+            f"{len(self.rows)} cases, {len(failed)} failed; rows in {self._path}; this call took "
+            f"{(time.monotonic() - self._began) / 60:.1f} minutes and {used / 60:.1f} of CPU time"
+        )
         for row in failed:
             print(f"  case {row['case']}: {row['failure']}")
         return 1 if failed or not self.rows else 0

@@ -45,7 +45,8 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{' or '.join(map(str, self.worlds))} ranks, {self.weights}"
+        numbers = " or ".join(map(str, self.worlds))
+        return f"{numbers} rank{'' if self.worlds == (1,) else 's'}, {self.weights}"
 
     def config(self, folder: Path, model: Path) -> Path:
         """Its config, written into `folder`."""
@@ -140,19 +141,17 @@ def complaint(done: Ended, planned: Strike) -> str:
     """What is wrong with how the ranks ended after a strike, empty where nothing is."""
     if done.misbehaved:
         return done.misbehaved
-    if planned.number == signal.SIGKILL:
-        survivors = [code for code in done.codes if code != -signal.SIGKILL]
-        if any(code not in (0, 1) for code in survivors):
-            return f"a rank that survived another fails: {done.summary}"
-        if 1 in survivors and len(done.error_lines) != 1:
-            return f"no single line says that a rank is gone: {done.summary}"
-        return ""
     training = any(line.startswith("step ") for line in done.out.splitlines())
+    if planned.number != signal.SIGKILL and training:
+        ends = f"{planned.number.name} is not the end of a step: {done.summary}"
+        return ends if any(done.codes) else ""
     # Before the run is set up, a signal may do what it does to any process.
-    early = {0, -planned.number, 128 + planned.number}
-    if all(code == 0 for code in done.codes) or (not training and set(done.codes) <= early):
-        return ""
-    return f"{planned.number.name} is not the end of a step: {done.summary}"
+    left = [code for code in done.codes if code not in (-planned.number, 128 + planned.number)]
+    if any(left) and (planned.victim is None or not set(left) <= {0, 1}):
+        return f"a wrong exit status after {planned.number.name}: {done.summary}"
+    if any(left) and len(done.error_lines) != 1:
+        return f"no single line says that a rank is gone: {done.summary}"
+    return ""
 
 
 class Case:

@@ -82,8 +82,11 @@ def test_a_damaged_run_is_refused_in_one_line_or_not_at_all(
         ([KILLED, 1], "step 1/6", "error: rank 0 is gone", signal.SIGKILL, False),
         ([KILLED, 1], "step 1/6", "", signal.SIGKILL, True),
         ([KILLED, -signal.SIGABRT], "step 1/6", "error: gone", signal.SIGKILL, True),
+        ([KILLED, KILLED], "", "", signal.SIGKILL, False),
+        ([1], "", "error: killed", signal.SIGKILL, True),
         ([0, 0], "step 1/6", "", signal.SIGTERM, False),
         ([-signal.SIGTERM], "", "", signal.SIGTERM, False),
+        ([-signal.SIGTERM, 1], "", "error: rank 0 is gone", signal.SIGTERM, False),
         ([-signal.SIGTERM], "step 1/6", "", signal.SIGTERM, True),
         ([1], "step 1/6", "error: interrupted", signal.SIGINT, True),
     ],
@@ -91,7 +94,7 @@ def test_a_damaged_run_is_refused_in_one_line_or_not_at_all(
 def test_a_signal_is_the_end_of_a_step(
     codes: list[int | None], out: str, err: str, number: signal.Signals, fails: bool
 ) -> None:
-    planned = Strike(number, "", 0.0, None, group=False)
+    planned = Strike(number, "", 0.0, 0 if len(codes) > 1 else None, group=False)
     assert bool(kill.complaint(Ended(codes, out, err, ""), planned)) == fails
 
 

@@ -131,13 +131,13 @@ def end(started: list[Rank], seconds: float = TIMEOUT_SECONDS) -> Ended:
     """Wait for the ranks of a case, and look for what none may do: hang, show a traceback, or leave
     processes behind."""
     in_time = ranks.ended(started, seconds)
-    out, err = ("".join(getattr(rank, name) for rank in started) for name in ("out", "err"))
+    out, err = ("\n".join(getattr(rank, name) for rank in started) for name in ("out", "err"))
     left = ranks.left_behind(LEAVE_SECONDS)
     misbehaved = ""
     if not in_time:
         misbehaved = f"no end within {seconds:.0f} s: {(out + err)[-300:]!r}"
     elif "Traceback (most recent call last)" in out + err:
-        misbehaved = f"a traceback that ends in {err.strip().splitlines()[-1][:300]!r}"
+        misbehaved = f"a traceback that ends in {(out + err).strip().splitlines()[-1][:300]!r}"
     elif "unexpected" in err.lower():
         misbehaved = next(line for line in err.splitlines() if "unexpected" in line.lower())[:300]
     elif left:

@@ -61,7 +61,7 @@ class Variant(NamedTuple):
 
 
 WORLDS = ((1,), (2,), (1, 2))
-VARIANTS = [Variant(worlds, weights) for worlds in WORLDS for weights in ("fp32", "bf16")]
+VARIANTS = [Variant(worlds, weights) for weights in ("fp32", "bf16") for worlds in WORLDS]
 
 
 class Strike(NamedTuple):
@@ -266,7 +266,7 @@ def main() -> int:
         for index in range(asked.signals):
             name, number = f"interrupted-{index}", _SIGNALS[index % len(_SIGNALS)]
             if not ledger.has(name):
-                run(name, VARIANTS[index // len(_SIGNALS) % len(VARIANTS)], [number])
+                run(name, VARIANTS[index % len(VARIANTS)], [number])
         kills, index = 0, 0
         while kills < asked.kills:
             name = f"killed-{index}"

@@ -4,6 +4,7 @@
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
 # make peers    the tests of Liger, TRL, verl and OpenRLHF on the kernels, in an environment of their own
+# make campaigns  damage, kill and evil verifiers: an hour; tests/campaigns/README.md
 # make drawings   draw docs/images again; needs Python alone
 # make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
 #                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup train test test-fast peers bench lint drawings gpu-check clean
+.PHONY: setup train test test-fast peers campaigns bench lint drawings gpu-check clean
 
 setup: $(STAMP)
 
@@ -62,6 +63,12 @@ peers:
 	$(PEERS)/venv/bin/python -m pip install -q -e .
 	$(PEERS)/venv/bin/python -m tests.peers.suites $(PEERS)
 	$(PEERS)/venv/bin/python -m pytest tests/peers $(ARGS)
+
+# All three run, whatever the first ones find; one that was cut short goes on where it was.
+campaigns: $(STAMP)
+	@failed=; for name in damage kill verifiers; do \
+		$(BIN)/python -m tests.campaigns.$$name $(ARGS) || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_cpu

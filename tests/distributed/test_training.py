@@ -12,21 +12,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papo.dist.checkpoint import completed
 from papo.record.metric_names import METRICS
 from tests.distributed.launch import ROOT, environment, finish, start
+from tests.distributed.runs import STEPS, config, rows, same_run, weights
 from tests.trainer.tiny import build_model
-
-STEPS = 5
-# What differs between two runs of the same thing: clocks, and memory.
-CLOCKS = ("time/", "memory/", "throughput/")
 
 
 @pytest.fixture(scope="module")
@@ -36,51 +31,11 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def config(folder: Path, model: Path, /, **sections: Any) -> Path:
-    """Write a config of a tiny run into `folder` and return the file's path."""
-    options: dict[str, Any] = {
-        "name": "tiny",
-        "output_dir": str(folder / "run"),
-        "steps": STEPS,
-        "model": {"path": str(model), "dtype": "bf16", "dropout": True},
-        "data": {
-            "source": "reasoning_gym",
-            "dataset": "chain_sum",
-            "params": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-            "held_out_size": 4,
-            "train_size": 40,
-        },
-        "reward": {"verifier": "tests.distributed.verifiers:even_length", "workers": 1},
-        "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4, "max_new_tokens": 6},
-        "phase": {"warmup_steps": 1},
-        "optim": {"lr": 1e-3, "micro_batch_size": 4},
-        "checkpoint": {"every": 1, "keep": 2},
-        "metrics": {"tensorboard": False},
-        "evaluation": {"samples": 2},
-    }
-    for name, values in sections.items():
-        options[name] = (
-            {**options[name], **values} if isinstance(values, dict) and name in options else values
-        )
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(options))
-    return path
-
-
 def train(path: Path, *arguments: str, world: int = 1, code: int = 0) -> list[tuple[int, str, str]]:
     results = finish(start(world, ["train.py", "--config", str(path), *arguments]))
     for got, out, err in results:
         assert got == code, f"exit code {got}\n{out}\n{err}"
     return results
-
-
-def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    read = [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder / "run" / "final").state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +109,6 @@ def kill_after(line_start: str, path: Path, *arguments: str, world: int) -> None
         process.wait()
     finish(ranks)
     assert [process.returncode for process in ranks] == [-signal.SIGKILL] * world
-
-
-def same_run(a: Path, b: Path) -> None:
-    """The same figures, completions and weights, bit for bit."""
-    assert rows(a) == rows(b)
-    assert rows(a, "completions.jsonl") == rows(b, "completions.jsonl")
-    expected = weights(b)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(a).items())
 
 
 def same_but_for_rounding(a: Path, b: Path) -> None:

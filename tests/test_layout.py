@@ -31,7 +31,7 @@ ORDER = {
         *("reference", "backends", "head", "ops", "api"),
     ),
     "papo": (
-        *("errors", "numbers", "types", "config", "reward", "data", "model", "rollout"),
+        *("errors", "inputs", "numbers", "types", "config", "reward", "data", "model", "rollout"),
         *("policy", "dist", "record", "train", "cli"),
     ),
 }

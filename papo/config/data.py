@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from papo.config.options import NonNegative, PathText, Positive, Section, Seed, refuse
+from papo.config.section import NonNegative, PathText, Positive, Section, Seed, refuse
 from papo.errors import shown
 
 FieldPath = Annotated[str, Field(min_length=1, max_length=256)]

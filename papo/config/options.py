@@ -3,66 +3,24 @@ declared."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
+from pydantic import Field, model_validator
+
+from papo.config.section import (
+    ClipHigh,
+    ClipLow,
+    Decay,
+    FiniteFloat,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Section,
+    refuse,
 )
-from pydantic_core import PydanticCustomError
 
-from papo.inputs import is_plain
-
-_MOST = 10**9
-_LEAST_FLOAT, _MOST_FLOAT = 1e-30, 1e30  # float32 would make less 0 and more infinite
-_LONGEST_PART = 240  # of a path, in bytes: file systems take 255, and names get endings
-
-
-def _count(value: int) -> int:
-    if value > _MOST:
-        raise PydanticCustomError("count", f"at most {_MOST}")
-    return value
-
-
-def _float32(value: float) -> float:
-    if value and not _LEAST_FLOAT <= abs(value) <= _MOST_FLOAT:
-        sizes = f"a size from {_LEAST_FLOAT:g} to {_MOST_FLOAT:g}"
-        raise PydanticCustomError("float32", f"{sizes}, which float32 holds")
-    return value
-
-
-Positive = Annotated[int, Field(gt=0), AfterValidator(_count)]
-NonNegative = Annotated[int, Field(ge=0), AfterValidator(_count)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_float32)]
-PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
-NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-ClipLow = Annotated[float, Field(gt=0, le=1)]
-ClipHigh = Annotated[float, Field(gt=0)]  # infinity sets no bound
-
-
-def _path(value: str) -> str:
-    _check_plain(value)
-    try:
-        too_long = any(len(os.fsencode(part)) > _LONGEST_PART for part in value.split("/"))
-        Path(value).expanduser()
-    except RuntimeError as error:
-        raise PydanticCustomError("path", "a path in the home of a user that exists") from error
-    if too_long or len(value) > 4 * _LONGEST_PART:
-        raise PydanticCustomError("path", f"a path whose parts have at most {_LONGEST_PART} bytes")
-    return value
-
-
-PathText = Annotated[str, AfterValidator(_path)]
 # Under any other surrogate these options of the loss would silently do nothing.
 _SURROGATES_OF = {
     "dual_clip": ("clip",),
@@ -71,41 +29,6 @@ _SURROGATES_OF = {
     "gppo_scale": ("ce_gppo",),
     "negative_clip": ("clip", "cispo", "dppo_tv", "dppo_kl", "ce_gppo"),
 }
-
-
-class Section(BaseModel):
-    """What all sections share: they are frozen, refuse unknown keys, convert nothing silently, hold
-    only what YAML, JSON and UTF-8 can give back, and take docstrings as descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
-
-    @field_validator("*")
-    @classmethod
-    def _check_plain(cls, value: Any) -> Any:
-        _check_plain(value)
-        return value
-
-
-def _check_plain(value: Any, in_mapping: bool = False) -> None:
-    """Refuse text that no file can hold and, inside of mappings, numbers that JSON cannot."""
-    if isinstance(value, str) and not is_plain(value):
-        raise PydanticCustomError("text", "text without NUL and without half a surrogate pair")
-    if in_mapping and isinstance(value, float) and not math.isfinite(value):
-        raise PydanticCustomError("number", "finite numbers")
-    if isinstance(value, Mapping):
-        for part in (*value, *value.values()):
-            _check_plain(part, True)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _check_plain(part, in_mapping)
-
-
-def refuse(bad: bool, message: str) -> None:
-    """Raise ValueError(message) if `bad`: for what the bounds of a single field cannot express."""
-    if bad:
-        raise ValueError(message)
 
 
 class ModelConfig(Section):
@@ -200,8 +123,8 @@ class LossConfig(Section):
     """The ratio is clipped below 1 - clip_low; 1 sets no bound. With DPPO, how far a token's
     divergence may fall before it trains no more."""
     clip_high: ClipHigh = 0.2
-    """The ratio is clipped above 1 + clip_high; `.inf` sets no bound. With DPPO, how far a token's divergence may rise
-    before it trains no more."""
+    """The ratio is clipped above 1 + clip_high; `.inf` sets no bound. With DPPO, how far a token's
+    divergence may rise before it trains no more."""
     negative_clip: Annotated[tuple[ClipLow, ClipHigh], Field(strict=False)] | None = None
     """`clip_low` and `clip_high` of tokens with an advantage of 0 or below; by default the same."""
     dual_clip: Annotated[FiniteFloat, Field(gt=1)] | None = None

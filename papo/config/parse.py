@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.composer import ComposerError
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     characters; what is longer stays text, which no option takes for a number.
     """
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # its own, not SafeLoader's
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # its own, not SafeLoader's
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

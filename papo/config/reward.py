@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from papo.config.options import FiniteFloat, NonNegative, Section, refuse
+from papo.config.section import FiniteFloat, NonNegative, Section, refuse
 from papo.errors import shown
 
 Verifier = Annotated[
@@ -55,6 +55,7 @@ class RewardConfig(Section):
         given, wanted = self.weights, len(self.verifiers)
         refuse(
             given is not None and len(given) != wanted,
-            f"reward.weights={shown(given)}: expected {wanted} numbers, one for each of reward.verifier",
+            f"reward.weights={shown(given)}: expected {wanted} numbers, one for each of "
+            "reward.verifier",
         )
         return self

@@ -27,18 +27,14 @@ from papo.config.options import (
     MetricsConfig,
     ModelConfig,
     OptimConfig,
-    PathText,
     PhaseConfig,
-    Positive,
     RolloutConfig,
-    Section,
-    Seed,
     WeightingConfig,
-    refuse,
 )
 from papo.config.parse import ConfigError
 from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
+from papo.config.section import PathText, Positive, Section, Seed, refuse
 from papo.config.text import explain, merged, read_options
 from papo.errors import printable
 

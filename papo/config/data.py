@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import Field, model_validator
 
 from papo.config.section import NonNegative, PathText, Positive, Section, Seed, refuse
@@ -72,9 +72,9 @@ class DataConfig(Section):
     into nested fields. By default `prompt` or `messages`, whichever the row has."""
     answer_field: FieldPath = "answer"
     """Field of a row that holds the reference answer, such as `reward_model.ground_truth`."""
-    answer_pattern: str | None = None
-    """Regular expression with one group, such as `#### (.*)`. It is searched for in the answer, and
-    the group is the reference."""
+    answer_pattern: Annotated[str, Field(max_length=1000)] | None = None
+    """Regular expression with one group, such as `#### (.*)`. It is searched for in the answer, for
+    5 seconds at most, and the group is the reference."""
     train_size: Positive = 1000
     """Distinct training problems to generate, for `source: reasoning_gym`; fewer if the dataset has
     fewer."""
@@ -129,7 +129,7 @@ class DataConfig(Section):
             return
         key = f"data.answer_pattern={shown(self.answer_pattern)}"
         try:
-            groups = re.compile(self.answer_pattern).groups
-        except re.error as error:
+            groups = regex.compile(self.answer_pattern).groups
+        except (regex.error, RecursionError, ValueError, OverflowError) as error:
             raise ValueError(f"{key}: not a regular expression: {error}") from error
         refuse(groups != 1, f"{key}: expected one group, the reference answer, got {groups}")

@@ -1,4 +1,4 @@
-"""YAML in, plain values out: the types of JSON, in bounded number, size and depth."""
+"""YAML from and to plain values: the types of JSON, in bounded number, size and depth."""
 
 from __future__ import annotations
 
@@ -91,6 +91,10 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that this loader, or one of YAML 1.1, would take for something else."""
+
+
 for _name, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     (
@@ -107,11 +111,9 @@ for _name, _pattern, _first in (
     ),
     ("merge", r"<<", "<"),
 ):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_name}",
-        re.compile(rf"(?=.{{0,{_LONGEST_NUMBER}}}\Z)({_pattern})\Z"),  # PyYAML looks for no end
-        list(_first),
-    )
+    _whole = re.compile(rf"(?=.{{0,{_LONGEST_NUMBER}}}\Z)({_pattern})\Z")  # PyYAML seeks no end
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _whole, list(_first))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -136,6 +138,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # a character beyond Unicode
         raise ConfigError(f"{where}: not valid YAML: {first_line(error)}") from error
+
+
+def yaml_text(value: Any) -> str:
+    """A YAML document that `parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def _unshared(value: Any) -> Any:

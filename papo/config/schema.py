@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -31,7 +30,7 @@ from papo.config.options import (
     RolloutConfig,
     WeightingConfig,
 )
-from papo.config.parse import ConfigError
+from papo.config.parse import ConfigError, yaml_text
 from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
 from papo.config.section import PathText, Positive, Section, Seed, refuse
@@ -161,9 +160,7 @@ class TrainConfig(Section):
         Raises:
             OSError: the file cannot be written.
         """
-        Path(path).write_text(
-            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
+        Path(path).write_text(yaml_text(self.model_dump(mode="json")), encoding="utf-8")
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of ranks that the prompts do not divide over.

@@ -99,8 +99,8 @@ def _expected(error: ErrorDetails, key: str, model: type[BaseModel]) -> str:
 
 
 def _siblings(key: str, model: type[BaseModel]) -> list[str]:
-    for name in key.split(".")[:-1]:
-        model = dict(sections_of(model))[name]
+    for name in key.split(".")[:-1]:  # an unknown key may have dots of its own
+        model = dict(sections_of(model)).get(name, model)
     return list(model.model_fields)
 
 

@@ -147,11 +147,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         PapoError: there are none, so no completion could end.
     """
     given = getattr(model.generation_config, "eos_token_id", None)
-    ids = {given} if isinstance(given, (int, str)) else set(given or ())
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    listed = given if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    if not all(isinstance(i, int) and i >= 0 for i in listed):
         raise PapoError(
             f"eos_token_id={shown(given)} in the model's generation config: expected token ids"
         )
+    ids = set(listed)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:

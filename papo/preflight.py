@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
@@ -16,13 +17,22 @@ from papo.model import files
 from papo.model.smollm2 import SMOLLM2, packaged_gguf
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, *, leads: bool = True) -> None:
     """Refuse what a run would stumble over later, the cheapest check first.
+
+    Args:
+        leads: whether this is rank 0, whose line is the one that is shown. What another rank finds,
+            on a machine of its own, it finds again in the checks that the ranks make together.
 
     Raises:
         PapoError: a verifier's module, the model's files, the run's folder or the problems are not
             there or cannot be used.
     """
+    with contextlib.nullcontext() if leads else contextlib.suppress(PapoError):
+        _check(config)
+
+
+def _check(config: TrainConfig) -> None:
     for name in config.reward.verifiers:
         _check_verifier(name)
     _check_writable(config.output_dir)

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr(logging.INFO if leads else logging.CRITICAL)
     try:
         config = config_from(sys.argv[1:] if argv is None else argv)
-        preflight.check(config, leads=leads)
+        preflight.check(config)
         from papo.train.loop import run
 
         return run(config)

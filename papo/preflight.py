@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 from papo import hub
@@ -17,27 +17,38 @@ from papo.model import files
 from papo.model.smollm2 import SMOLLM2, packaged_gguf
 
 
-def check(config: TrainConfig, *, leads: bool = True) -> None:
+def check(config: TrainConfig) -> None:
     """Refuse what a run would stumble over later, the cheapest check first.
 
-    Args:
-        leads: whether this is rank 0, whose line is the one that is shown. What another rank finds,
-            on a machine of its own, it finds again in the checks that the ranks make together.
+    The first rank of each further machine also prints its line: rank 0 may find nothing on its own.
 
     Raises:
-        PapoError: a verifier's module, the model's files, the run's folder or the problems are not
-            there or cannot be used.
+        PapoError: the checkpoint, a verifier's module, the run's folder, the model's files or the
+            problems are not there or cannot be used.
     """
-    with contextlib.nullcontext() if leads else contextlib.suppress(PapoError):
+    try:
         _check(config)
+    except PapoError as error:
+        if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 def _check(config: TrainConfig) -> None:
+    _check_resume(config.resume)
     for name in config.reward.verifiers:
         _check_verifier(name)
     _check_writable(config.output_dir)
     _check_model(config.model.path, config.rollout.max_new_tokens)
     _check_problems(config.data)
+
+
+def _check_resume(resume: str) -> None:
+    if resume not in ("never", "auto") and not os.path.isdir(resume):
+        raise PapoError(
+            f"resume={shown(resume)}: no checkpoint there; expected never, auto or a checkpoint's "
+            "folder"
+        )
 
 
 def _check_verifier(name: str) -> None:

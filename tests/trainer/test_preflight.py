@@ -89,6 +89,13 @@ def test_a_verifier_of_no_package_is_one_line(tmp_path: Path, monkeypatch) -> No
     assert line.startswith("reward.verifier='my_rewards.maths:score': no module my_rewards on the")
 
 
+@pytest.mark.parametrize("resume", ["runs/none", "x" * 5000, "\udc80", "a\0b"])
+def test_a_checkpoint_that_is_not_there_is_one_line(resume: str) -> None:
+    """Also where the command line gave it, whose text the config does not check."""
+    with pytest.raises(PapoError, match=r"^resume=.*: no checkpoint there; expected never, auto"):
+        preflight.check(config().model_copy(update={"resume": resume}))
+
+
 def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     line = refusal(output_dir=str(tmp_path / "file" / "run"))
@@ -99,12 +106,17 @@ def test_a_runs_folder_that_cannot_be_made_is_one_line(tmp_path: Path, monkeypat
     assert f"'{tmp_path}' cannot be written to" in refusal(output_dir=str(tmp_path / "a" / "b"))
 
 
-def test_rank_0_alone_refuses(tmp_path: Path) -> None:
-    """Another rank's line would not be shown: it goes on to the checks that are made together."""
-    bad = config(data=file(tmp_path / "none"))
-    preflight.check(bad, leads=False)
-    with pytest.raises(PapoError, match="no such file"):
-        preflight.check(bad)
+@pytest.mark.parametrize(
+    ("rank", "local", "told"), [("0", "0", 0), ("1", "1", 0), ("8", "0", 1), ("9", "1", 0)]
+)
+def test_each_further_machine_tells_what_it_lacks(
+    tmp_path: Path, monkeypatch, capsys, rank: str, local: str, told: int
+) -> None:
+    """Rank 0's line is the command line's."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    line = refusal(data=file(tmp_path / "none"))
+    assert capsys.readouterr().err == f"error: {line}\n" * told
 
 
 def test_torch_is_not_imported_by_what_is_refused(tmp_path: Path, tiny_model_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from papo import preflight
 from papo.config import ConfigError, TrainConfig, load_config
 from papo.errors import PapoError
 
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr(logging.INFO if leads else logging.CRITICAL)
     try:
         config = config_from(sys.argv[1:] if argv is None else argv)
+        preflight.check(config)
         from papo.train.loop import run
 
         return run(config)

@@ -16,10 +16,10 @@ from papo.config.options import (
     RolloutConfig,
     WeightingConfig,
 )
+from papo.config.parse import ConfigError
 from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
 from papo.config.schema import TrainConfig, load_config
-from papo.config.text import ConfigError
 
 __all__ = [
     "PRESETS",

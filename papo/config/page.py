@@ -28,6 +28,14 @@ def reference_page(model: type[BaseModel], presets: Mapping[str, Mapping[str, An
         "Unknown keys and values out of bounds are refused. The resolved options are saved as "
         "`config.yaml` in the run's folder.",
         "",
+        "The file holds what JSON can: text, numbers, true, false, null, lists, and mappings with "
+        "text for keys.",
+        "Tags are refused. Dates, `010` and `1:30` are text. It may have 1 MiB and 10,000 values "
+        "nested 32 deep,",
+        "each alias counted as often as it is used.",
+        "Counts are at most 10^9, and other numbers 0 or from 1e-30 to 1e30 in size, which float32 "
+        "holds.",
+        "",
     ]
     nested = dict(sections_of(model))
     lines += _table("Run", model, [n for n in model.model_fields if n not in nested])

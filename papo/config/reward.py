@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from papo.config.options import FiniteFloat, NonNegative, Positive, Section, refuse
+from papo.config.section import FiniteFloat, NonNegative, Section, refuse
+from papo.errors import shown
 
 Verifier = Annotated[
     str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
@@ -28,7 +29,7 @@ class RewardConfig(Section):
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """For built-in verifiers, the reward is 1 where the score exceeds this and 0 elsewhere
     (reasoning-gym gives partial credit). What your own function returns is the reward itself."""
-    success: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    success: FiniteFloat = 1.0
     """Reward from which a completion counts as right in `reward/accuracy`, held-out accuracy and
     pass@k. It changes no reward. Lower it if your own function gives less than 1 for a right
     answer."""
@@ -38,7 +39,7 @@ class RewardConfig(Section):
     are listed."""
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = 5.0
     """Seconds a completion may take before its worker is killed and it scores 0."""
-    workers: Positive = 2
+    workers: Annotated[int, Field(gt=0, le=1024)] = 2
     """Worker processes per rank."""
     memory_mib: NonNegative = 8192
     """Address space of a worker in MiB, beyond which the verifier gets a MemoryError and the
@@ -54,6 +55,7 @@ class RewardConfig(Section):
         given, wanted = self.weights, len(self.verifiers)
         refuse(
             given is not None and len(given) != wanted,
-            f"reward.weights={given}: expected {wanted} numbers, one for each of reward.verifier",
+            f"reward.weights={shown(given)}: expected {wanted} numbers, one for each of "
+            "reward.verifier",
         )
         return self

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from papo.config.data import DataConfig
 from papo.config.options import (
@@ -25,26 +25,33 @@ from papo.config.options import (
     LossConfig,
     MetricsConfig,
     ModelConfig,
-    NonNegative,
     OptimConfig,
     PhaseConfig,
-    Positive,
     RolloutConfig,
-    Section,
     WeightingConfig,
-    refuse,
 )
+from papo.config.parse import ConfigError, yaml_text
 from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
-from papo.config.text import ConfigError, explain, merged, read_options
+from papo.config.section import PathText, Positive, Section, Seed, refuse
+from papo.config.text import explain, merged, read_options
+from papo.errors import printable
+
+LONGEST_NAME = 60
+
+
+def _file_name(value: str) -> str:
+    if value in (".", "..") or "/" in value or not value.isprintable():
+        raise PydanticCustomError("name", "a file name: printable, without /")
+    return value
 
 
 class TrainConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_file_name)]
     """Name of the run."""
-    output_dir: str = ""
+    output_dir: PathText = ""
     """Folder of the run; empty stands for `runs/<name>`."""
     method: Literal["papo", "grpo", "dapo"] = "papo"
     """Preset: defaults for what you do not set yourself (table at the end). `grpo` and `dapo`
@@ -52,9 +59,9 @@ class TrainConfig(Section):
     choice."""
     steps: Positive
     """Rollouts, each with `optim.updates_per_rollout` updates."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of sampling and of the order of the problems."""
-    resume: Annotated[str, Field(min_length=1)] = "never"
+    resume: Annotated[PathText, Field(min_length=1)] = "never"
     """`never`; `auto` for the newest checkpoint of `output_dir`, or the start where there is none;
     or a checkpoint's folder."""
     resume_anyway: bool = False
@@ -86,7 +93,7 @@ class TrainConfig(Section):
         preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
         filled = merged(preset, raw)
         if filled.get("output_dir", "") == "":
-            filled["output_dir"] = f"runs/{filled.get('name')}"
+            filled["output_dir"] = f"runs/{filled.get('name')!s:.{LONGEST_NAME}}"
         advantage, rollout = filled.get("advantage"), filled.get("rollout")
         if isinstance(advantage, dict) and isinstance(rollout, Mapping):
             limit = rollout.get("max_new_tokens")
@@ -153,9 +160,7 @@ class TrainConfig(Section):
         Raises:
             OSError: the file cannot be written.
         """
-        Path(path).write_text(
-            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
+        Path(path).write_text(yaml_text(self.model_dump(mode="json")), encoding="utf-8")
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of ranks that the prompts do not divide over.
@@ -234,6 +239,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         return TrainConfig.model_validate(options)
     except ValidationError as error:
-        lines = explain(error.errors(), TrainConfig)
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise ConfigError(f"{path}: {lines[0]}{more}") from None
+        raise ConfigError(
+            f"{printable(str(path))}: {explain(error.errors(), TrainConfig)}"
+        ) from None

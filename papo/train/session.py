@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from papo.data.problems import ProblemSource
 from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.model import limits
-from papo.model.load import eos_ids, load_tokenizer
+from papo.model.load import eos_ids, load_model_config, load_tokenizer
 from papo.policy.batch import Batcher
 from papo.policy.objective import objective_of
 from papo.policy.phase import PhaseController
@@ -67,6 +66,7 @@ class Session:
             self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
             self.tokenizer = load_tokenizer(config.model)
             self.problems = ProblemSource(config.data, self.tokenizer, config.seed)
+            self._check_limits()
             prompt = self.problems.batch(0, 1)[0].prompt_ids
             self.rewards.thinks = opens_thinking(self.tokenizer, prompt)
         self._resumed = checkpoint.resolve(config.resume, self._checkpoints)
@@ -79,7 +79,8 @@ class Session:
         eos = eos_ids(self.engine.policy.causal_lm, tokenizer)
         pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.sampler = HFSampler(tokenizer, eos, pad, config.rollout.skip_special_tokens)
-        self._check_limits((pad, *eos))
+        rows: Any = self.engine.policy.causal_lm.get_input_embeddings()
+        limits.check_ids(max(self.problems.largest_id, pad, *eos), rows.num_embeddings)
         row_tokens = config.optim.max_row_tokens
         if config.model.probe:
             row_tokens = probe.check(
@@ -91,13 +92,15 @@ class Session:
         self.passes = Passes(self.engine, self.batcher, size)
         self.reference = None if reference is None else Passes(reference, self.batcher, size)
 
-    def _check_limits(self, special_ids: Sequence[int]) -> None:
-        """Refuse data and lengths that the model's tables have no room for."""
-        causal_lm, problems = self.engine.policy.causal_lm, self.problems
-        rows: Any = causal_lm.get_input_embeddings().num_embeddings
-        limits.check_ids(max(problems.largest_id, *special_ids), rows)
+    def _check_limits(self) -> None:
+        """Refuse data and lengths that the model's tables have no room for, by its config alone."""
+        problems, tokenizer = self.problems, self.tokenizer
+        model = load_model_config(self.config.model)
+        special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        largest = max(problems.largest_id, *(i for i in special if i is not None))
+        limits.check_ids(largest, limits.vocabulary_of(model))
         tokens = self.config.rollout.max_new_tokens
-        warning = limits.check_lengths(causal_lm.config, problems.longest_prompt, tokens)
+        warning = limits.check_lengths(model, problems.longest_prompt, tokens)
         if warning:
             self.progress.say(warning)
 

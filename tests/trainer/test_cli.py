@@ -35,7 +35,9 @@ def file(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting, and the root of the log as it was: `main` sets it up for the whole process."""
+    """No waiting, no model to look for, and the root of the log as it was: `main` sets it up for
+    the whole process."""
+    monkeypatch.setattr(cli.preflight, "check", lambda config: None)
     monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.0)
     monkeypatch.setattr(cli, "_log_to_stderr", lambda level: None)
 

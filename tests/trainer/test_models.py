@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM
 from papo.config import ModelConfig
 from papo.errors import PapoError
 from papo.model import smollm2
-from papo.model.load import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
+from papo.model.files import resolve_model_path
+from papo.model.load import eos_ids, load_causal_lm, load_model_config, load_tokenizer
 from tests.trainer.families import build
 
 
@@ -192,6 +193,34 @@ def test_remote_code_stays_off_unless_asked(tiny_model_path, tmp_path):
 def test_eos_ids_join_model_and_tokenizer(given, expected):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
     assert eos_ids(model, SimpleNamespace(eos_token_id=2)) == expected
+
+
+@pytest.mark.parametrize("given", ["2", ["2"], [[2]], 2.5, -1, {"a": 1}])
+def test_end_tokens_that_are_no_ids_are_one_line(given):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
+    with pytest.raises(PapoError, match="in the model's generation config: expected token ids"):
+        eos_ids(model, SimpleNamespace(eos_token_id=2))
+
+
+class Panic(BaseException):
+    """As the tokenizers' Rust raises it: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("a\nb"), RecursionError(), KeyError("\0"), MemoryError()])
+def test_whatever_transformers_raises_is_one_line(tiny_model_path, monkeypatch, error):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    config = ModelConfig(path=str(tiny_model_path))
+    for name, load in (
+        ("AutoTokenizer", load_tokenizer),
+        ("AutoConfig", load_model_config),
+        ("AutoModelForCausalLM", load_causal_lm),
+    ):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", fail)
+        with pytest.raises(PapoError, match="does not load: ") as caught:
+            load(config)
+        assert str(caught.value).isprintable()
 
 
 def test_model_without_end_token_is_refused():

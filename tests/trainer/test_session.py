@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from papo.config import TrainConfig
+from papo.config import ModelConfig, TrainConfig
 from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.dist.manifest import FORMAT, TRAINER, Manifest, entry_of, write_manifest
@@ -161,6 +162,29 @@ def test_bad_references_stop_the_run_before_the_model_is_loaded(
         Session(made)
     assert "'3 or 4': it holds 2 numbers" in str(caught.value)
     assert "3 or 4" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_ids_and_lengths_are_checked_by_the_models_config_alone(
+    tmp_path: Path, tiny_model_path: Path, capsys
+) -> None:
+    """The folder has no weights, so that they cannot be read."""
+    written = json.loads((tiny_model_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    made = Session.__new__(Session)
+    made.config = config(tmp_path).model_copy(update={"model": ModelConfig(path=str(tmp_path))})
+    made.progress, made.tokenizer = Progress(), build_tokenizer()
+    rows, positions = written["vocab_size"], written["max_position_embeddings"]
+    made.problems = SimpleNamespace(largest_id=rows - 1, longest_prompt=positions - 7)
+    made._check_limits()
+    assert f"more than the {positions} that the model was made for" in capsys.readouterr().out
+    made.problems = SimpleNamespace(largest_id=rows, longest_prompt=1)
+    with pytest.raises(PapoError, match=rf"^token id {rows}: expected less than {rows}, the rows"):
+        made._check_limits()
+    table = {"model_type": "gpt2", "n_positions": 16, "vocab_size": rows}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    made.problems = SimpleNamespace(largest_id=1, longest_prompt=9)
+    with pytest.raises(PapoError, match=r"make 17 tokens: expected at most 16, the positions"):
+        made._check_limits()
 
 
 def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None:

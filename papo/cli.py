@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume-anyway",
         action="store_true",
-        help="with --resume, go on although options, problems or model differ from the checkpoint's",
+        help="with --resume, go on although options, problems or model are not the checkpoint's",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -67,7 +67,7 @@ def _why(key: str) -> str:
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key, mappings inside mappings included."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in options.items():
         nested = isinstance(value, Mapping)
         flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
@@ -77,7 +77,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _defaults(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Defaults by dotted key, of the options that have one."""
     nested = dict(sections_of(model))
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if name in nested:
             defaults |= _defaults(nested[name], f"{prefix}{name}.")

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,6 +36,13 @@ SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
 _NAME = re.compile(r"step-(\d{8})")
 
 
+class Retention(NamedTuple):
+    """How many checkpoints are kept: the newest, and besides those of the best score."""
+
+    keep: int
+    keep_best: int
+
+
 class Stateful(Protocol):
     """A part of the trainer whose state a checkpoint keeps."""
 
@@ -46,8 +53,15 @@ class Stateful(Protocol):
         """Continue exactly where `state_dict` was taken."""
 
 
-def save(root: Path, step: int, engine: Engine, trainer: dict[str, Any], keep: int) -> None:
-    """Write `root/step-<step>`, then remove what is older than the newest `keep`; a collective.
+def save(
+    root: Path,
+    step: int,
+    engine: Engine,
+    trainer: dict[str, Any],
+    retention: Retention,
+    weights: str,
+) -> None:
+    """Write `root/step-<step>`, then remove what is older than the newest `retention.keep`; a collective.
 
     Raises:
         PapoError: on every rank, when rank 0 could not write (disk full, no permission). What
@@ -77,7 +91,7 @@ def save(root: Path, step: int, engine: Engine, trainer: dict[str, Any], keep: i
             shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             _sync_dir(root)
-            for _, old in completed(root)[:-keep]:
+            for _, old in completed(root)[: -retention.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             failure = _explain(final, error)
@@ -190,17 +204,27 @@ def discard_after(root: Path, step: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The trainer's part of a checkpoint.
+
+    Raises:
+        PapoError: another format.
+    """
+    meta: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    if meta.get("format") != FORMAT:
+        raise PapoError(
+            f"{folder}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}"
+        )
+    return meta
+
+
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
     """Fill an engine whose optimizer state exists; returns the trainer's part. A collective.
 
     Raises:
         PapoError: another format, a missing or a differently shaped tensor (another model).
     """
-    meta = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    if meta.get("format") != FORMAT:
-        raise PapoError(
-            f"{folder}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}"
-        )
+    meta = read_meta(folder)
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
         for path in sorted(folder.glob("state-*.safetensors")):

@@ -13,12 +13,14 @@ from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.model import limits
 from papo.model.load import eos_ids, load_tokenizer
+from papo.model.weights import fingerprint
 from papo.policy.batch import Batcher
 from papo.policy.objective import objective_of
 from papo.policy.phase import PhaseController
 from papo.policy.prediction import EntropyPrediction
 from papo.policy.weighting import WeightController
 from papo.record import run_folder
+from papo.record.lock import FolderLock
 from papo.record.progress import Progress
 from papo.record.recorder import Recorder
 from papo.reward.pool import RewardPool
@@ -26,6 +28,8 @@ from papo.reward.verifiers import choose_verifier
 from papo.rollout import HFSampler, SamplingParams
 from papo.train import build, probe, references
 from papo.train.evaluate import Evaluator, HeldOut
+from papo.train.health import Health
+from papo.train.resume import Origin
 from papo.train.rows import RowCheck
 from papo.train.schedule import seed_of
 from papo.train.state import RunState
@@ -46,6 +50,7 @@ class Session:
         self._checkpoints = Path(config.output_dir) / run_folder.CHECKPOINTS
         with ExitStack() as stack:
             self.progress = stack.enter_context(closing(Progress(enabled=collectives.rank() == 0)))
+            self._lock_folder(stack)
             self._open_problems(stack)
             self._build_policy()
             self._make_stages()
@@ -59,12 +64,25 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    def _lock_folder(self, stack: ExitStack) -> None:
+        """Keep the run's folder for this run alone, and see what it goes on from."""
+        config, say = self.config, self.progress.say
+        with collectives.failing_together():
+            lock = FolderLock(Path(config.output_dir), enabled=collectives.rank() == 0)
+            self._lock = stack.enter_context(closing(lock))
+        if lock.warning:
+            say(lock.warning)
+        with collectives.failing_together():
+            resumed = checkpoint.resolve(config.resume, self._checkpoints)
+            self.origin = Origin.of(resumed, config.resume_anyway, say)
+            self.origin.check_config(config)
+            run_folder.check(config, resumed)
+
     def _open_problems(self, stack: ExitStack) -> None:
         """Problems and reward workers: what can be refused before the model is loaded."""
         config = self.config
         with collectives.failing_together():
             build.check_backend(config.loss.backend)
-            self._resumed = checkpoint.resolve(config.resume, self._checkpoints)
             verifier = choose_verifier(config.reward.verifiers[0], config.data.source)
             self.rewards = stack.enter_context(RewardPool(config.reward, verifier))
             self.tokenizer = load_tokenizer(config.model)
@@ -72,11 +90,16 @@ class Session:
             prompt = self.problems.batch(0, 1)[0].prompt_ids
             self.rewards.thinks = opens_thinking(self.tokenizer, prompt)
         references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.progress)
+        self._fingerprints = {"problems": self.problems.fingerprint}
+        self.origin.check_problems(self._fingerprints["problems"])
 
     def _build_policy(self) -> None:
         """The engines, the sampler, and the passes over sequences."""
         config, tokenizer = self.config, self.tokenizer
-        self.engine, reference = build.engines(config)
+        policy = build.policy(config)
+        self._fingerprints["model"] = fingerprint(policy.causal_lm)
+        self.origin.check_model(self._fingerprints["model"])
+        self.engine, reference = build.engines(config, policy)
         eos = eos_ids(self.engine.policy.causal_lm, tokenizer)
         pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.sampler = HFSampler(tokenizer, eos, pad, config.rollout.skip_special_tokens)
@@ -115,7 +138,7 @@ class Session:
 
     def _open_recorder(self, stack: ExitStack) -> None:
         """The run's folder and the files in it."""
-        recorder = Recorder(self.config, self.progress, self._resumed)
+        recorder = Recorder(self.config, self.progress, self.origin.folder, self._lock)
         self.recorder = stack.enter_context(closing(recorder))
 
     def _make_evaluation_and_state(self) -> None:
@@ -131,13 +154,14 @@ class Session:
             seed=seed_of(config.seed, "evaluation", collectives.rank()),
         )
         self.held_out = HeldOut(evaluator, self.engine, self.problems, self.recorder)
+        self.health = Health(config.health, self.engine, self._checkpoints)
         self.state = RunState(
-            self._checkpoints,
-            config.checkpoint.keep,
-            self._resumed,
+            config,
+            self.origin,
             self.engine,
             self.batcher,
-            self.problems,
+            self._fingerprints,
             {"phase": self.phase, "weighting": self.weighting, "prediction": self.prediction},
+            self.health,
             self.recorder,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from papo.config import ConfigError, TrainConfig
+from papo.config import TrainConfig
 from papo.config.resume import FREE, differences, is_free
 from papo.config.text import known_keys, sections_of
 

@@ -128,8 +128,8 @@ class FolderLock:
                     (self.folder / NAME).unlink()
             os.close(self._fd)
             self._fd = None
-        with contextlib.suppress(OSError):  # something is in it
-            for path in self._made:
+        for path in self._made:
+            with contextlib.suppress(OSError, ValueError):  # something is in it, or it was not made
                 path.rmdir()
 
 

@@ -17,10 +17,12 @@ from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.errors import PapoError
 from papo.record import run_folder
+from papo.record.lock import FolderLock
 from papo.record.progress import Progress
 from papo.record.recorder import Recorder
 from papo.train import build
 from papo.train.build import check_backend
+from papo.train.resume import Origin
 from papo.train.session import Session
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
@@ -41,7 +43,8 @@ def config(folder: Path, resume: str = "never", steps: int = 3) -> TrainConfig:
 def prepare(folder: Path, resume: str = "never", **options: Any) -> Path | None:
     """Make the folder ready; where an earlier run's is now."""
     resumed = checkpoint.resolve(resume, folder / "checkpoints")
-    return run_folder.prepare(config(folder, resume, **options), resumed)
+    with contextlib.closing(FolderLock(folder)) as lock:
+        return run_folder.prepare(lock, config(folder, resume, **options), resumed)
 
 
 def finished_run(folder: Path, mark: str) -> Path:
@@ -132,7 +135,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) 
 
 def test_what_a_run_writes_to_is_closed_with_it(tmp_path: Path) -> None:
     made = Session.__new__(Session)
-    made.config, made.progress, made._resumed = config(tmp_path), Progress(), None
+    made.config, made.progress = config(tmp_path), Progress()
+    made.origin, made._lock = Origin.of(None, False, print), FolderLock(tmp_path)
     with pytest.raises(PapoError, match="disk"), contextlib.ExitStack() as stack:
         made._open_recorder(stack)
         writers = made.recorder._metrics, made.recorder._completions
@@ -185,7 +189,7 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
 def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(
     tmp_path: Path, capsys
 ) -> None:
-    recorder = Recorder(config(tmp_path), Progress(), None)
+    recorder = Recorder(config(tmp_path), Progress(), None, FolderLock(tmp_path))
     recorder._explain(reward=0.0, accuracy=0.0)
     recorder._explain(reward=0.9, accuracy=0.1)
     assert capsys.readouterr().out == ""

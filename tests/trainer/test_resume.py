@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from papo.config import TrainConfig
+from papo.cli import config_from
+from papo.config import ConfigError, DataConfig, TrainConfig
 from papo.config.resume import FREE, differences, is_free
 from papo.config.text import known_keys, sections_of
+from papo.data.problems import ProblemSource
+from papo.dist import checkpoint
+from papo.errors import PapoError
+from papo.model.weights import fingerprint
+from papo.train.resume import Origin
+from tests.trainer.tiny import CHAT_TEMPLATE, MINIMAL, build_tokenizer, small_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,6 +132,104 @@ def test_what_an_older_checkpoint_lacks_is_its_default_and_what_is_unknown_is_to
     assert line == "loss.kl_coef 0.0 -> 0.1"
     before["loss"]["margin"] = 0.5
     assert differences(before, config()) == ["loss.margin 0.5 -> absent"]
+
+
+# ---- a checkpoint of another training -----------------------------------------------------------
+
+
+def checks(origin: Origin) -> dict[str, Callable[[], None]]:
+    """Each check of something else than the checkpoint below was made with."""
+    return {
+        "seed 0 -> 1": lambda: origin.check_config(config(seed=1)),
+        "training problems": lambda: origin.check_problems("p2"),
+        "model.path": lambda: origin.check_model("m2"),
+    }
+
+
+def origin(folder: Path, anyway: bool, said: list[str]) -> Origin:
+    meta = {"config": saved(config()), "problems": "p", "model": "m"}
+    (folder / "trainer.json").write_text(json.dumps({"format": checkpoint.FORMAT, **meta}))
+    return Origin.of(folder, anyway, said.append)
+
+
+@pytest.mark.parametrize("what", ["seed 0 -> 1", "training problems", "model.path"])
+def test_another_training_is_refused_in_one_line_or_said(tmp_path: Path, what: str) -> None:
+    said: list[str] = []
+    with pytest.raises(PapoError) as caught:
+        checks(origin(tmp_path, False, said))[what]()
+    told = str(caught.value)
+    assert "\n" not in told and told.startswith("resume: ") and what in told
+    assert str(tmp_path) in told and told.endswith("--resume-anyway") and not said
+    checks(origin(tmp_path, True, said))[what]()
+    (line,) = said
+    assert line.startswith("--resume-anyway: ") and what in line
+
+
+def test_the_same_training_goes_on_and_says_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    same = origin(tmp_path, False, said)
+    same.check_config(config(steps=9, name="longer"))
+    same.check_problems("p")
+    same.check_model("m")
+    for check in checks(Origin.of(None, False, said.append)).values():  # from the start
+        check()
+    assert not said
+
+
+def test_many_differences_are_five_and_a_count(tmp_path: Path) -> None:
+    other = config(method="grpo", seed=1, rollout={"top_k": 5, "temperature": 0.5})
+    with pytest.raises(PapoError, match=r"rollout.top_k 0 -> 5.* and 2 more; ") as caught:
+        origin(tmp_path, False, []).check_config(other)
+    assert str(caught.value).count(" -> ") == 5
+
+
+def test_a_model_is_known_by_its_weights_and_not_by_its_folder() -> None:
+    one, same = (small_llama(0, vocab_size=16) for _ in range(2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(small_llama(1, vocab_size=16))
+    with torch.no_grad():
+        largest = same.lm_head.weight.argmax()
+        same.lm_head.weight.view(-1)[largest] *= 1.001
+    assert fingerprint(one) != fingerprint(same)
+    assert fingerprint(one) != fingerprint(one.to(torch.bfloat16))
+
+
+def test_zeros_of_either_sign_are_the_same_weights() -> None:
+    one, same = (small_llama(0, vocab_size=16) for _ in range(2))
+    with torch.no_grad():
+        one.model.norm.weight.zero_()
+        same.model.norm.weight.fill_(-0.0)
+    assert fingerprint(one) == fingerprint(same)
+
+
+def test_problems_are_known_by_their_tokens_and_metadata_too(tmp_path: Path) -> None:
+    """Another tokenizer's ids are other prompts; a verifier may read what is in the metadata."""
+
+    def of(tokenizer: Any, **row: Any) -> str:
+        path = tmp_path / "rows.jsonl"
+        rows = [{"prompt": f"p{i}", "answer": "1", **row} for i in range(3)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        data = DataConfig(source="jsonl", train_path=str(path), held_out_size=1)
+        return ProblemSource(data, tokenizer, seed=0).fingerprint
+
+    tokenizer = build_tokenizer()
+    assert of(tokenizer) == of(build_tokenizer())
+    assert of(tokenizer, level=1) != of(tokenizer, level=2)
+    other = build_tokenizer(CHAT_TEMPLATE.replace("assistant", "model"))
+    assert of(tokenizer) != of(other)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume", "never"], ["--resume"]])
+def test_resume_anyway_needs_something_to_resume(tmp_path: Path, arguments: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    argv = ["--config", str(path), *arguments]
+    assert not config_from(argv).resume_anyway
+    for anyway in (["--resume-anyway"], ["--set", "resume_anyway=true"]):
+        if arguments == ["--resume"]:
+            assert config_from([*argv, *anyway]).resume_anyway
+        else:
+            with pytest.raises(ConfigError, match="^resume_anyway=true: expected --resume auto"):
+                config_from([*argv, *anyway])
 
 
 def test_the_page_says_what_may_change() -> None:

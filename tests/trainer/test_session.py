@@ -148,6 +148,42 @@ def test_what_a_run_writes_to_is_closed_with_it(tmp_path: Path) -> None:
     assert all(file.closed for file in files)
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_the_second_run_in_a_folder_is_told_before_anything_else(
+    tmp_path: Path, resume: str, monkeypatch
+) -> None:
+    """And what the first one has written stays where it is."""
+    finished_run(tmp_path / "run", "a")
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    with contextlib.closing(FolderLock(tmp_path / "run")):
+        with pytest.raises(PapoError, match="another run is writing there"):
+            Session(config(tmp_path / "run", resume))
+        assert (tmp_path / "run" / ".lock").exists()
+    assert marks(tmp_path) == {"run": "a"}
+
+
+def test_a_folder_that_cannot_move_aside_is_refused_early(tmp_path: Path, monkeypatch) -> None:
+    finished_run(tmp_path / "run", "a")
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PapoError, match="cannot move aside.* is not writable"):
+        Session(config(tmp_path / "run"))
+
+
+def test_another_training_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """By its checkpoint's word alone."""
+    newest = finished_run(tmp_path / "run", "a")
+    saved = config(tmp_path / "run").model_copy(update={"seed": 7}).model_dump(mode="json")
+    text = json.dumps({"format": checkpoint.FORMAT, "step": 2, "config": saved})
+    (newest / "trainer.json").write_text(text)
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    with pytest.raises(PapoError, match="seed 7 -> 0; .*--resume-anyway"):
+        Session(config(tmp_path / "run", "auto"))
+    assert marks(tmp_path) == {"run": "a"}
+
+
 def test_bad_references_stop_the_run_before_the_model_is_loaded(
     tmp_path: Path, tiny_model_path: Path, monkeypatch, capsys
 ) -> None:

@@ -228,7 +228,7 @@ def test_resume_anyway_needs_something_to_resume(tmp_path: Path, arguments: list
         if arguments == ["--resume"]:
             assert config_from([*argv, *anyway]).resume_anyway
         else:
-            with pytest.raises(ConfigError, match="^resume_anyway=true: expected --resume auto"):
+            with pytest.raises(ConfigError, match=r"^resume_anyway=true: expected --resume auto"):
                 config_from([*argv, *anyway])
 
 

@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_move_aside_is_refused_early(tmp_path: Path, monkey
     finished_run(tmp_path / "run", "a")
     monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(PapoError, match="cannot move aside.* is not writable"):
+    with pytest.raises(PapoError, match=r"cannot move aside.* is not writable"):
         Session(config(tmp_path / "run"))
 
 
@@ -179,7 +179,7 @@ def test_another_training_is_refused_before_the_model_is_loaded(
     text = json.dumps({"format": checkpoint.FORMAT, "step": 2, "config": saved})
     (newest / "trainer.json").write_text(text)
     monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
-    with pytest.raises(PapoError, match="seed 7 -> 0; .*--resume-anyway"):
+    with pytest.raises(PapoError, match=r"seed 7 -> 0; .*--resume-anyway"):
         Session(config(tmp_path / "run", "auto"))
     assert marks(tmp_path) == {"run": "a"}
 

@@ -62,7 +62,7 @@ class Origin:
     def _differ(self, what: str) -> None:
         if not self.anyway:
             raise PapoError(
-                f"resume: {what}; set it back, begin a new run in another output_dir, or go on "
+                f"resume: {what}; change it back, begin a new run in another output_dir, or go on "
                 "all the same with --resume-anyway"
             )
         self.say(f"--resume-anyway: {what}")

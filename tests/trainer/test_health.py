@@ -158,7 +158,7 @@ def test_the_line_has_the_last_good_checkpoint_and_how_to_go_on(tmp_path: Path) 
     assert told.endswith(f"--resume {good}")
 
 
-# ---- figures of nothing -----------------------------------------------------------------------
+# ---- figures of nothing --------------------------------------------------------------------------
 
 
 def test_a_mean_over_nothing_is_null_and_never_0(tmp_path: Path) -> None:

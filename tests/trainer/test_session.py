@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from papo.config import TrainConfig
+from papo.config import CheckpointConfig, TrainConfig
 from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.errors import PapoError
@@ -22,8 +23,10 @@ from papo.record.progress import Progress
 from papo.record.recorder import Recorder
 from papo.train import build
 from papo.train.build import check_backend
+from papo.train.health import Health
 from papo.train.resume import Origin
 from papo.train.session import Session
+from papo.train.state import RunState
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 
@@ -220,6 +223,47 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
     monkeypatch.setenv("PAPO_BACKEND", wrong)
     with pytest.raises(PapoError, match=rf"^PAPO_BACKEND: '{wrong}' cannot serve"):
         check_backend(None)
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "score"),
+    [
+        ([], None),
+        ([{"label": "step 2", "step": 2, "accuracy": 0.5}], None),  # of other weights
+        ([{"label": "step 4", "step": 4, "accuracy": 0.25}], 0.25),
+        ([{"label": "step 4", "step": 4, "invalid": 8.0}], None),  # all masked
+    ],
+)
+def test_a_checkpoint_says_what_it_is_of_and_how_good(
+    tmp_path: Path, evaluations: list, score: float | None, monkeypatch
+) -> None:
+    """Its options, digests, held-out accuracy and bad steps, beside every part's state."""
+    made = config(tmp_path).model_copy(
+        update={"checkpoint": CheckpointConfig(keep=3, keep_best=1, weights="bf16")}
+    )
+    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path)
+    health.load_state_dict({"bad_steps": 2})
+    recorder = SimpleNamespace(results=SimpleNamespace(evaluations=evaluations))
+    part = SimpleNamespace(state_dict=lambda: {"phase": 0.5})
+    digests = {"problems": "p", "model": "m"}
+    parts: list[Any] = [Origin.of(None, False, print), None, None, digests, {"phase": part}]
+    written: list[Any] = []
+    monkeypatch.setattr(checkpoint, "save", lambda *args: written.append(args))
+    RunState(made, *parts, health, recorder).save(4, 16)
+    ((folder, step, _, state, retention, weights),) = written
+    assert (folder, step, weights) == (tmp_path / "checkpoints", 4, "bf16")
+    assert retention == checkpoint.Retention(3, 1)
+    assert json.loads(json.dumps(state)) == {
+        "cursor": 16,
+        "score": score,
+        "bad_steps": 2,
+        "config": made.model_dump(mode="json"),
+        "problems": "p",
+        "model": "m",
+        "phase": {"phase": 0.5},
+        "health": {"bad_steps": 2},
+        "evaluations": evaluations,
+    }
 
 
 def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(

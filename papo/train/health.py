@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from papo.config import HealthConfig
 from papo.dist import checkpoint, collectives
+from papo.errors import PapoError
 from papo.policy.advantage import ScoredGroup
 from papo.policy.update import Update
 
@@ -114,6 +116,7 @@ def _taught_nothing(updates: Sequence[Update], counts: Mapping[str, float]) -> s
 def last_good(checkpoints: Path) -> Path | None:
     """The newest checkpoint that was not written while the run taught nothing."""
     for _, folder in reversed(checkpoint.completed(checkpoints)):
-        if not checkpoint.read_meta(folder)["bad_steps"]:
-            return folder
+        with contextlib.suppress(PapoError):  # a damaged one is not good
+            if not checkpoint.read_meta(folder)["bad_steps"]:
+                return folder
     return None

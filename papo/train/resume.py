@@ -42,13 +42,13 @@ class Origin:
     def check_config(self, config: TrainConfig) -> None:
         """The options that change what is trained."""
         if self.folder is not None:
-            told = differences(self.saved["config"], config)
+            told = differences(self.saved.get("config", {}), config)
             if told:
                 self._differ(f"options differ from those of {self.folder}: {listed(told, _SHOWN)}")
 
     def check_problems(self, fingerprint: str) -> None:
         """`ProblemSource.fingerprint`: the checkpoint's cursor counts in the problems' order."""
-        if self.folder is not None and self.saved["problems"] != fingerprint:
+        if self.folder is not None and self.saved.get("problems") != fingerprint:
             self._differ(
                 f"the training problems are not those of {self.folder} (rows, their order, the "
                 "tokenizer, or what reward.on_bad_reference dropped)"
@@ -56,7 +56,7 @@ class Origin:
 
     def check_model(self, fingerprint: str) -> None:
         """`papo.model.weights.fingerprint` of the model before training."""
-        if self.folder is not None and self.saved["model"] != fingerprint:
+        if self.folder is not None and self.saved.get("model") != fingerprint:
             self._differ(f"the weights at model.path are not those that {self.folder} began with")
 
     def _differ(self, what: str) -> None:

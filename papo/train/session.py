@@ -72,8 +72,8 @@ class Session:
             self._lock = stack.enter_context(closing(lock))
         if lock.warning:
             say(lock.warning)
+        resumed = checkpoint.resolve(config.resume, self._checkpoints)
         with collectives.failing_together():
-            resumed = checkpoint.resolve(config.resume, self._checkpoints)
             self.origin = Origin.of(resumed, config.resume_anyway, say)
             self.origin.check_config(config)
             run_folder.check(config, resumed)

@@ -147,8 +147,10 @@ def test_the_line_has_the_last_good_checkpoint_and_how_to_go_on(tmp_path: Path) 
     made.stop(4, "")
     with pytest.raises(PapoError, match=r"^step 4: it is nan; there is no good checkpoint"):
         made.stop(4, "it is nan")
-    for step, bad_steps in ((1, 0), (2, 0), (3, 1), (4, 2)):
+    for step, bad_steps in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 0)):
         saved(tmp_path, step, bad_steps)
+    damaged = tmp_path / "step-00000005" / "trainer.json"
+    damaged.write_text(json.dumps({"format": 1}))
     good = tmp_path / "step-00000002"
     assert last_good(tmp_path) == good
     with pytest.raises(PapoError) as caught:

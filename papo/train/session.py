@@ -50,7 +50,7 @@ class Session:
         self._checkpoints = Path(config.output_dir) / run_folder.CHECKPOINTS
         with ExitStack() as stack:
             self.progress = stack.enter_context(closing(Progress(enabled=collectives.rank() == 0)))
-            self._lock_folder(stack)
+            self._open_folder(stack)
             self._open_problems(stack)
             self._build_policy()
             self._make_stages()
@@ -64,8 +64,8 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _lock_folder(self, stack: ExitStack) -> None:
-        """Keep the run's folder for this run alone, and see what it goes on from."""
+    def _open_folder(self, stack: ExitStack) -> None:
+        """The run's folder, for this run alone, and the checkpoint that it goes on from."""
         config, say = self.config, self.progress.say
         with collectives.failing_together():
             lock = FolderLock(Path(config.output_dir), enabled=collectives.rank() == 0)
@@ -91,14 +91,16 @@ class Session:
             self.rewards.thinks = opens_thinking(self.tokenizer, prompt)
         references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.progress)
         self._fingerprints = {"problems": self.problems.fingerprint}
-        self.origin.check_problems(self._fingerprints["problems"])
+        with collectives.failing_together():
+            self.origin.check_problems(self._fingerprints["problems"])
 
     def _build_policy(self) -> None:
         """The engines, the sampler, and the passes over sequences."""
         config, tokenizer = self.config, self.tokenizer
         policy = build.policy(config)
         self._fingerprints["model"] = fingerprint(policy.causal_lm)
-        self.origin.check_model(self._fingerprints["model"])
+        with collectives.failing_together():
+            self.origin.check_model(self._fingerprints["model"])
         self.engine, reference = build.engines(config, policy)
         eos = eos_ids(self.engine.policy.causal_lm, tokenizer)
         pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -54,6 +54,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar="auto|never|FOLDER",
         help="continue from the newest checkpoint of the run (auto) or from a checkpoint's folder",
     )
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="with --resume, go on although options, problems or model are not the checkpoint's",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -66,7 +71,13 @@ def config_from(argv: Sequence[str]) -> TrainConfig:
     """
     args = parse_args(argv)
     config = load_config(args.config, args.overrides)
-    return config.model_copy(update={"resume": args.resume}) if args.resume else config
+    given = {"resume": args.resume, "resume_anyway": args.resume_anyway}
+    config = config.model_copy(update={name: value for name, value in given.items() if value})
+    if config.resume_anyway and config.resume == "never":
+        raise ConfigError(
+            "resume_anyway=true: expected --resume auto or the folder of a checkpoint beside it"
+        )
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,7 +65,8 @@ class TrainConfig(Section):
     """`never`; `auto` for the newest checkpoint of `output_dir`, or the start where there is none;
     or a checkpoint's folder."""
     resume_anyway: bool = False
-    """Resume although options differ from the checkpoint's that change what is trained."""
+    """Resume although options that change what is trained, the problems or the model are not the
+    checkpoint's."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()

@@ -98,8 +98,12 @@ class ProblemSource:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two sources if they have the same training problems under the same uids."""
-        return _digest([(uid, item.prompt, item.answer) for uid, item in self._train]).hex()
+        """Equal for two sources if they have the same training problems under the same uids, and
+        the tokenizer gives their prompts the same ids."""
+        digest = hashlib.sha256()
+        for uid, i in self._train:
+            digest.update(_digest(uid, i.prompt, i.answer, _json(i.metadata), i.ids.tobytes()))
+        return digest.hexdigest()
 
     @property
     def longest_prompt(self) -> int:

@@ -218,6 +218,27 @@ class Engine:
         norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
         return StepResult(norm, applied=not blocked and math.isfinite(norm))
 
+    def finite(self) -> bool:
+        """Whether the weights and moments that this rank updates are; no collective."""
+        # aminmax needs no temporary of the tensor's size.
+        extremes = [x for held in self._updated() for x in torch.aminmax(held)]
+        return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+    def _updated(self) -> Iterator[Tensor]:
+        """This rank's float32 masters and moments, in pieces that are not empty."""
+        assert self.adamw is not None
+        if self._stage != 3:
+            for master, state in self.adamw.state.items():
+                yield from (master, *(state[key] for key in MOMENTS))
+        elif self._has_moments:
+            for _, p in self.trained_parameters():
+                whole: Any = p
+                size, rank = whole.ds_tensor.ds_numel, torch.distributed.get_rank()
+                filled = min(size, whole.ds_numel - size * rank)
+                for key in (None, *MOMENTS) if filled > 0 else ():
+                    # Beyond it lies padding, which DeepSpeed leaves as the memory was.
+                    yield self._zero.get_local_fp32_param(p, key)[:filled]
+
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[PreTrainedModel]:
         """The causal LM with whole weights and no hooks, gathered once for the whole block.

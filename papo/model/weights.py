@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -72,9 +73,22 @@ def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
                 yield name, tensors.get_slice(name).get_dtype()
 
 
+def fingerprint(model: PreTrainedModel) -> str:
+    """Equal for two models with the same weights: of names, shapes, dtypes and extreme values."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(repr((name, tuple(p.shape), str(p.dtype), _extremes(p.detach()))).encode())
+    return digest.hexdigest()
+
+
 def _finite(tensor: Tensor) -> bool:
-    # aminmax needs no temporary of the tensor's size.
-    return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
+    return all(map(math.isfinite, _extremes(tensor)))
+
+
+def _extremes(tensor: Tensor) -> tuple[float, ...]:
+    """Smallest and largest value, NaN if there is one; none of an empty tensor."""
+    # aminmax needs no temporary of the tensor's size. The sum turns -0 into 0.
+    return tuple(float(x) + 0.0 for x in torch.aminmax(tensor)) if tensor.numel() else ()
 
 
 def _some(names: Iterable[str]) -> str:

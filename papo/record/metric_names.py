@@ -42,8 +42,7 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy/mean": Metric(
         "nats",
-        "Mean entropy of the policy at the sampling temperature, over the tokens that train; null "
-        "where there are none.",
+        "Mean entropy of the policy at the sampling temperature, over the tokens that train.",
     ),
     "entropy/predicted_delta": Metric(
         "nats times a constant",
@@ -176,7 +175,8 @@ Made by `python -m papo.record.metric_names > docs/metrics.md` from its table; d
 
 Every step writes one row to `metrics.jsonl` in the run's folder, and the same names to TensorBoard
 (`tensorboard --logdir runs`). An evaluation writes a row of its own, with the step after which it
-ran. Figures cover all ranks; a figure that is not finite is written as null.
+ran. Figures cover all ranks. A figure that is not finite is written as null, and so is a mean or a
+share of nothing, such as `reward/mean` where no completion has a reward.
 
 | name | unit | meaning |
 |---|---|---|

@@ -83,11 +83,16 @@ def step_line(step: int, total: int, metrics: Mapping[str, float], eta: float) -
     correlation = metrics.get("entropy/prediction_correlation", math.nan)
     predicted = f"dH r {correlation:+.2f}  " if math.isfinite(correlation) else ""
     return (
-        f"step {step}/{total}  reward {metrics['reward/mean']:.3f}  entropy "
-        f"{metrics['entropy/mean']:.3f}  "
+        f"step {step}/{total}  reward {_figure(metrics['reward/mean'])}  entropy "
+        f"{_figure(metrics['entropy/mean'])}  "
         f"phase {metrics['phase/phi']:+.2f}  {predicted}"
         f"{metrics['throughput/tokens_per_second']:.0f} tok/s  ETA {clock_text(eta)}"
     )
+
+
+def _figure(value: float) -> str:
+    """Three decimals; a dash for a mean over nothing."""
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def clock_text(seconds: float) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from papo.errors import PapoError
+from papo.record.lock import FolderLock, cannot_use
 
 if TYPE_CHECKING:
     from papo.config import TrainConfig
@@ -15,32 +16,40 @@ CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 
 
-def prepare(config: TrainConfig, resumed: Path | None) -> Path | None:
-    """Make `output_dir` with the resolved config in it; what another run left there moves aside.
+def prepare(lock: FolderLock, config: TrainConfig, resumed: Path | None) -> Path | None:
+    """Write the resolved config into `output_dir`; what another run left there moves aside.
 
     Args:
+        lock: on the folder.
         resumed: the checkpoint that the run goes on from, if any.
 
     Returns:
         Where an earlier run's folder is now, None where there was none.
 
     Raises:
-        PapoError: the folder cannot be made.
+        PapoError: the folder cannot be moved or written to.
     """
-    folder, earlier = Path(config.output_dir), None
+    folder, earlier = lock.folder, None
     try:
         if _holds_another_run(folder, config.resume, resumed):
-            numbers = itertools.count(1)
-            aside = (folder.with_name(f"{folder.name}.{n}") for n in numbers)
-            earlier = folder.rename(next(p for p in aside if not p.exists()))
-        folder.mkdir(parents=True, exist_ok=True)
+            earlier = lock.move_aside()
         config.dump_yaml(folder / "config.yaml")
-    except OSError as error:
-        raise PapoError(
-            f"output_dir={config.output_dir!r}: {error.strerror}; "
-            "free some space or choose another output_dir"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: "." has no name to move to
+        raise cannot_use(folder, error) from error
     return earlier
+
+
+def check(config: TrainConfig, resumed: Path | None) -> None:
+    """Refuse early what `prepare` could not move aside.
+
+    Raises:
+        PapoError: the folder that holds `output_dir` is not writable.
+    """
+    folder = Path(config.output_dir)
+    moves = _holds_another_run(folder, config.resume, resumed)
+    if moves and not os.access(folder.parent, os.W_OK):
+        reason = f"an earlier run cannot move aside, {folder.parent} is not writable"
+        raise cannot_use(folder, PermissionError(errno.EACCES, reason))
 
 
 def _holds_another_run(folder: Path, resume: str, resumed: Path | None) -> bool:

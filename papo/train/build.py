@@ -48,10 +48,10 @@ def policy(config: TrainConfig) -> Policy:
     )
 
 
-def engines(config: TrainConfig) -> tuple[Engine, Engine | None]:
+def engines(config: TrainConfig, trained: Policy) -> tuple[Engine, Engine | None]:
     """The policy's engine and, where the KL term is on, the frozen reference's; a collective."""
     ds_config = config.deepspeed_dict(collectives.world_size())
-    engine = Engine(policy(config), ds_config, config.optim)
+    engine = Engine(trained, ds_config, config.optim)
     if config.loss.kl_coef == 0.0:
         return engine, None
     return engine, Engine(policy(config).requires_grad_(False), ds_config, None)

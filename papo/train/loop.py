@@ -62,7 +62,7 @@ class Loop:
         s.progress.close()
         if stops:
             s.recorder.say(
-                f"stopped after step {self.step}: {stops}; --resume auto continues from there"
+                f"stopped after step {self.step}: {stops}; go on from there with --resume auto"
             )
             return 0
         checkpoint.export(Path(config.output_dir) / "final", s.engine, s.tokenizer)
@@ -95,10 +95,13 @@ class Loop:
             "phase/phi": phase,
             "optim/lr": updates[-1].lr,
         }
-        self._observe(updates)
+        fault = s.health.fault(updates, sampled, metrics)
+        if not fault:
+            self._observe(updates)
         metrics |= {**s.prediction.observe(updates), **s.phase.metrics()}
         metrics |= {**memory_metrics(), **clock.metrics(sampled)}
         s.recorder.step(self.step, metrics, sampled)
+        s.health.stop(self.step, fault)
 
     def _updates(
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock

@@ -12,12 +12,14 @@ from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.model import limits
 from papo.model.load import eos_ids, load_model_config, load_tokenizer
+from papo.model.weights import fingerprint
 from papo.policy.batch import Batcher
 from papo.policy.objective import objective_of
 from papo.policy.phase import PhaseController
 from papo.policy.prediction import EntropyPrediction
 from papo.policy.weighting import WeightController
 from papo.record import run_folder
+from papo.record.lock import FolderLock
 from papo.record.progress import Progress
 from papo.record.recorder import Recorder
 from papo.reward.pool import RewardPool
@@ -25,6 +27,8 @@ from papo.reward.verifiers import choose_verifier
 from papo.rollout import HFSampler, SamplingParams
 from papo.train import build, probe, references
 from papo.train.evaluate import Evaluator, HeldOut
+from papo.train.health import Health
+from papo.train.resume import Origin
 from papo.train.rows import RowCheck
 from papo.train.state import RunState
 from papo.train.stats import Passes
@@ -44,6 +48,7 @@ class Session:
         self._checkpoints = Path(config.output_dir) / run_folder.CHECKPOINTS
         with ExitStack() as stack:
             self.progress = stack.enter_context(closing(Progress(enabled=collectives.rank() == 0)))
+            self._open_folder(stack)
             self._open_problems(stack)
             self._build_policy()
             self._make_stages()
@@ -57,6 +62,20 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    def _open_folder(self, stack: ExitStack) -> None:
+        """The run's folder, for this run alone, and the checkpoint that it goes on from."""
+        config, say = self.config, self.progress.say
+        with collectives.failing_together():
+            lock = FolderLock(Path(config.output_dir), enabled=collectives.rank() == 0)
+            self._lock = stack.enter_context(closing(lock))
+        if lock.warning:
+            say(lock.warning)
+        resumed = checkpoint.resolve(config.resume, self._checkpoints)
+        with collectives.failing_together():
+            self.origin = Origin.of(resumed, config.resume_anyway, say)
+            self.origin.check_config(config)
+            run_folder.check(config, resumed)
+
     def _open_problems(self, stack: ExitStack) -> None:
         """Problems and reward workers: what can be refused before the model is loaded."""
         config = self.config
@@ -69,13 +88,19 @@ class Session:
             self._check_limits()
             prompt = self.problems.batch(0, 1)[0].prompt_ids
             self.rewards.thinks = opens_thinking(self.tokenizer, prompt)
-        self._resumed = checkpoint.resolve(config.resume, self._checkpoints)
         references.check(self.problems, self.rewards, config.reward.on_bad_reference, self.progress)
+        self._fingerprints = {"problems": self.problems.fingerprint}
+        with collectives.failing_together():
+            self.origin.check_problems(self._fingerprints["problems"])
 
     def _build_policy(self) -> None:
         """The engines, the sampler, and the passes over sequences."""
         config, tokenizer = self.config, self.tokenizer
-        self.engine, reference = build.engines(config)
+        policy = build.policy(config)
+        self._fingerprints["model"] = fingerprint(policy.causal_lm)
+        with collectives.failing_together():
+            self.origin.check_model(self._fingerprints["model"])
+        self.engine, reference = build.engines(config, policy)
         eos = eos_ids(self.engine.policy.causal_lm, tokenizer)
         pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.sampler = HFSampler(tokenizer, eos, pad, config.rollout.skip_special_tokens)
@@ -117,7 +142,7 @@ class Session:
 
     def _open_recorder(self, stack: ExitStack) -> None:
         """The run's folder and the files in it."""
-        recorder = Recorder(self.config, self.progress, self._resumed)
+        recorder = Recorder(self.config, self.progress, self.origin.folder, self._lock)
         self.recorder = stack.enter_context(closing(recorder))
 
     def _make_evaluation_and_state(self) -> None:
@@ -133,14 +158,14 @@ class Session:
             seed=config.seed,
         )
         self.held_out = HeldOut(evaluator, self.engine, self.problems, self.recorder)
+        self.health = Health(config.health, self.engine, self._checkpoints)
         self.state = RunState(
-            self._checkpoints,
-            checkpoint.Retention(config.checkpoint.keep, config.checkpoint.keep_best),
-            config.checkpoint.weights,
-            self._resumed,
+            config,
+            self.origin,
             self.engine,
             self.batcher,
-            self.problems,
+            self._fingerprints,
             {"phase": self.phase, "weighting": self.weighting, "prediction": self.prediction},
+            self.health,
             self.recorder,
         )

@@ -221,6 +221,20 @@ def run_nothing(stage: int) -> dict[str, Any]:
     }
 
 
+def run_finite(stage: int, dtype: str) -> list[bool]:
+    """What is said of weights and moments before and after an update, and with a NaN in the last
+    moment that rank 0 holds."""
+    e = make_engine(stage, dtype=dtype)
+    said = [e.finite()]
+    one_update(e, sequences(8), 4, Loss(), True)
+    said.append(e.finite())
+    if collectives.rank() == 0:
+        assert e.adamw is not None
+        *_, state = e.adamw.state.values()
+        state["exp_avg_sq"].view(-1)[0] = math.nan
+    return [*said, e.finite()]
+
+
 def run_head_outside_a_gather() -> dict[str, Any]:
     """What a user of ZeRO-3 gets who passes the head's weight by attribute."""
     from papo_kernels import Head, token_stats

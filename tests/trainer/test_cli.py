@@ -168,6 +168,11 @@ def test_a_step_is_a_line_with_what_was_promised() -> None:
     )
 
 
+def test_a_mean_over_nothing_is_a_dash() -> None:
+    figures = {**FIGURES, "reward/mean": math.nan, "entropy/mean": math.nan}
+    assert step_line(3, 20, figures, 65.2).startswith("step 3/20  reward -  entropy -  phase ")
+
+
 @pytest.mark.parametrize(("r", "shown"), [(0.916, "dH r +0.92  "), (-0.5, "dH r -0.50  ")])
 def test_a_step_shows_how_well_entropy_changes_were_predicted(r: float, shown: str) -> None:
     """Once there are steps enough to tell."""

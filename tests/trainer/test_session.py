@@ -13,17 +13,21 @@ import pytest
 import torch
 import yaml
 
-from papo.config import ModelConfig, TrainConfig
+from papo.config import CheckpointConfig, ModelConfig, TrainConfig
 from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
 from papo.dist.manifest import FORMAT, TRAINER, Manifest, entry_of, write_manifest
 from papo.errors import PapoError
 from papo.record import run_folder
+from papo.record.lock import FolderLock
 from papo.record.progress import Progress
 from papo.record.recorder import Recorder
 from papo.train import build
 from papo.train.build import check_backend
+from papo.train.health import Health
+from papo.train.resume import Origin
 from papo.train.session import Session
+from papo.train.state import RunState
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 
@@ -43,7 +47,8 @@ def config(folder: Path, resume: str = "never", steps: int = 3) -> TrainConfig:
 def prepare(folder: Path, resume: str = "never", **options: Any) -> Path | None:
     """Make the folder ready; where an earlier run's is now."""
     resumed = checkpoint.resolve(resume, folder / "checkpoints")
-    return run_folder.prepare(config(folder, resume, **options), resumed)
+    with contextlib.closing(FolderLock(folder)) as lock:
+        return run_folder.prepare(lock, config(folder, resume, **options), resumed)
 
 
 def finished_run(folder: Path, mark: str) -> Path:
@@ -127,7 +132,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, blocked: str) 
 
 def test_what_a_run_writes_to_is_closed_with_it(tmp_path: Path) -> None:
     made = Session.__new__(Session)
-    made.config, made.progress, made._resumed = config(tmp_path), Progress(), None
+    made.config, made.progress = config(tmp_path), Progress()
+    made.origin, made._lock = Origin.of(None, False, print), FolderLock(tmp_path)
     with pytest.raises(PapoError, match="disk"), contextlib.ExitStack() as stack:
         made._open_recorder(stack)
         writers = made.recorder._metrics, made.recorder._completions
@@ -137,6 +143,42 @@ def test_what_a_run_writes_to_is_closed_with_it(tmp_path: Path) -> None:
         assert not any(file.closed for file in files)
         raise PapoError("no disk")
     assert all(file.closed for file in files)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_the_second_run_in_a_folder_is_told_before_anything_else(
+    tmp_path: Path, resume: str, monkeypatch
+) -> None:
+    """And what the first one has written stays where it is."""
+    finished_run(tmp_path / "run", "a")
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    with contextlib.closing(FolderLock(tmp_path / "run")):
+        with pytest.raises(PapoError, match="another run is writing there"):
+            Session(config(tmp_path / "run", resume))
+        assert (tmp_path / "run" / ".lock").exists()
+    assert marks(tmp_path) == {"run": "a"}
+
+
+def test_a_folder_that_cannot_move_aside_is_refused_early(tmp_path: Path, monkeypatch) -> None:
+    finished_run(tmp_path / "run", "a")
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PapoError, match=r"cannot move aside.* is not writable"):
+        Session(config(tmp_path / "run"))
+
+
+def test_another_training_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """By its checkpoint's word alone."""
+    newest = finished_run(tmp_path / "run", "a")
+    saved = config(tmp_path / "run").model_copy(update={"seed": 7}).model_dump(mode="json")
+    text = json.dumps({"format": checkpoint.FORMAT, "step": 2, "config": saved})
+    (newest / "trainer.json").write_text(text)
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    with pytest.raises(PapoError, match=r"seed 7 -> 0; .*--resume-anyway"):
+        Session(config(tmp_path / "run", "auto"))
+    assert marks(tmp_path) == {"run": "a"}
 
 
 def test_bad_references_stop_the_run_before_the_model_is_loaded(
@@ -200,10 +242,51 @@ def test_a_backend_that_cannot_serve_the_device_is_one_line(monkeypatch) -> None
         check_backend(None)
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "score"),
+    [
+        ([], None),
+        ([{"label": "step 2", "step": 2, "accuracy": 0.5}], None),  # of other weights
+        ([{"label": "step 4", "step": 4, "accuracy": 0.25}], 0.25),
+        ([{"label": "step 4", "step": 4, "invalid": 8.0}], None),  # all masked
+    ],
+)
+def test_a_checkpoint_says_what_it_is_of_and_how_good(
+    tmp_path: Path, evaluations: list, score: float | None, monkeypatch
+) -> None:
+    """Its options, digests, held-out accuracy and bad steps, beside every part's state."""
+    made = config(tmp_path).model_copy(
+        update={"checkpoint": CheckpointConfig(keep=3, keep_best=1, weights="bf16")}
+    )
+    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path)
+    health.load_state_dict({"bad_steps": 2})
+    recorder = SimpleNamespace(results=SimpleNamespace(evaluations=evaluations))
+    part = SimpleNamespace(state_dict=lambda: {"phase": 0.5})
+    digests = {"problems": "p", "model": "m"}
+    parts: list[Any] = [Origin.of(None, False, print), None, None, digests, {"phase": part}]
+    written: list[Any] = []
+    monkeypatch.setattr(checkpoint, "save", lambda *args: written.append(args))
+    RunState(made, *parts, health, recorder).save(4, 16)
+    ((folder, step, _, state, retention, weights),) = written
+    assert (folder, step, weights) == (tmp_path / "checkpoints", 4, "bf16")
+    assert retention == checkpoint.Retention(3, 1)
+    assert json.loads(json.dumps(state)) == {
+        "cursor": 16,
+        "score": score,
+        "bad_steps": 2,
+        "config": made.model_dump(mode="json"),
+        "problems": "p",
+        "model": "m",
+        "phase": {"phase": 0.5},
+        "health": {"bad_steps": 2},
+        "evaluations": evaluations,
+    }
+
+
 def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(
     tmp_path: Path, capsys
 ) -> None:
-    recorder = Recorder(config(tmp_path), Progress(), None)
+    recorder = Recorder(config(tmp_path), Progress(), None, FolderLock(tmp_path))
     recorder._explain(reward=0.0, accuracy=0.0)
     recorder._explain(reward=0.9, accuracy=0.1)
     assert capsys.readouterr().out == ""

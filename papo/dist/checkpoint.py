@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "read_meta",
     "resolve",
+    "resumable",
     "save",
     "verify",
 ]
@@ -212,6 +213,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return dict(read_trainer(folder))
     except PapoError as error:
         raise PapoError(f"{folder}: {error}") from error
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a checkpoint has the optimizer's part.
+
+    Raises:
+        PapoError: its manifest is damaged.
+    """
+    return read_manifest(folder).resumable
 
 
 def load(folder: Path, engine: Engine) -> dict[str, Any]:

@@ -226,18 +226,13 @@ class Engine:
 
     def _updated(self) -> Iterator[Tensor]:
         """This rank's float32 masters and moments, in pieces that are not empty."""
-        assert self.adamw is not None
-        if self._stage != 3:
-            for master, state in self.adamw.state.items():
-                yield from (master, *(state[key] for key in MOMENTS))
-        elif self._has_moments:
-            for _, p in self.trained_parameters():
-                whole: Any = p
-                size, rank = whole.ds_tensor.ds_numel, torch.distributed.get_rank()
-                filled = min(size, whole.ds_numel - size * rank)
-                for key in (None, *MOMENTS) if filled > 0 else ():
-                    # Beyond it lies padding, which DeepSpeed leaves as the memory was.
-                    yield self._zero.get_local_fp32_param(p, key)[:filled]
+        if self.has_moments:
+            for _, parameter in self.trained_parameters():
+                partition = self.partition(parameter)
+                for kind in (MASTER, *MOMENTS):
+                    held = partition.read(kind)
+                    if held.numel():
+                        yield held
 
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[PreTrainedModel]:

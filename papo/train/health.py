@@ -114,9 +114,9 @@ def _taught_nothing(updates: Sequence[Update], counts: Mapping[str, float]) -> s
 
 
 def last_good(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was not written while the run taught nothing."""
+    """The newest checkpoint to resume from that was not written while the run taught nothing."""
     for _, folder in reversed(checkpoint.completed(checkpoints)):
         with contextlib.suppress(PapoError):  # a damaged one is not good
-            if not checkpoint.read_meta(folder)["bad_steps"]:
+            if checkpoint.resumable(folder) and not checkpoint.read_meta(folder)["bad_steps"]:
                 return folder
     return None

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from papo.dist import checkpoint
 from papo.dist.folders import name_of
-from papo.dist.manifest import Manifest, entry_of, read_manifest, write_manifest
+from papo.dist.manifest import (
+    FORMAT,
+    TRAINER,
+    Manifest,
+    entry_of,
+    read_manifest,
+    write_manifest,
+)
 from papo.dist.partition import MOMENTS, ReplicatedPartition
 
 FILES = (
@@ -26,6 +33,17 @@ FILES = (
 def one_line(fault: str) -> bool:
     """Whether a user can read it."""
     return "\n" not in fault and fault.isprintable() and len(fault) < 400
+
+
+def without_tensors(folder: Path, **state: Any) -> Path:
+    """A finished checkpoint of no parameters, whose trainer.json has `state` besides."""
+    step = int(folder.name.removeprefix("step-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"step": step, "optimizer_steps": 0, "shapes": {}, **state}
+    (folder / TRAINER).write_text(json.dumps(meta))
+    files = {TRAINER: entry_of(folder / TRAINER, [])}
+    write_manifest(folder, Manifest(format=FORMAT, resumable=True, files=files))
+    return folder
 
 
 class SmallEngine:

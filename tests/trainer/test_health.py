@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from papo.config import HealthConfig, TrainConfig
-from papo.dist import checkpoint
 from papo.errors import PapoError
 from papo.policy.advantage import ScoredGroup
 from papo.policy.update import TokenSums, Update
@@ -25,6 +24,7 @@ from papo.train import loop
 from papo.train.health import Health, last_good
 from papo.train.loop import Loop
 from papo.types import Completion, Problem, Reward
+from tests.distributed.saved import without_tensors
 
 NOTHING = TokenSums(*[0.0] * 10)
 TOKENS = NOTHING._replace(tokens=4.0, entropy=2.0, ratio=4.0)
@@ -38,7 +38,7 @@ def group(*rewards: Reward) -> ScoredGroup:
     n = len(rewards)
     completion = Completion(Problem(0, (), "", {}, (1,)), (2,), (0.0,), False, "")
     zeros = (0.0,) * n
-    return ScoredGroup((completion,) * n, rewards, zeros, zeros, (True,) * n, True)
+    return ScoredGroup(0, (completion,) * n, rewards, zeros, zeros, (True,) * n, True)
 
 
 RIGHT, WRONG = Reward(1.0, "ok"), Reward(0.0, "ok")
@@ -134,21 +134,13 @@ def test_the_count_is_part_of_the_checkpoint() -> None:
     assert after.bad_steps == 2 and fault(after, SKIPPED) == fault(before, SKIPPED) != ""
 
 
-def saved(root: Path, step: int, bad_steps: int) -> Path:
-    folder = root / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    meta = {"format": checkpoint.FORMAT, "bad_steps": bad_steps}
-    (folder / "trainer.json").write_text(json.dumps(meta))
-    return folder
-
-
 def test_the_line_has_the_last_good_checkpoint_and_how_to_go_on(tmp_path: Path) -> None:
     made = health(folder=tmp_path)
     made.stop(4, "")
     with pytest.raises(PapoError, match=r"^step 4: it is nan; there is no good checkpoint"):
         made.stop(4, "it is nan")
     for step, bad_steps in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 0)):
-        saved(tmp_path, step, bad_steps)
+        without_tensors(tmp_path / f"step-{step:08d}", bad_steps=bad_steps)
     damaged = tmp_path / "step-00000005" / "trainer.json"
     damaged.write_text(json.dumps({"format": 1}))
     good = tmp_path / "step-00000002"

@@ -16,7 +16,6 @@ import yaml
 from papo.config import CheckpointConfig, ModelConfig, TrainConfig
 from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
-from papo.dist.manifest import FORMAT, TRAINER, Manifest, entry_of, write_manifest
 from papo.errors import PapoError
 from papo.record import run_folder
 from papo.record.lock import FolderLock
@@ -28,6 +27,7 @@ from papo.train.health import Health
 from papo.train.resume import Origin
 from papo.train.session import Session
 from papo.train.state import RunState
+from tests.distributed.saved import without_tensors
 from tests.trainer.tiny import CHAT_TEMPLATE, build_tokenizer
 
 
@@ -54,11 +54,7 @@ def prepare(folder: Path, resume: str = "never", **options: Any) -> Path | None:
 def finished_run(folder: Path, mark: str) -> Path:
     """What a run of two steps leaves; its newest checkpoint."""
     newest = folder / "checkpoints" / "step-00000002"
-    newest.mkdir(parents=True)
-    state = {"step": 2, "cursor": 0, "optimizer_steps": 2, "shapes": {}}
-    (newest / TRAINER).write_text(json.dumps(state))
-    files = {TRAINER: entry_of(newest / TRAINER, [])}
-    write_manifest(newest, Manifest(format=FORMAT, resumable=True, files=files))
+    without_tensors(newest)
     (folder / "metrics.jsonl").write_text(f'{{"step": 1, "mark": "{mark}"}}\n')
     return newest
 
@@ -173,8 +169,7 @@ def test_another_training_is_refused_before_the_model_is_loaded(
     """By its checkpoint's word alone."""
     newest = finished_run(tmp_path / "run", "a")
     saved = config(tmp_path / "run").model_copy(update={"seed": 7}).model_dump(mode="json")
-    text = json.dumps({"format": checkpoint.FORMAT, "step": 2, "config": saved})
-    (newest / "trainer.json").write_text(text)
+    without_tensors(newest, config=saved)
     monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
     with pytest.raises(PapoError, match=r"seed 7 -> 0; .*--resume-anyway"):
         Session(config(tmp_path / "run", "auto"))

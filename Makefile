@@ -4,7 +4,7 @@
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
 # make peers    the tests of Liger, TRL, verl and OpenRLHF on the kernels, in an environment of their own
-# make campaigns  damage, kill and evil verifiers: an hour; tests/campaigns/README.md
+# make campaigns  damaged checkpoints, killed runs and evil verifiers by the hundred; tests/campaigns/README.md
 # make drawings   draw docs/images again; needs Python alone
 # make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
 #                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels

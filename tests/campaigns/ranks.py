@@ -26,7 +26,7 @@ from tests.distributed.launch import ROOT, environment, free_port
 
 _SCRIPT = str(ROOT / "train.py")
 _POLL_SECONDS = 0.01
-_SET_CHILD_SUBREAPER = 36  # of prctl
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
 
 
 @dataclass
@@ -79,11 +79,15 @@ def prepare() -> None:
     Raises:
         OSError: not on Linux.
     """
-    if ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
+    _prctl(_SET_CHILD_SUBREAPER, 1)
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     for name in ("matplotlib.pyplot", "reasoning_gym", "papo.train.loop"):
         importlib.import_module(name)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def start(
@@ -123,6 +127,7 @@ def _become_rank(
     """In the child: what a shell does between fork and exec, then train."""
     code = 1
     try:
+        _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # no rank outlives an ended campaign
         os.setsid()
         os.chdir(cwd)
         for descriptor, path in enumerate((Path(os.devnull), *outputs)):

@@ -56,10 +56,15 @@ def completion_rows(groups: Sequence[ScoredGroup], first_group: int) -> list[dic
             "text": c.text,
             "length": len(c.response_ids),
             "truncated": c.truncated,
-            "reward": None if math.isnan(r.value) else r.value,
+            "reward": _number(r.value),
+            "rewards": {name: _number(value) for name, value in r.parts.items()},
             "status": r.status,
             "advantage": a,
         }
         for g, group in enumerate(groups)
         for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
     ]
+
+
+def _number(reward: float) -> float | None:
+    return None if math.isnan(reward) else reward

@@ -20,11 +20,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papo.dist.checkpoint import completed
-from papo.record.metric_names import METRICS
+from papo.record.metric_names import METRICS, VERIFIER_MEAN, documented_as
 from tests.distributed.launch import ROOT, environment, finish, start
 from tests.trainer.tiny import build_model
 
 STEPS = 5
+VERIFIERS = ["tests.distributed.verifiers:even_length", "exact"]
 # What differs between two runs of the same thing: clocks, and memory.
 CLOCKS = ("time/", "memory/", "throughput/")
 
@@ -50,7 +51,7 @@ def config(folder: Path, model: Path, **sections: Any) -> Path:
             "held_out_size": 4,
             "train_size": 40,
         },
-        "reward": {"verifier": "tests.distributed.verifiers:even_length", "workers": 1},
+        "reward": {"verifier": VERIFIERS, "weights": [1.0, 0.5], "workers": 1},
         "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4, "max_new_tokens": 6},
         "phase": {"warmup_steps": 1},
         "optim": {"lr": 1e-3, "micro_batch_size": 4},
@@ -120,7 +121,9 @@ def test_every_documented_figure_is_written_and_no_other(unbroken: Path) -> None
     lines = (unbroken / "run" / "metrics.jsonl").read_text().splitlines()
     written = {name for line in lines for name in json.loads(line)}
     # Stages and memory that this run, on a CPU and with one update per rollout, does not have.
-    assert written == {"step", *METRICS} - {"memory/peak_device"}
+    assert {documented_as(n) for n in written} == {"step", *METRICS} - {"memory/peak_device"}
+    means = {n.removeprefix(VERIFIER_MEAN) for n in written if n.startswith(VERIFIER_MEAN)}
+    assert means == set(VERIFIERS)
 
 
 def test_each_step_shows_what_a_small_loss_does_not(unbroken: Path) -> None:

@@ -53,6 +53,17 @@ def equals(text, answer, metadata):
     return float(text == metadata["seen"])
 
 
+def trl(prompts, completions, completion_ids, solution):
+    """Whether the arguments have TRL's form, for the prompts `say 1` and, as messages, `say 2`."""
+    (prompt,), (completion,), (answer,) = prompts, completions, solution
+    if answer == "1":
+        said = (prompt, completion) == ("say 1", "1")
+    else:
+        message = {"role": "assistant", "content": "2"}
+        said = (prompt, completion) == ([{"role": "user", "content": "say 2"}], [message])
+    return [float(said and completion_ids == [[7]])]
+
+
 def _meet(here, other):
     """Returns only once two workers are in here at the same time."""
     Path(here).touch()

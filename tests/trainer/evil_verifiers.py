@@ -228,7 +228,7 @@ def leaves_a_thread_that_ends_it(text, answer, metadata):
 
 def _sleeper(metadata, **options):
     command = [sys.executable, "-S", "-c", "import time; time.sleep(1e6)"]
-    subprocess.Popen([*command, str(metadata.get("mark", ""))], **options)
+    subprocess.Popen([*command, str(metadata.get("sleeper", ""))], **options)
 
 
 def leaves_children(text, answer, metadata):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from pathlib import Path
 
 import pytest
 
@@ -13,19 +12,7 @@ from papo.errors import PapoError
 from papo.reward import workers
 from papo.reward.pool import RewardPool
 from tests.trainer.evil_verifiers import EVIL, EVIL_MODULES, STATUS
-from tests.trainer.test_reward import completion, config
-
-
-def processes_named(mark):
-    """The living processes that have `mark` among their arguments."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+from tests.trainer.test_reward import completion, config, processes_named
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +20,19 @@ def evil():
     """A pool of one worker, so that each function's leftovers meet the next completion. When it has
     been closed, nothing is left of any of them."""
     rules = config(workers=1, memory_mib=2048)
-    mark = uuid.uuid4().hex
+    name = uuid.uuid4().hex
     with RewardPool(rules, ["tests.trainer.evil_verifiers:by_name"]) as pool:
-        yield pool, rules, mark
-    assert processes_named(mark) == []
+        yield pool, rules, name
+    assert processes_named(name) == []
 
 
 @pytest.mark.parametrize("name", EVIL)
 def test_it_costs_its_own_completion_alone(evil, name, caplog):
-    pool, rules, mark = evil
+    pool, rules, sleeper = evil
     pool.counts.clear()
     rules.timeout_s = 0.3 if STATUS[name] == "timeout" else 60.0
     with caplog.at_level(logging.INFO, logger="papo.reward"):
-        (bad,) = pool.score([completion(name, mark=mark)])
+        (bad,) = pool.score([completion(name, sleeper=sleeper)])
         rules.timeout_s = 60.0
         (good,) = pool.score([completion("good")])
     assert bad.status == STATUS[name], caplog.text

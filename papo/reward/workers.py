@@ -39,6 +39,7 @@ _POLL_SECONDS = 0.1
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 16  # of a worker's answers
 _SHOWN_BYTES = 8192  # of what functions print during one `run`
+_SHOWN_LINES = 200
 _KEEPER_SECONDS = 2.0
 _BOTH = selectors.EVENT_READ | selectors.EVENT_WRITE
 _MAIN = "import sys; sys.path[:] = {path!r}; from papo.reward.worker import main; main({fd})"
@@ -48,8 +49,7 @@ class Output:
     """What the functions print: the first part is kept, the rest is counted."""
 
     def __init__(self) -> None:
-        self._kept = bytearray()
-        self._dropped = 0
+        self._kept, self._dropped = bytearray(), 0
 
     def add(self, data: bytes) -> None:
         """Another part."""
@@ -58,12 +58,15 @@ class Output:
         self._dropped += len(data[room:])
 
     def show(self) -> None:
-        """Log it, and begin anew."""
-        for line in self._kept.decode(errors="replace").splitlines():
-            log.info("verifier: %s", line)
-        if self._dropped:
-            log.info("verifier: (%d more bytes are not shown)", self._dropped)
-        self.__init__()  # type: ignore[misc]
+        """Log it, without what would move a terminal's cursor, and begin anew."""
+        lines = self._kept.splitlines(keepends=True)
+        for line in lines[:_SHOWN_LINES]:
+            text = line.decode(errors="replace").rstrip("\r\n").expandtabs()
+            log.info("verifier: %s", "".join(c if c.isprintable() else "\ufffd" for c in text))
+        unshown = self._dropped + sum(map(len, lines[_SHOWN_LINES:]))
+        if unshown:
+            log.info("verifier: (%d more bytes are not shown)", unshown)
+        self._kept, self._dropped = bytearray(), 0
 
 
 class Worker(Generic[Key]):

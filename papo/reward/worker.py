@@ -1,10 +1,10 @@
-"""A reward worker: two processes, of which one runs the user's functions.
+"""A reward worker: three processes, of which the last runs the user's functions.
 
-The keeper is the child of the trainer and the parent of the other. It leads a session of its own
-and adopts the orphans among its descendants. When the other process ends, or the trainer does, it
-kills whatever is left of the family and ends too. So signals that a function sends to its parent or
-to its own group reach neither the trainer nor the launcher, and nothing that a function started
-outlives its worker.
+The keeper is the trainer's child. It adopts the orphans among its descendants, and when the others
+end, or the trainer does, it kills whatever is left of the family and ends too. So nothing that a
+function started outlives its worker. The shield stands between the keeper and the process that runs
+the functions, and each of the three leads a session of its own. So signals that a function sends to
+its group, its parent or its parent's group reach neither the keeper nor the trainer.
 
 No torch here.
 """
@@ -56,14 +56,28 @@ def main(fd: int) -> NoReturn:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
-        _work(fd)
+        _shield(fd)
     os.close(fd)
     threading.Thread(target=_follow_trainer, args=(marker, child), daemon=True).start()
+    _end_family(marker, child, _exit_code_of(child))
+
+
+def _shield(fd: int) -> NoReturn:
+    os.setsid()
+    child = os.fork()
+    if child == 0:
+        _work(fd)
+    os.close(fd)
+    os._exit(_exit_code_of(child))
+
+
+def _exit_code_of(child: int) -> int:
+    """Wait for a child, and for orphans that end before it; 128 and its number for a signal."""
     while True:
         pid, status = os.wait()
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
-            _end_family(marker, child, code if code >= 0 else 128 - code)
+            return code if code >= 0 else 128 - code
 
 
 def _follow_trainer(marker: str, child: int) -> NoReturn:

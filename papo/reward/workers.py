@@ -157,7 +157,6 @@ class Worker(Generic[Key]):
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
-            self._process.send_signal(signal.SIGCONT)  # a function may have stopped it
 
     def join(self) -> None:
         """Wait until nothing of it is left."""

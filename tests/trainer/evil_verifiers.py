@@ -247,6 +247,11 @@ def leaves_a_daemon(text, answer, metadata):
     return 0.5
 
 
+def leaves_a_daemon_and_kills_its_parent(text, answer, metadata):
+    leaves_a_daemon(text, answer, metadata)
+    kills_its_parent(text, answer, metadata)
+
+
 def comes_back_twice(text, answer, metadata):
     os.fork()
     return 0.5
@@ -312,6 +317,7 @@ _ERROR = (
     interrupts_its_group,
     kills_its_parent,
     signals_its_parents_group,
+    leaves_a_daemon_and_kills_its_parent,
     recurses,
     recurses_in_c,
     returns_a_complex_number,

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import uuid
+from pathlib import Path
 
 import pytest
 
 from papo.errors import PapoError
-from papo.reward import workers
+from papo.reward import processes, workers
 from papo.reward.pool import RewardPool
+from papo.reward.processes import family, kill_family
 from tests.trainer.evil_verifiers import EVIL, EVIL_MODULES, STATUS
-from tests.trainer.test_reward import completion, config, processes_named
+from tests.trainer.test_reward import ROOT, completion, config
+
+
+def processes_named(name):
+    """The living processes that have `name` among their arguments."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if name.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +87,47 @@ def test_an_import_that_hangs_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_LOAD_SECONDS", 0.5)
     with pytest.raises(PapoError, match=r"sleeps:f: no end of its import within 0\.5 s"):
         RewardPool(config(workers=1), ["sleeps:f"])
+
+
+def test_nothing_outlives_a_killed_trainer(tmp_path):
+    """Neither workers, of which one is stuck in C, nor what functions have started."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        f"""
+import os, pathlib, signal, sys, threading, time
+from tests.trainer import test_evil_verifiers as t
+
+MARK, NAME = {str(tmp_path / "mark")!r}, {tmp_path.name!r}
+SCRIPTED, EVIL = "tests.trainer.scripted:scripted", "tests.trainer.evil_verifiers:by_name"
+
+pool = t.RewardPool(t.config(timeout_s=1000.0), [SCRIPTED, EVIL])
+pool.score([t.completion(x, sleeper=NAME) for x in ("leaves_a_daemon", "leaves_children")])
+batch = [t.completion("hang in C", mark=MARK)]
+threading.Thread(target=pool.score, args=(batch,), daemon=True).start()
+while not pathlib.Path(MARK).exists() or len(t.processes_named(NAME)) < 5:
+    time.sleep(0.01)
+print("up", *(w._marker for w in pool._workers._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    up, *markers = done.stdout.split()
+    assert (up, len(markers)) == ("up", 2)
+    until = time.monotonic() + 60.0
+    while processes_named(tmp_path.name) or any(map(family, markers)):
+        assert time.monotonic() < until, "they are still there"
+
+
+def test_without_proc_the_process_group_is_killed(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "_PROC", tmp_path)
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as process:
+        kill_family("nobody's", (process.pid,))
+    assert process.returncode == -signal.SIGKILL

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from papo.errors import PapoError
-from papo.reward import judge, processes, verifiers, workers
+from papo.reward import judge, verifiers, workers
 from papo.reward.functions import load_verifier
 from papo.reward.judge import Judge, Task, Verdict
 from papo.reward.pool import RewardPool
-from papo.reward.processes import family, kill_family
+from papo.reward.processes import family
 from papo.reward.verifiers import choose_verifiers
 from papo.types import Completion, Problem
 
@@ -342,18 +341,6 @@ def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path, monkey
         assert outcome(rewards) == [(1.0, "ok")] * 2
 
 
-def processes_named(name):
-    """The living processes that have `name` among their arguments."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if name.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def members(pool):
     """The processes of a pool's workers."""
     return [pid for worker in pool._workers._workers for pid in family(worker._marker)]
@@ -371,48 +358,3 @@ def test_workers_that_cannot_start_stop_the_run(monkeypatch):
     with RewardPool(config(workers=1), ["exact"]) as pool, pytest.raises(PapoError) as caught:
         pool.score([completion("x")])
     assert "failed to start 3 times in a row: the worker died with exit code 3" in str(caught.value)
-
-
-def test_nothing_outlives_a_killed_trainer(tmp_path):
-    """Neither workers, of which one is stuck in C, nor what functions have started."""
-    script = tmp_path / "trainer.py"
-    script.write_text(
-        f"""
-import os, pathlib, signal, sys, threading, time
-import test_reward as t
-
-MARK, NAME = {str(tmp_path / "mark")!r}, {tmp_path.name!r}
-EVIL = "tests.trainer.evil_verifiers:by_name"
-
-pool = t.RewardPool(t.config(timeout_s=1000.0), [t.SCRIPTED, EVIL])
-pool.score([t.completion(x, sleeper=NAME) for x in ("leaves_a_daemon", "leaves_children")])
-batch = [t.completion("hang in C", mark=MARK)]
-threading.Thread(target=pool.score, args=(batch,), daemon=True).start()
-while not pathlib.Path(MARK).exists() or len(t.processes_named(NAME)) < 5:
-    time.sleep(0.01)
-print("up", *(w._marker for w in pool._workers._workers), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    )
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    up, *markers = done.stdout.split()
-    assert (up, len(markers)) == ("up", 2)
-    until = time.monotonic() + 60.0
-    while processes_named(tmp_path.name) or any(map(family, markers)):
-        assert time.monotonic() < until, "they are still there"
-
-
-def test_without_proc_the_process_group_is_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "_PROC", tmp_path)
-    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as process:
-        kill_family("nobody's", (process.pid,))
-    assert process.returncode == -signal.SIGKILL

@@ -6,8 +6,10 @@ import asyncio
 import math
 import re
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -17,10 +19,15 @@ import torch
 from papo.config import DataConfig
 from papo.data.problems import ProblemSource
 from papo.errors import PapoError
+from papo.record.completions import completion_rows
+from papo.record.jsonl import read_rows
+from papo.record.metrics import MetricsWriter
+from papo.record.telemetry import rollout_metrics
 from papo.reward.functions import load_verifier
 from papo.reward.judge import Judge, Task
 from papo.reward.pool import RewardPool
 from papo.types import Completion
+from tests.trainer.test_metrics import scored
 from tests.trainer.test_reward import config
 from tests.trainer.tiny import build_tokenizer
 
@@ -157,3 +164,25 @@ def test_the_workers_get_rows_as_their_prompts_were(tmp_path):
     with RewardPool(config(workers=1), ["tests.trainer.scripted:trl"], "solution") as pool:
         rewards = pool.score([Completion(p, (7,), (0.0,), False, p.answer) for p in problems])
     assert [(r.value, r.status) for r in rewards] == [(1.0, "ok")] * 2
+
+
+def test_each_of_several_verifiers_has_a_mean_and_its_values_in_the_rows(tmp_path: Path) -> None:
+    (group,) = scored([[1.0, 2.0]])
+    parts = [{"exact": 1.0, "a:f": math.nan}, {"exact": 0.0, "a:f": math.nan}]
+    rewards = tuple(replace(r, parts=p) for r, p in zip(group.rewards, parts, strict=True))
+    figures = rollout_metrics([replace(group, rewards=rewards)], 1, 1.0)
+    assert figures["reward/mean/exact"] == 0.5 and math.isnan(figures["reward/mean/a:f"])
+    rows = completion_rows([replace(group, rewards=rewards)], 0)
+    assert [r["rewards"] for r in rows] == [
+        {"exact": 1.0, "a:f": None},
+        {"exact": 0.0, "a:f": None},
+    ]
+    writer = MetricsWriter(tmp_path, tensorboard=True, enabled=True)
+    writer.write(1, figures)
+    writer.close()
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["reward/mean/exact"] == 0.5 and row["reward/mean/a:f"] is None
+    alone = tuple(replace(r, parts={"exact": r.value}) for r in group.rewards)
+    assert rollout_metrics([replace(group, rewards=alone)], 1, 1.0).keys() == (
+        figures.keys() - {"reward/mean/exact", "reward/mean/a:f"}
+    )

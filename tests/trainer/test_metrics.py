@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -308,28 +307,6 @@ def test_accuracy_counts_rewards_from_the_threshold_on(success: float, accuracy:
     figures = rollout_metrics(sampled, 1, success)
     assert figures["reward/accuracy"] == accuracy
     assert figures["reward/mean"] == pytest.approx(1.7 / 4)
-
-
-def test_each_of_several_verifiers_has_a_mean_and_its_values_in_the_rows(tmp_path: Path) -> None:
-    (group,) = scored([[1.0, 2.0]])
-    parts = [{"exact": 1.0, "a:f": math.nan}, {"exact": 0.0, "a:f": math.nan}]
-    rewards = tuple(replace(r, parts=p) for r, p in zip(group.rewards, parts, strict=True))
-    figures = rollout_metrics([replace(group, rewards=rewards)], 1, 1.0)
-    assert figures["reward/mean/exact"] == 0.5 and math.isnan(figures["reward/mean/a:f"])
-    rows = completion_rows([replace(group, rewards=rewards)], 0)
-    assert [r["rewards"] for r in rows] == [
-        {"exact": 1.0, "a:f": None},
-        {"exact": 0.0, "a:f": None},
-    ]
-    writer = MetricsWriter(tmp_path, tensorboard=True, enabled=True)
-    writer.write(1, figures)
-    writer.close()
-    (row,) = read_rows(tmp_path / "metrics.jsonl")
-    assert row["reward/mean/exact"] == 0.5 and row["reward/mean/a:f"] is None
-    alone = tuple(replace(r, parts={"exact": r.value}) for r in group.rewards)
-    assert rollout_metrics([replace(group, rewards=alone)], 1, 1.0).keys() == (
-        figures.keys() - {"reward/mean/exact", "reward/mean/a:f"}
-    )
 
 
 def test_token_figures_are_means_over_the_tokens_of_all_updates() -> None:

@@ -20,10 +20,11 @@ class RewardConfig(Section):
     verifier: Verifier | Annotated[list[Verifier], Field(min_length=1)] = "auto"
     """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
     what each treats as equal), or your own `package.module:function` called as (answer text,
-    reference answer, metadata) and returning a float, or None to mask the completion. A list gives
-    several, whose weighted sum is the reward."""
+    reference answer, metadata) and returning a float, or None to mask the completion; functions
+    written for TRL and verl are called their way. A list gives several, whose weighted sum is the
+    reward."""
     weights: Annotated[list[FiniteFloat], Field(min_length=1)] | None = None
-    """Weight of each verifier of a list; by default all are 1."""
+    """Weight of each verifier; by default all are 1."""
     extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
     """Which part of a completion the verifier sees; a completion without such a part scores 0."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -38,7 +39,8 @@ class RewardConfig(Section):
     as a completion: stop before the model is loaded, drop the problem, or keep it. All such answers
     are listed."""
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = 5.0
-    """Seconds a completion may take before its worker is killed and it scores 0."""
+    """Seconds that a verifier may take for a completion before its worker is killed and it counts
+    as 0."""
     workers: Annotated[int, Field(gt=0, le=1024)] = 2
     """Worker processes per rank."""
     memory_mib: NonNegative = 8192

@@ -35,11 +35,13 @@ class Example:
             whatever else it has (`tool_calls`, `name`); the last one is the user's.
         answer: the reference answer as text.
         metadata: the row's other fields; with `answer_pattern` also the field of the whole answer.
+        conversational: the row has messages rather than text.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     answer: str
     metadata: Mapping[str, Any]
+    conversational: bool = False
 
 
 def read(config: DataConfig, *, held_out: bool = False) -> Iterator[Example]:
@@ -111,7 +113,9 @@ class _Fields:
         answer = self._answer_of(row, where)
         used = {prompt} if self._pattern else {prompt, self._answer}
         metadata = {k: v for k, v in row.items() if k not in used}
-        return Example(_messages(_at(row, prompt), prompt, where), answer, metadata)
+        asked = _at(row, prompt)
+        messages = _messages(asked, prompt, where)
+        return Example(messages, answer, metadata, not isinstance(asked, str))
 
     def _prompt_of(self, row: Mapping[str, Any], where: str) -> str:
         if self._prompt is not None:

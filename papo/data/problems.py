@@ -43,9 +43,11 @@ class _Item:
     answer: str
     metadata: Mapping[str, Any]
     ids: array[int]
+    conversational: bool
 
     def problem(self, uid: int) -> Problem:
-        return Problem(uid, self.messages, self.answer, self.metadata, tuple(self.ids))
+        ids, chat = tuple(self.ids), self.conversational
+        return Problem(uid, self.messages, self.answer, self.metadata, ids, chat)
 
 
 class ProblemSource:
@@ -300,6 +302,7 @@ class ProblemSource:
             example.answer,
             example.metadata,
             array("i", ids),
+            example.conversational,
         )
 
 

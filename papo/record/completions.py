@@ -61,7 +61,8 @@ def completion_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
             "text": c.text,
             "length": len(c.response_ids),
             "truncated": c.truncated,
-            "reward": None if math.isnan(r.value) else r.value,
+            "reward": _number(r.value),
+            "rewards": {name: _number(value) for name, value in r.parts.items()},
             "status": r.status,
             "advantage": a,
         }
@@ -69,3 +70,7 @@ def completion_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
         for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
     ]
     return sorted(collectives.gather_lists(mine), key=lambda row: row["group"])
+
+
+def _number(reward: float) -> float | None:
+    return None if math.isnan(reward) else reward

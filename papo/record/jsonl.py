@@ -36,7 +36,10 @@ class JsonLines:
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         try:
             if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (kept open)
+                # Half of a surrogate pair becomes `\ud800`, as JSON escapes it.
+                self._file = open(  # noqa: SIM115 (kept open)
+                    self.path, "a", encoding="utf-8", errors="backslashreplace"
+                )
             self._file.write(text)
             self._file.flush()
         except OSError as error:

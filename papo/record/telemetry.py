@@ -14,6 +14,8 @@ import torch
 from papo.dist import collectives
 from papo.policy.advantage import ScoredGroup
 from papo.policy.update import TokenSums, Update
+from papo.record.metric_names import VERIFIER_MEAN
+from papo.types import Reward
 
 T = TypeVar("T")
 
@@ -96,6 +98,25 @@ def rollout_metrics(
         "response/length": sums["tokens"] / count,
         "response/truncated": sums["truncated"] / count,
         "rollout/rounds": rounds,
+        **_verifier_means(rewards),
+    }
+
+
+def _verifier_means(rewards: Sequence[Reward]) -> dict[str, float]:
+    """What each of several verifiers gave, before its weight; a collective."""
+    mine: dict[str, tuple[float, int]] = {}
+    for name in rewards[0].parts if rewards else ():
+        values = [r.parts[name] for r in rewards if math.isfinite(r.parts[name])]
+        mine[name] = (math.fsum(values), len(values))
+    everyone = collectives.gather_objects(mine)
+    names = dict.fromkeys(name for part in everyone for name in part)
+    if len(names) < 2:
+        return {}
+    sums = {name: [part[name] for part in everyone if name in part] for name in names}
+    return {
+        VERIFIER_MEAN + name: math.fsum(s for s, _ in found)
+        / (sum(n for _, n in found) or math.nan)
+        for name, found in sums.items()
     }
 
 

@@ -193,7 +193,7 @@ def campaign_config(folder: Path, model: Path, /, **sections: Any) -> Path:
     """`config` with rewards that half of the completions earn, so that each step changes the
     weights; `folder` is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    reward = {"verifier": "tests.distributed.verifiers:even_sum", "workers": 1}
+    reward = {"verifier": "tests.distributed.verifiers:even_sum", "weights": None}
     return config(folder, model, **{"reward": reward, **sections})
 
 

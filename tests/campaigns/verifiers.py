@@ -34,7 +34,7 @@ def run_case(verifier: str, folder: Path, model: Path, fresh: bool) -> Ended:
         folder,
         model,
         steps=STEPS,
-        reward={"verifier": verifier, "workers": 1, "timeout_s": 1.0, "memory_mib": 1024},
+        reward={"verifier": verifier, "weights": None, "workers": 1, "timeout_s": 1.0, "memory_mib": 1024},
         rollout={"prompts_per_step": 2, "completions_per_prompt": 2},
         evaluation={"before": False, "after": False},
         checkpoint={"every": 0},

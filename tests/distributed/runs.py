@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 STEPS = 5
+VERIFIERS = ["tests.distributed.verifiers:even_length", "exact"]
 # What differs between two runs of the same thing: clocks, and memory.
 CLOCKS = ("time/", "memory/", "throughput/")
 _MISSING = "missing"
@@ -38,7 +39,7 @@ def config(folder: Path, model: Path, /, **sections: Any) -> Path:
             "held_out_size": 4,
             "train_size": 40,
         },
-        "reward": {"verifier": "tests.distributed.verifiers:even_length", "workers": 1},
+        "reward": {"verifier": VERIFIERS, "weights": [1.0, 0.5], "workers": 1},
         "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4, "max_new_tokens": 6},
         "phase": {"warmup_steps": 1},
         "optim": {"lr": 1e-3, "micro_batch_size": 4},

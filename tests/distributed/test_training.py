@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papo.dist.checkpoint import completed
-from papo.record.metric_names import METRICS
+from papo.record.metric_names import METRICS, VERIFIER_MEAN, documented_as
 from tests.distributed.launch import ROOT, environment, finish, start
-from tests.distributed.runs import STEPS, config, rows, same_run, weights
+from tests.distributed.runs import STEPS, VERIFIERS, config, rows, same_run, weights
 from tests.trainer.tiny import build_model
 
 
@@ -75,7 +75,9 @@ def test_every_documented_figure_is_written_and_no_other(unbroken: Path) -> None
     lines = (unbroken / "run" / "metrics.jsonl").read_text().splitlines()
     written = {name for line in lines for name in json.loads(line)}
     # Stages and memory that this run, on a CPU and with one update per rollout, does not have.
-    assert written == {"step", *METRICS} - {"memory/peak_device"}
+    assert {documented_as(n) for n in written} == {"step", *METRICS} - {"memory/peak_device"}
+    means = {n.removeprefix(VERIFIER_MEAN) for n in written if n.startswith(VERIFIER_MEAN)}
+    assert means == set(VERIFIERS)
 
 
 def test_each_step_shows_what_a_small_loss_does_not(unbroken: Path) -> None:

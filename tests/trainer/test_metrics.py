@@ -161,9 +161,10 @@ def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     """What a model samples may be a line separator to Python, though not to JSON Lines."""
     path = tmp_path / "rows.jsonl"
     texts = ["a\u2028b", "\u2029", "\x85", "\x0b\x1c", "\n\r\n", "é😀"]
+    texts.insert(1, "half of a pair: \ud83d")
     JsonLines(path).append({"step": i, "text": text} for i, text in enumerate(texts))
-    JsonLines(path).keep_up_to(4)
-    assert [row["text"] for row in read_rows(path)] == texts[:5]
+    JsonLines(path).keep_up_to(5)
+    assert [row["text"] for row in read_rows(path)] == texts[:6]
 
 
 class FullDisk:

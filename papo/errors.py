@@ -15,6 +15,12 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+def one_line(text: str) -> str:
+    """`text` for a screen: on one line, and without characters that a terminal would obey."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def listed(names: Sequence[str], shown: int) -> str:
     """The first `shown` names on one line, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

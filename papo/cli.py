@@ -79,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 on every rank after an error, which is one line on the screen:
         rank 0's, unless another rank met what nobody foresaw.
     """
-    # torch's C++ parts would add a stack trace to each lost connection.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _silence_what_outlives_a_rank()
     leads, folder = True, None
     try:
         leads = environment.place().rank == 0
@@ -100,6 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _print_error(_unforeseen(error, folder))
     return 1
+
+
+def _silence_what_outlives_a_rank() -> None:
+    """Of a rank that is killed: torch adds a stack trace to each lost connection in the others, and
+    Python's resource tracker warns of the semaphores that it then removes."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    filters = (os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker:UserWarning")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
 
 
 def _unforeseen(error: Exception, folder: Path | None) -> str:

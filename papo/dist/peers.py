@@ -23,9 +23,9 @@ from papo.dist import termination
 from papo.dist.launcher import is_alive
 from papo.errors import PapoError, first_line
 
-_POLL_SECONDS = 1.0
-_GRACE_SECONDS = 3.0  # in which the main thread meets the failure too, and may know it better
-_FAREWELL_SECONDS = 3.0
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 3.0
+_FAREWELL_SECONDS = 6.0
 
 
 class PeerError(PapoError):
@@ -76,10 +76,16 @@ class Member(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why the run cannot go on; `told_by`: the rank that prints this itself, -1 for none."""
+    """Why the run cannot go on.
+
+    Attributes:
+        told_by: the rank that prints this itself, -1 for none.
+        signalled: a rank leaves for a signal.
+    """
 
     text: str
-    told_by: int
+    told_by: int = -1
+    signalled: bool = False
 
 
 class Peers:
@@ -102,14 +108,14 @@ class Peers:
         """End this process where a peer is lost and the main thread waits for it."""
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
         process = termination.PROCESS
-        process.lost = lambda: self.failure() is not None
+        process.lost = self._is_lost
         process.last_acts.insert(0, self._last_words)
         atexit.register(self._farewell)
 
     def _watch(self) -> None:
         while not self._left.wait(_POLL_SECONDS):
             failure = self.failure()
-            if failure is not None and not self._left.wait(_GRACE_SECONDS):
+            if failure is not None and not self._left.wait(_grace_seconds(failure)):
                 leave(self._error(failure))
 
     # ---- what is known --------------------------------------------------------------------------
@@ -123,12 +129,15 @@ class Peers:
                     return Failure(*json.loads(self._store.get("failure")))
                 lost = [r for r in gone if not self._store.check([f"left/{r}"])]
         except RuntimeError:  # the store is gone, and rank 0 with it
-            return Failure(self._is_gone(gone[0]) if gone else self._out_of_reach(0), -1)
-        return self.tell(self._is_gone(lost[0])) if lost else None
+            return Failure(self._is_gone(gone[0]) if gone else self._out_of_reach(0))
+        return self._tell(Failure(self._is_gone(lost[0]))) if lost else None
 
-    def tell(self, text: str, told_by: int = -1) -> Failure:
+    def _is_lost(self) -> bool:
+        failure = self.failure()
+        return failure is not None and not failure.signalled
+
+    def _tell(self, failure: Failure) -> Failure:
         """Let all ranks know of a failure; the first one counts."""
-        failure = Failure(text, told_by)
         with contextlib.suppress(RuntimeError), self._lock:
             first = self._store.compare_set("failure", "", json.dumps(failure))
             return Failure(*json.loads(first))
@@ -140,7 +149,8 @@ class Peers:
         A PapoError is printed by rank 0 alone; whatever else by the rank that met it.
         """
         printed = self.rank == 0 or not isinstance(error, PapoError)
-        self.tell(f"rank {self.rank}: {first_line(error)}", self.rank if printed else -1)
+        told_by = self.rank if printed else -1
+        self._tell(Failure(f"rank {self.rank}: {first_line(error)}", told_by))
 
     def _gone(self) -> list[int]:
         return [r for r in self._near if self._members[r].is_gone()]
@@ -179,7 +189,7 @@ class Peers:
             time.sleep(0.1)  # connections end before their process does
         if failure is None and is_of_transport(error):
             text = f"a rank cannot be reached ({first_line(error)}); the run ends; --resume auto "
-            failure = self.tell(f"{text}continues from its newest checkpoint")
+            failure = self._tell(Failure(f"{text}continues from its newest checkpoint"))
         return None if failure is None else self._error(failure)
 
     def leave(self) -> None:
@@ -191,7 +201,9 @@ class Peers:
 
     def _last_words(self) -> None:
         """Of a process that ends at once: what the others hear, instead of silence."""
-        self.tell(f"rank {self.rank} has left; the run ends", 0 if self.rank == 0 else -1)
+        name = termination.PROCESS.leaving_by
+        text = f"rank {self.rank} has left{f' at {name}' if name else ''}; the run ends"
+        self._tell(Failure(text, 0 if self.rank == 0 else -1, signalled=bool(name)))
         self.leave()
         self._farewell()
 
@@ -207,6 +219,11 @@ class Peers:
                         r for r in others if r not in gone and not self._store.check([f"left/{r}"])
                     ]
                 time.sleep(0.05)
+
+
+def _grace_seconds(failure: Failure) -> float:
+    """In which the main thread meets the failure too, and may know it better."""
+    return _GRACE_SECONDS if failure.told_by < 0 else 0.0
 
 
 def is_of_transport(error: Exception) -> bool:

@@ -48,6 +48,7 @@ class Termination:
 
     Attributes:
         lost: whether another rank is lost: a signal is the launcher's then, and no wish to save.
+        leaving_by: name of the signal at which the process leaves at once, empty for none.
         last_acts: what is done before the process leaves at once.
     """
 
@@ -58,6 +59,7 @@ class Termination:
         self._again_from = 0.0
         self._leaving = threading.Lock()
         self.lost: Callable[[], bool] = lambda: False
+        self.leaving_by = ""
         self.last_acts: list[Callable[[], None]] = []
 
     @property
@@ -105,6 +107,7 @@ class Termination:
                            "checkpoint, if there is one")
 
     def _leave_by(self, number: signal.Signals, what: str) -> NoReturn:
+        self.leaving_by = number.name
         if self._leads:
             self.leave(128 + number, f"{number.name}: {what}")
         self.leave_silently(128 + number)
@@ -131,10 +134,9 @@ class Termination:
 
     def leave_silently(self, status: int) -> NoReturn:
         """`leave`, after the rank that says why: a launcher ends all once one has failed."""
-        time.sleep(SILENT_SECONDS)
-        self.leave(status)
+        self.leave(status, wait_seconds=SILENT_SECONDS)
 
-    def leave(self, status: int, line: str = "") -> NoReturn:
+    def leave(self, status: int, line: str = "", wait_seconds: float = 0.0) -> NoReturn:
         """End the process with its children, whatever its threads are doing.
 
         Args:
@@ -144,15 +146,20 @@ class Termination:
         self._leaving.acquire()  # a second thread that comes here waits for the end
         if line:
             _write(line)
-        kept = None if self._launcher is None else self._launcher.guard
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process().children(recursive=True):
-                if child.pid != kept:
-                    with contextlib.suppress(psutil.Error):
-                        child.kill()
+        self._kill_children()
         for act in self.last_acts:
             act()
+        time.sleep(wait_seconds)
         os._exit(status)
+
+    def _kill_children(self) -> None:
+        guard = None if self._launcher is None else self._launcher.guard
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    # Python's own tracker ends by itself, after it has removed the semaphores.
+                    if child.pid != guard and "resource_tracker" not in " ".join(child.cmdline()):
+                        child.kill()
 
 
 def _write(line: str) -> None:

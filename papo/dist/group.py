@@ -78,7 +78,7 @@ def start(backend: str | None = None) -> None:
     device = _take_device(place)
     store: dist.Store = dist.HashStore()
     if place.world_size > 1:
-        met, members = meet(place, deadline_seconds(place))
+        met, members = meet(place, deadline_seconds())
         second = _connect(place._replace(address=met.host))
         _peers = Peers(dist.PrefixStore("peers", second), place.rank, members)
         _peers.watch()
@@ -118,7 +118,7 @@ def _take_device(place: Place) -> torch.device | None:
 # ---- the rendezvous -----------------------------------------------------------------------------
 
 
-def deadline_seconds(place: Place) -> float:
+def deadline_seconds() -> float:
     """How long the ranks wait for each other: long under a launcher, which ends them all if one
     ends.
 

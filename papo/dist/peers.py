@@ -55,11 +55,16 @@ class Member(NamedTuple):
     @classmethod
     def this(cls) -> Member:
         """The process that asks."""
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Member:
+        """A process of this machine."""
         namespace = ""  # containers of one machine may share its name
         with contextlib.suppress(OSError):
             namespace = os.readlink("/proc/self/ns/pid")
         machine = f"{socket.gethostname()} {namespace}"
-        return cls(machine, os.getpid(), psutil.Process().create_time())
+        return cls(machine, pid, psutil.Process(pid).create_time())
 
     @property
     def host(self) -> str:

@@ -142,9 +142,7 @@ def test_every_completion_once(unbroken: Path) -> None:
     assert all(keys.count(key) == 4 for key in set(keys))
 
 
-def kill_after(
-    line_start: str, path: Path, world: int, killed: int
-) -> list[tuple[int, str, str]]:
+def kill_after(line_start: str, path: Path, world: int, killed: int) -> list[tuple[int, str, str]]:
     """SIGKILL to a rank while the step after the one that prints `line_start` is under way."""
     ranks = start(world, ["train.py", "--config", str(path)])
     assert ranks[0].stdout is not None

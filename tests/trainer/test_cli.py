@@ -156,7 +156,8 @@ def test_an_unforeseen_error_is_a_line_and_its_traceback_a_file(
     assert main(["--config", file, "--set", f"output_dir={tmp_path / 'run'}"]) == 1
     (written,) = folders[has_folder].iterdir()
     assert capsys.readouterr().err == (
-        f"error: unexpected RuntimeError: a \\x1b[31mbug\\x00 of \\udcff; the traceback is in {written}\n"
+        "error: unexpected RuntimeError: a \\x1b[31mbug\\x00 of \\udcff; "
+        f"the traceback is in {written}\n"
     )
     assert "Traceback" in written.read_text() and "in run" in written.read_text()
 
@@ -180,7 +181,10 @@ def test_a_lost_peer_ends_the_process_in_one_line(
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({"RANK": "first"}, "RANK='first' beside WORLD_SIZE=1: expected a whole number from 0 to 0"),
+        (
+            {"RANK": "first"},
+            "RANK='first' beside WORLD_SIZE=1: expected a whole number from 0 to 0",
+        ),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2' beside WORLD_SIZE=2"),
         ({"RANK": "\N{SUPERSCRIPT TWO}", "WORLD_SIZE": "4"}, "expected a whole number from 0 to 3"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number from 1"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -88,9 +91,7 @@ def test_the_first_signal_waits_for_the_steps_end(
 
 
 @pytest.mark.parametrize(("number", "status"), [(INT, 130), (TERM, 143)])
-def test_a_second_one_leaves_at_once(
-    number: signal.Signals, status: int, now: list[float]
-) -> None:
+def test_a_second_one_leaves_at_once(number: signal.Signals, status: int, now: list[float]) -> None:
     """Not its echo: a launcher passes on what the terminal has already sent."""
     watch = alone()
     watch.steps_begin()
@@ -240,6 +241,8 @@ signal.signal(signal.SIGINT, ends)
 signal.signal(signal.SIGTERM, ends)
 os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
 print("the launcher has waited", flush=True)
+if sys.stdin.isatty():
+    print("in the foreground:", os.tcgetpgrp(0) == os.getpgrp(), flush=True)
 """
 RANK = """
 from papo.dist import termination
@@ -252,34 +255,68 @@ while not watch.reason:
 """
 
 
-@pytest.fixture
-def held() -> Iterator[tuple[psutil.Process, subprocess.Popen[str]]]:
-    """A stand-in for a launcher, suspended by the rank that it has started."""
-    code = RANK + "print(watch.reason, flush=True)\ninput()\n"
-    code = "import threading\nsignal_or_poll = threading.Event()\n" + code
+RANK = "import threading\nsignal_or_poll = threading.Event()\n" + RANK
+
+
+def start_launcher(code: str, **options: object) -> subprocess.Popen[str]:
+    """A stand-in for the launcher, with one rank that runs `code`."""
     command = [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch"]
-    process = subprocess.Popen(
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
         command,
         cwd=ROOT,
         env={**os.environ, "RANKS_CODE": code, "RANK": "0", "LOCAL_RANK": "0"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
+        **{**streams, **options},  # type: ignore[call-overload]
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    yield psutil.Process(process.pid), process
-    process.kill()
-    process.communicate()
 
 
-def test_the_launcher_is_held_until_the_rank_has_left_in_whatever_way(held) -> None:
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    """A launcher whose rank waits once it has been signalled."""
+    launched = start_launcher(RANK + "print(watch.reason, flush=True)\ninput()\n")
+    assert launched.stdout is not None and launched.stdout.readline() == "ready\n"
+    yield launched
+    launched.kill()
+    launched.communicate()
+
+
+def test_the_launcher_is_held_until_the_rank_has_left_in_whatever_way(process) -> None:
     """It would kill the rank 30 seconds after a signal."""
-    seen, process = held
+    seen = psutil.Process(process.pid)
     (rank,) = seen.children()
     process.send_signal(INT)
     assert process.stdout.readline() == "SIGTERM\n"
     assert seen.status() == psutil.STATUS_STOPPED
     rank.kill()
     assert process.stdout.readline() == "the launcher ends\n"
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_rank_alone() -> None:
+    """The launcher waits for it, and has the foreground again when it has left."""
+    screen, terminal = pty.openpty()
+
+    def lead_a_session() -> None:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    launched = start_launcher(
+        RANK + "print(watch.reason, flush=True)\n",
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=lead_a_session,
+    )
+    os.close(terminal)
+    with os.fdopen(screen, "rb", buffering=0) as opened:
+        lines = iter(opened.readline, b"")
+        assert next(lines) == b"ready\r\n"
+        os.write(screen, b"\x03")
+        shown = [next(lines) for _ in range(4)]
+        assert launched.wait() == 0
+    assert shown[0].endswith(b"SIGINT: the step ends and is saved; once more to leave at once\r\n")
+    assert shown[1:4] == [
+        b"SIGINT\r\n",
+        b"the launcher has waited\r\n",
+        b"in the foreground: True\r\n",
+    ]

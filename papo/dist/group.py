@@ -40,8 +40,8 @@ def joined(backend: str | None = None) -> Iterator[None]:
         PapoError: the group cannot be joined.
         PeerError: another rank was lost, where the block met that as an error.
     """
-    start(backend)
     try:
+        start(backend)
         yield
     except Exception as error:
         lost = None

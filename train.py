@@ -2,7 +2,10 @@
 
 import sys
 
-from papo.cli import main
-
 if __name__ == "__main__":
+    from papo.dist import termination
+
+    termination.install()  # before imports that take seconds
+    from papo.cli import main
+
     sys.exit(main())

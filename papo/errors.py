@@ -23,9 +23,14 @@ def printable(text: str, longest: int = _LONGEST_VALUE) -> str:
     """
     if len(text) > 2 * longest:  # every character is kept, or becomes several
         text = _cut(text, 2 * longest)
-    line = " ".join(text.splitlines())
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    escaped = one_line(text)
     return escaped if len(escaped) <= longest else _cut(escaped, longest)
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, and without characters that a terminal would obey."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _cut(text: str, longest: int) -> str:

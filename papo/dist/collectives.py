@@ -1,4 +1,4 @@
-"""What the ranks say to each other. With engine.py, the only file that imports torch.distributed.
+"""What the ranks say to each other. With engine.py and group.py, what uses torch.distributed.
 
 Without a process group, as in tests and tools, there is one rank. With a group, every rank must
 call the same functions in the same order.

@@ -1,13 +1,12 @@
 """DeepSpeed around the policy: forward, backward, step, whole weights, this rank's state by name.
 
-The only file that imports deepspeed. ZeRO-0 to 3 look the same from outside.
+With group.py, the only file that uses deepspeed. ZeRO-0 to 3 look the same from outside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import math
 import os
 import warnings
@@ -62,57 +61,6 @@ class GuardedAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """One update, or none while `blocked`."""
         return None if self.blocked else super().step(closure)
-
-
-def start(backend: str | None = None) -> None:
-    """Join the launcher's process group; a single rank where the environment describes none.
-
-    Raises:
-        PapoError: the rendezvous port is taken.
-    """
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-    ):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed would now compile an all-reduce for inference on CPUs, which nothing here calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        deepspeed.init_distributed(
-            dist_backend=backend or ("nccl" if torch.cuda.is_available() else "gloo"),
-            auto_mpi_discovery=False,
-            verbose=False,
-        )
-    except (RuntimeError, OSError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            port = os.environ["MASTER_PORT"]
-            raise PapoError(
-                f"MASTER_PORT={port} is in use by another process: "
-                "start with `deepspeed --master_port <free port>`"
-            ) from error
-        raise
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def local_device() -> torch.device:

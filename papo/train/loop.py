@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from papo.config import TrainConfig
-from papo.dist import checkpoint, collectives, engine
-from papo.dist.termination import Termination
+from papo.dist import checkpoint, collectives, group, termination
 from papo.policy.batch import TrainingSequence
 from papo.policy.update import Update
 from papo.record.telemetry import StageClock, memory_metrics, rollout_metrics, update_metrics
@@ -21,17 +20,13 @@ from papo.train.stats import attach
 
 
 def run(config: TrainConfig) -> int:
-    """Train as `config` says; 0 at the end, also after SIGTERM (with a checkpoint).
+    """Train as `config` says; 0 at the end, also after a signal (with a checkpoint).
 
     Raises:
         PapoError: what a user can mend, on every rank.
     """
-    engine.start()
-    try:
-        with Session(config) as session:
-            return Loop(config, session).run()
-    finally:
-        engine.stop()
+    with group.joined(), Session(config) as session:
+        return Loop(config, session).run()
 
 
 class Loop:
@@ -42,7 +37,6 @@ class Loop:
         self.s = session
         self.step = 0
         self.cursor = 0
-        self._termination = Termination()
 
     def run(self) -> int:
         """Resume, train, evaluate, report."""
@@ -51,6 +45,7 @@ class Loop:
         if self.step == 0 and config.evaluation.before:
             s.held_out.evaluate("before", self.step)
         s.progress.start(config.steps, self.step)
+        termination.PROCESS.steps_begin()
         stops = self._stops()
         while not stops and self.step < config.steps:
             self._train_step()
@@ -59,6 +54,7 @@ class Loop:
             stops = self._stops()
             if stops or due(config.checkpoint.every, self.step) or self.step == config.steps:
                 s.state.save(self.step, self.cursor)
+        termination.PROCESS.steps_end(stopped=bool(stops))
         s.progress.close()
         if stops:
             s.recorder.say(
@@ -73,7 +69,7 @@ class Loop:
 
     def _stops(self) -> str:
         """Why a rank has to stop early, empty if none has to; a collective."""
-        return max(collectives.gather_objects(self._termination.reason))
+        return max(collectives.gather_objects(termination.PROCESS.reason))
 
     def _train_step(self) -> None:
         config, s, clock = self.config, self.s, StageClock()

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from papo.config import OptimConfig, WeightingConfig
-from papo.dist import collectives, engine
+from papo.dist import collectives, group
 from papo.dist.engine import Engine
 from papo.errors import PapoError
 from papo.policy.batch import Batcher, TrainingSequence
@@ -347,12 +347,12 @@ def run_stats(temperature: float) -> dict[str, Any]:
 
 def main(runners: Mapping[str, Any]) -> None:
     """`runners`: the functions `run_<task>` among other names."""
-    engine.start()
+    group.start()
     results = {
         key: runners[f"run_{task}"](**options)
         for key, (task, options) in json.loads(sys.argv[1]).items()
     }
-    engine.stop()
+    group.stop()
     print(json.dumps(results), flush=True)
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papo.dist.checkpoint import completed
 from papo.record.metric_names import METRICS, VERIFIER_MEAN, documented_as
-from tests.distributed.launch import ROOT, environment, finish, start
+from tests.distributed.launch import ROOT, environment, finish, free_port, start
 from tests.distributed.runs import STEPS, VERIFIERS, config, rows, same_run, weights
 from tests.trainer.tiny import build_model
 
@@ -99,18 +100,19 @@ def test_every_completion_once(unbroken: Path) -> None:
     assert all(keys.count(key) == 4 for key in set(keys))
 
 
-def kill_after(line_start: str, path: Path, *arguments: str, world: int) -> None:
-    """SIGKILL to all ranks while the step after the one that prints `line_start` is under way."""
+def kill_after(
+    line_start: str, path: Path, *arguments: str, world: int, killed: int
+) -> list[tuple[int, str, str]]:
+    """SIGKILL to a rank while the step after the one that prints `line_start` is under way."""
     ranks = start(world, ["train.py", "--config", str(path), *arguments])
     assert ranks[0].stdout is not None
     for line in ranks[0].stdout:
         if line.startswith(line_start):
-            for process in ranks:
-                process.kill()
-    for process in ranks:
-        process.wait()
-    finish(ranks)
-    assert [process.returncode for process in ranks] == [-signal.SIGKILL] * world
+            ranks[killed].kill()
+            break
+    results = finish(ranks)
+    assert results[killed][0] == -signal.SIGKILL
+    return results
 
 
 def same_but_for_rounding(a: Path, b: Path) -> None:
@@ -131,21 +133,46 @@ def same_but_for_rounding(a: Path, b: Path) -> None:
 def test_killed_and_resumed_is_unbroken(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
     """Wherever in the step SIGKILL strikes, resuming reaches the same figures."""
     path = config(tmp_path, tiny)
-    kill_after("step 2/", path, world=1)
+    kill_after("step 2/", path, world=1, killed=0)
     train(path, "--resume", "auto")
     same_run(tmp_path, unbroken)
 
 
-def test_sigterm_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
+def deepspeed(ranks: int, port: int, path: Path, **options: Any) -> subprocess.Popen[str]:
+    """The run as users start it: by the `deepspeed` command."""
+    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    inherited = {k: v for k, v in environment(0, ranks, port).items() if "RANK" not in k}
+    return subprocess.Popen(
+        [sys.executable, *command, "--master_port", str(port), "train.py", "--config", str(path)],
+        env={
+            **inherited,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
+    """To the whole group of a `deepspeed` command that ignores it, as in `make train`: the command,
+    its launcher, which signals the rank once more, the rank and its workers."""
     path = config(tmp_path, tiny, checkpoint={"every": 0})
-    (process,) = start(1, ["train.py", "--config", str(path)])
+    process = deepspeed(
+        1, free_port(), path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 1/"):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             break
-    ((code, out, _),) = finish([process])
-    assert code == 0 and "--resume auto" in out
+    ((_, out, err),) = finish([process])
+    assert len([x for x in out.splitlines() if "--resume auto continues from there" in x]) == 1
+    assert "the step ends and is saved" in err
+    assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
     ((step, _),) = completed(tmp_path / "run" / "checkpoints")
     assert 1 <= step < STEPS
     train(path, "--resume", "auto")
@@ -202,15 +229,18 @@ def test_two_ranks_evaluate_sample_and_train(two_ranks) -> None:
 def test_a_run_that_changes_its_number_of_ranks_is_that_of_two_ranks(
     tmp_path: Path, tiny: Path, two_ranks
 ) -> None:
-    """The first step on one rank, the second on two, which are killed around the third, and the
-    rest on one: the same completions and, but for rounding, the same figures and weights.
+    """The first step on one rank, the second on two, of which one is killed around the third, and
+    the rest on one: the same completions and, but for rounding, the same figures and weights.
 
     The cursor depends on how often they sampled, and the reference is the initial model, not the
     resumed one.
     """
     path, auto = two_rank_config(tmp_path, tiny), ("--resume", "auto")
     train(path, "--set", "steps=1", "--set", "evaluation.after=false")
-    kill_after("step 3/", path, *auto, world=2)
+    left, (_, _, err) = kill_after("step 3/", path, *auto, world=2, killed=1)
+    line = one_line([left])
+    assert left[0] == 1 and line.startswith("error: rank 1 (pid ") and "is gone" in line
+    assert "error" not in err
     train(path, *auto)
     same_but_for_rounding(tmp_path, two_ranks[0])
 
@@ -274,19 +304,8 @@ def test_port_in_use_is_one_line_and_ends_both_ranks(tmp_path: Path, tiny: Path)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-        inherited = {k: v for k, v in environment(0, 2, port).items() if "RANK" not in k}
-        done = subprocess.run(
-            [sys.executable, *command, "train.py", "--config", str(config(tmp_path, tiny))],
-            env={
-                **inherited,
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            },
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode != 0
-    line = one_line([(done.returncode, done.stdout, done.stderr)])
+        path = config(tmp_path, tiny)
+        (done,) = finish([deepspeed(2, port, path)], timeout=120)
+    assert done[0] != 0
+    line = one_line([done])
     assert f"MASTER_PORT={port}" in line and "--master_port" in line

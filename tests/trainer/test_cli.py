@@ -13,6 +13,8 @@ import pytest
 from papo import cli
 from papo.cli import config_from, main
 from papo.config import ConfigError
+from papo.dist import termination
+from papo.dist.peers import PeerError
 from papo.errors import PapoError
 from papo.record.progress import Progress, clock_text, step_line
 from tests.trainer.tiny import MINIMAL
@@ -33,12 +35,19 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+def as_one_of(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting, no model to look for, and the root of the log as it was: `main` sets it up for
-    the whole process."""
+    """No waiting, no launcher, no model to look for, and the root of the log as it was: `main` sets
+    it up for the whole process."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cli.preflight, "check", lambda config: None)
-    monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "SILENT_SECONDS", 0.0)
     monkeypatch.setattr(cli, "_log_to_stderr", lambda level: None)
 
 
@@ -104,6 +113,7 @@ def test_an_error_of_the_run_is_told_by_rank_0_and_fails_every_rank(
     def run(config: object) -> int:
         raise PapoError("the disk is full:\nfree some")
 
+    as_one_of(2, monkeypatch)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("papo.train.loop.run", run)
     capsys.readouterr()  # what importing DeepSpeed says
@@ -117,29 +127,86 @@ def test_the_other_ranks_leave_after_rank_0_has_spoken(
 ) -> None:
     """The launcher kills rank 0 with the rest when it sees another one fail first."""
     waited: list[float] = []
-    monkeypatch.setattr(cli, "_GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(cli, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(cli.time, "sleep", waited.append)
+    as_one_of(2, monkeypatch)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(["--config", file, "--set", "steps=0"]) == 1
     assert waited == [2.0]
 
 
-def test_a_bug_keeps_its_traceback(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_an_unforeseen_error_is_a_line_and_its_traceback_a_file(
+    has_folder: bool,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the run's folder, or where there is none in the temporary one."""
+
     def run(config: object) -> int:
-        raise RuntimeError("a bug")
+        raise RuntimeError("a \x1b[31mbug\x00 of \udcff\nmany lines")
+
+    folders = {True: tmp_path / "run", False: tmp_path / "temporary"}
+    folders[has_folder].mkdir()
+    monkeypatch.setattr("papo.train.loop.run", run)
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    capsys.readouterr()
+    assert main(["--config", file, "--set", f"output_dir={tmp_path / 'run'}"]) == 1
+    (written,) = folders[has_folder].iterdir()
+    assert capsys.readouterr().err == (
+        "error: unexpected RuntimeError: a \\x1b[31mbug\\x00 of \\udcff; "
+        f"the traceback is in {written}\n"
+    )
+    assert "Traceback" in written.read_text() and "in run" in written.read_text()
+
+
+def test_a_lost_peer_ends_the_process_in_one_line(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, since destroying the process group would wait for the peer."""
+    left: list[tuple[int, str]] = []
+
+    def run(config: object) -> int:
+        raise PeerError("rank 1 is gone", speaks=True)
 
     monkeypatch.setattr("papo.train.loop.run", run)
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["--config", file])
+    monkeypatch.setattr(termination.PROCESS, "leave", lambda *how: left.append(how))
+    monkeypatch.setattr(termination.PROCESS, "leave_silently", lambda status: None)
+    main(["--config", file])
+    assert left == [(1, "error: rank 1 is gone")]
 
 
-def test_ctrl_c_is_130(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("papo.train.loop.run", run)
-    assert main(["--config", file]) == 130
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (
+            {"RANK": "first"},
+            "RANK='first' beside WORLD_SIZE=1: expected a whole number from 0 to 0",
+        ),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2' beside WORLD_SIZE=2"),
+        ({"RANK": "\N{SUPERSCRIPT TWO}", "WORLD_SIZE": "4"}, "expected a whole number from 0 to 3"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number from 1"),
+        ({"WORLD_SIZE": "9" * 5000}, "expected a whole number from 1"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"WORLD_SIZE": "2"}, "MASTER_PORT is not set, but WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000': expected"),
+    ],
+)
+def test_a_bad_variable_of_the_launcher_is_one_line(
+    file: str,
+    variables: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", file]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line
 
 
 def test_a_bad_option_ends_the_process_before_torch_is_loaded(file: str) -> None:

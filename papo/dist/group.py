@@ -249,7 +249,12 @@ def _reach(place: Place, waiting: _Waiting) -> dist.TCPStore:
         time.sleep(_POLL_SECONDS)
     # What listens there may be no store, and torch would wait for its answer forever.
     stores: list[dist.TCPStore] = []
-    thread = threading.Thread(target=lambda: stores.append(_connect(place)), daemon=True)
+
+    def connect() -> None:
+        with contextlib.suppress(RuntimeError):  # the deadline's error says more
+            stores.append(_connect(place))
+
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     while not stores and not waiting.is_over(who):
         thread.join(_POLL_SECONDS)

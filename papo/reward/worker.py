@@ -27,6 +27,8 @@ from typing import IO, NamedTuple, NoReturn
 from papo.reward.processes import MARKER, kill_family
 
 _PR_SET_CHILD_SUBREAPER = 36
+# The launcher sends SIGTERM to all descendants of a rank that is still to save its step.
+_OTHERS_BUSINESS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Setup(NamedTuple):
@@ -54,6 +56,8 @@ def main(fd: int) -> NoReturn:
     marker = os.environ[MARKER]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in _OTHERS_BUSINESS:
+        signal.signal(number, signal.SIG_IGN)
     child = os.fork()
     if child == 0:
         _shield(fd)
@@ -100,6 +104,7 @@ def _work(fd: int) -> NoReturn:
     code = 1
     try:
         os.setsid()
+        _stay_at_signals()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
@@ -115,6 +120,19 @@ def _work(fd: int) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
+
+
+def _stay_at_signals() -> None:
+    """Go on at a signal that is meant for the trainer. What a function starts has the defaults: it
+    may want to end it."""
+
+    def restore() -> None:
+        for number in _OTHERS_BUSINESS:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in _OTHERS_BUSINESS:
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, it ends with an exec
+    os.register_at_fork(after_in_child=restore)
 
 
 def _serve(channel: socket.socket, stream: IO[bytes]) -> None:

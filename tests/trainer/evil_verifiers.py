@@ -51,6 +51,10 @@ def good(text, answer, metadata):
     return 0.5
 
 
+def own_process(text, answer, metadata):
+    return os.getpid()
+
+
 def raises_a_base_exception(text, answer, metadata):
     raise BaseException("base")
 
@@ -119,7 +123,6 @@ def kills_its_parent(text, answer, metadata):
 
 def signals_its_parents_group(text, answer, metadata):
     os.killpg(os.getpgid(os.getppid()), signal.SIGTERM)
-    time.sleep(1e6)
 
 
 def recurses(text, answer, metadata):
@@ -313,10 +316,8 @@ _ERROR = (
     aborts,
     kills_itself,
     crashes,
-    signals_its_group,
     interrupts_its_group,
     kills_its_parent,
-    signals_its_parents_group,
     leaves_a_daemon_and_kills_its_parent,
     recurses,
     recurses_in_c,
@@ -332,7 +333,14 @@ _ERROR = (
     fills_the_memory,
     fills_the_memory_in_small_parts,
 )
-_INVALID = (returns_a_huge_float, returns_a_huge_integer, returns_nan, returns_none)
+_INVALID = (
+    signals_its_group,
+    signals_its_parents_group,
+    returns_a_huge_float,
+    returns_a_huge_integer,
+    returns_nan,
+    returns_none,
+)
 _OK = (  # what they do besides is bad
     prints_without_end,
     closes_the_standard_files,

@@ -12,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from papo.errors import PapoError
@@ -131,3 +132,13 @@ def test_without_proc_the_process_group_is_killed(monkeypatch, tmp_path):
     with subprocess.Popen(["sleep", "1000"], start_new_session=True) as process:
         kill_family("nobody's", (process.pid,))
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_signal_of_the_launcher_to_all_of_the_trainers_family_ends_no_worker(evil):
+    """It sends SIGTERM to every descendant of a rank, whose step is still to be scored."""
+    pool, _, _ = evil
+    (before,) = pool.score([completion("own_process")])
+    for process in psutil.Process().children(recursive=True):
+        process.terminate()
+    (after,) = pool.score([completion("own_process")])
+    assert before == after and before.status == "ok"

@@ -172,7 +172,7 @@ def test_each_of_several_verifiers_has_a_mean_and_its_values_in_the_rows(tmp_pat
     rewards = tuple(replace(r, parts=p) for r, p in zip(group.rewards, parts, strict=True))
     figures = rollout_metrics([replace(group, rewards=rewards)], 1, 1.0)
     assert figures["reward/mean/exact"] == 0.5 and math.isnan(figures["reward/mean/a:f"])
-    rows = completion_rows([replace(group, rewards=rewards)], 0)
+    rows = completion_rows([replace(group, rewards=rewards)])
     assert [r["rewards"] for r in rows] == [
         {"exact": 1.0, "a:f": None},
         {"exact": 0.0, "a:f": None},

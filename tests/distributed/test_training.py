@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> 
             os.killpg(process.pid, signal.SIGINT)
             break
     ((_, out, err),) = finish([process])
-    assert len([x for x in out.splitlines() if "--resume auto continues from there" in x]) == 1
+    assert len([x for x in out.splitlines() if "go on from there with --resume auto" in x]) == 1
     assert "the step ends and is saved" in err
     assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
     ((step, _),) = completed(tmp_path / "run" / "checkpoints")

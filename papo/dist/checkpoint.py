@@ -238,11 +238,11 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     with collectives.failing_together():
         meta = read_meta(folder)
-        with ShardReader(folder, read_manifest(folder).files) as reader:
-            _check(folder, reader, engine, meta)
-            source = MASTER if MASTER in reader.kinds() else WEIGHT
-            for name, parameter in engine.trained_parameters():
-                _fill(engine.partition(parameter), reader, name, source)
+        reader = ShardReader(folder, read_manifest(folder).files)
+        _check(folder, reader, engine, meta)
+        source = MASTER if MASTER in reader.kinds() else WEIGHT
+        for name, parameter in engine.trained_parameters():
+            _fill(engine.partition(parameter), reader, name, source)
     engine.optimizer_steps = meta["optimizer_steps"]
     return meta
 

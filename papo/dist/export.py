@@ -97,11 +97,11 @@ def _fill(model: PreTrainedModel, checkpoint: Path) -> None:
             f"{checkpoint}: {listed(other, 3)} is not in the model of its config, or has another "
             "shape there"
         )
-    with ShardReader(checkpoint, read_manifest(checkpoint).files) as reader:
-        for name in shapes:
-            values = parameters[name].data.view(-1)
-            for start, piece in reader.read(WEIGHT, name, 0, len(values), ("F32", "BF16")):
-                values[start : start + len(piece)].copy_(piece)
+    reader = ShardReader(checkpoint, read_manifest(checkpoint).files)
+    for name in shapes:
+        values = parameters[name].data.view(-1)
+        for start, piece in reader.read(WEIGHT, name, 0, len(values), ("F32", "BF16")):
+            values[start : start + len(piece)].copy_(piece)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

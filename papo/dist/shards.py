@@ -6,7 +6,6 @@ ranks can read what any other number wrote.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,8 +76,8 @@ class _Slice(NamedTuple):
     file: str
 
 
-class ShardReader(contextlib.ExitStack):
-    """Reads slices of the parameters from a checkpoint's files.
+class ShardReader:
+    """Reads slices of the parameters from a checkpoint's files, one file at a time of each part.
 
     Args:
         files: of the manifest.
@@ -88,9 +87,8 @@ class ShardReader(contextlib.ExitStack):
     """
 
     def __init__(self, folder: Path, files: Mapping[str, FileEntry]) -> None:
-        super().__init__()
         self._folder = folder
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, tuple[str, Any]] = {}
         self._slices: dict[tuple[str, str], list[_Slice]] = {}
         for file, entry in files.items():
             for key in entry.keys:
@@ -151,10 +149,7 @@ class ShardReader(contextlib.ExitStack):
 
     def _piece(self, found: _Slice, begin: int, end: int, dtypes: tuple[str, ...]) -> Tensor:
         try:
-            if found.file not in self._open:
-                path = str(self._folder / found.file)
-                self._open[found.file] = self.enter_context(safe_open(path, framework="pt"))
-            stored = self._open[found.file].get_slice(found.key)
+            stored = self._file(found.file).get_slice(found.key)
             shape, dtype = stored.get_shape(), stored.get_dtype()
             if shape != [found.stop - found.start] or dtype not in dtypes:
                 self._refuse(f"{found.key} in {found.file} is {dtype} {shape}")
@@ -168,6 +163,14 @@ class ShardReader(contextlib.ExitStack):
         if not torch.isfinite(values).all():
             self._refuse(f"NaN or infinity in {found.key} of {found.file}; expected finite numbers")
         return values
+
+    def _file(self, name: str) -> Any:
+        """The open file; a mapped file counts as memory of the process, so the part's last one is
+        closed."""
+        part = name.partition("-")[0]
+        if part not in self._open or self._open[part][0] != name:
+            self._open[part] = name, safe_open(str(self._folder / name), framework="pt")
+        return self._open[part][1]
 
     def _refuse(self, what: str) -> None:
         raise PapoError(f"{self._folder}: {what}")

@@ -318,8 +318,8 @@ class HealthConfig(Section):
 
     max_bad_steps: NonNegative = 10
     """Steps in a row that teach nothing, after which the run stops: their update was skipped, or no
-    verifier gave any of their completions a verdict. 0 never stops for that. Weights or an entropy
-    that are not finite stop a run at once."""
+    verifier gave any of their completions a verdict. 0 never stops for that. What is not finite
+    stops a run at once: weights, optimizer states, the entropy, the loss or the mean reward."""
 
 
 class MetricsConfig(Section):

@@ -31,7 +31,7 @@ def _count(value: int) -> int:
 
 
 def _float32(value: float) -> float:
-    if value and not _LEAST_FLOAT <= abs(value) <= _MOST_FLOAT:
+    if value and math.isfinite(value) and not _LEAST_FLOAT <= abs(value) <= _MOST_FLOAT:
         sizes = f"a size from {_LEAST_FLOAT:g} to {_MOST_FLOAT:g}"
         raise PydanticCustomError("float32", f"{sizes}, which float32 holds")
     return value
@@ -44,8 +44,8 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_float
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-ClipLow = Annotated[float, Field(gt=0, le=1)]
-ClipHigh = Annotated[float, Field(gt=0)]  # infinity sets no bound
+ClipLow = Annotated[float, Field(gt=0, le=1), AfterValidator(_float32)]
+ClipHigh = Annotated[float, Field(gt=0), AfterValidator(_float32)]  # infinity sets no bound
 
 
 def _path(value: str) -> str:

@@ -124,10 +124,10 @@ def _description(key: str, model: type[BaseModel]) -> str:
         model = dict(sections_of(model))[name]
     field = model.model_fields[leaf]
     nested = dict(sections_of(model)).get(leaf)
-    return one_line(field.description or (nested.__doc__ if nested else "") or "")
+    return unwrapped(field.description or (nested.__doc__ if nested else "") or "")
 
 
-def one_line(text: str) -> str:
+def unwrapped(text: str) -> str:
     """`text` with every run of white space as one space."""
     return " ".join(text.split())
 

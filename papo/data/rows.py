@@ -96,7 +96,9 @@ def head(config: DataConfig, *, held_out: bool = False) -> Iterator[tuple[str, A
     """
     what = name_of(config, held_out=held_out)
     file = _file(_place(config, held_out), what)
-    return _parquet_head(file, what) if config.source == "parquet" else _json_rows(file)
+    if config.source == "parquet":
+        return _parquet_head(file, what)
+    return _json_rows(file, first_alone=True)
 
 
 def _file(place: str, what: str) -> Path:
@@ -120,8 +122,12 @@ def _parquet_head(file: Path, what: str) -> Iterator[tuple[str, Any]]:
     return ((f"{what} row 1", row) for row in rows)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, row) of a file of JSON lines, or (file and item, row) of one JSON array."""
+def _json_rows(path: Path, first_alone: bool = False) -> Iterator[tuple[str, Any]]:
+    """(file and line, row) of a file of JSON lines, or (file and item, row) of one JSON array.
+
+    Args:
+        first_alone: read of an array, which is read as a whole, no more than one row needs.
+    """
     first, name = True, printable(str(path), _LONGEST_PATH)
     try:
         with path.open("rb") as file:
@@ -133,6 +139,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 if first and line.lstrip().startswith(b"["):
+                    if first_alone:
+                        yield from _array_head(line + file.read(_LINE_BYTES), name)
+                        return
                     yield from _array_rows(line + file.read(_ARRAY_BYTES), name)
                     return
                 first = False
@@ -160,6 +169,20 @@ def _array_rows(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
         )
     for number, row in enumerate(_parsed(content, name), start=1):
         yield f"{name} item {number}", row
+
+
+def _array_head(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
+    """The first row of an array that may be cut off after it."""
+    text = content.decode("utf-8", errors="replace")
+    start = text.index("[") + 1
+    start += len(text[start:]) - len(text[start:].lstrip())
+    if text.startswith("]", start):
+        return
+    try:
+        row, _ = json.JSONDecoder(object_pairs_hook=_object).raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise PapoError(f"{name} item 1: not JSON that can be read: {error}; {_WANTED}") from error
+    yield f"{name} item 1", row
 
 
 def _parsed(content: bytes, where: str) -> Any:

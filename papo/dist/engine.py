@@ -10,7 +10,7 @@ import ctypes
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -168,19 +168,16 @@ class Engine:
 
     def finite(self) -> bool:
         """Whether the weights and moments that this rank updates are; no collective."""
-        # aminmax needs no temporary of the tensor's size.
-        extremes = [x for held in self._updated() for x in torch.aminmax(held)]
-        return not extremes or bool(torch.stack(extremes).isfinite().all())
+        assert self.adamw is not None
+        flat = [t for p, s in self.adamw.state.items() for t in (p, *(s[k] for k in MOMENTS))]
+        # Among the optimizer's own tensors is padding, which DeepSpeed leaves as the memory was.
+        return _all_finite(flat) or _all_finite(self._held())
 
-    def _updated(self) -> Iterator[Tensor]:
-        """This rank's float32 masters and moments, in pieces that are not empty."""
-        if self.has_moments:
-            for _, parameter in self.trained_parameters():
-                partition = self.partition(parameter)
-                for kind in (MASTER, *MOMENTS):
-                    held = partition.read(kind)
-                    if held.numel():
-                        yield held
+    def _held(self) -> Iterator[Tensor]:
+        """This rank's float32 masters and moments, without padding."""
+        for _, parameter in self.trained_parameters():
+            partition = self.partition(parameter)
+            yield from (partition.read(kind) for kind in (MASTER, *MOMENTS))
 
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[PreTrainedModel]:
@@ -260,6 +257,12 @@ class Engine:
         assert self.adamw is not None
         for state in self.adamw.state.values():
             state["step"].fill_(value)
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    # aminmax needs no temporary of the tensor's size.
+    extremes = [x for t in tensors if t.numel() for x in torch.aminmax(t.detach())]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def _return_freed_memory() -> None:

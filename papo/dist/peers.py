@@ -25,7 +25,7 @@ from papo.errors import PapoError, first_line
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
-_FAREWELL_SECONDS = 6.0
+_FAREWELL_SECONDS = 30.0
 
 
 class PeerError(PapoError):

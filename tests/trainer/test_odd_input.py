@@ -180,6 +180,8 @@ def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path: Path) -> None:
         ("reward.workers=5000", "reward.workers=5000: expected less than or equal to 1024"),
         ("optim.lr=1e60", "optim.lr=1e+60: expected a size from 1e-30 to 1e+30, which float32"),
         ("optim.eps=1e-60", "optim.eps=1e-60: expected a size from 1e-30"),
+        ("loss.clip_low=1e-50", "loss.clip_low=1e-50: expected a size from"),
+        ("loss.clip_high=1e300", "loss.clip_high=1e+300: expected a size from"),
         ("loss.kl_limit=1e60", "loss.kl_limit=1e+60: expected a size from"),
         ("loss.entropy_coef=-1e60", "loss.entropy_coef=-1e+60: expected a size from"),
         ("rollout.temperature=1e-300", "temperature=1e-300: expected greater than or equal to 1e-"),

@@ -19,7 +19,8 @@ import pytest
 from huggingface_hub import constants
 
 from papo import hub, preflight
-from papo.config import TrainConfig
+from papo.config import DataConfig, TrainConfig
+from papo.data.examples import first
 from papo.errors import PapoError
 from papo.model.files import check_folder
 
@@ -65,6 +66,21 @@ def test_problems_are_looked_for_and_the_first_is_made(tmp_path: Path) -> None:
     assert "did you mean chain_sum" in refusal(
         data={"source": "reasoning_gym", "dataset": "chainsum"}
     )
+
+
+def test_of_an_array_no_more_than_the_first_row_is_read(tmp_path: Path) -> None:
+    """The run reads it as a whole and refuses what follows."""
+    bad = tmp_path / "bad.jsonl"
+    data = {"source": "jsonl", "train_path": str(bad)}
+    bad.write_text('\n[\n {"prompt": "p", "answer": "1"}, no JSON')
+    assert first(DataConfig(**data)).answer == "1"
+    for text, told in (
+        ("[ ]", "has no rows"),
+        ('[{"prompt": ', "item 1: not JSON that can be read"),
+    ):
+        bad.write_text(text)
+        with pytest.raises(PapoError, match=told):
+            first(DataConfig(**data))
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ $(STAMP): $(NATIVE)
 	touch $@
 
 # Ctrl-C reaches every process here: make and the deepspeed command wait until the ranks have saved.
+# make passes SIGTERM on to its child alone, whose end the ranks notice if it is the deepspeed command.
 train: $(STAMP)
-	trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(RANKS) \
+	trap '' INT; export PATH="$(abspath $(BIN)):$$PATH"; exec deepspeed --num_gpus $(RANKS) \
 		--master_port $$($(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])") \
 		train.py --config $(CONFIG) $(ARGS)
 

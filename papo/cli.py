@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from papo import preflight
 from papo.config import ConfigError, TrainConfig, load_config
-from papo.dist import environment, peers
+from papo.dist import environment, peers, termination
 from papo.dist.peers import PeerError
 from papo.dist.termination import SILENT_SECONDS
 from papo.errors import PapoError, first_line, one_line
@@ -92,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank 0's, unless another rank met what nobody foresaw.
     """
     _silence_what_outlives_a_rank()
-    leads, folder = True, None
+    leads, first_here, folder = True, True, None
     try:
-        leads = environment.place().rank == 0
+        place = environment.place()
+        leads, first_here = place.rank == 0, place.local_rank == 0
         _log_to_stderr(logging.INFO if leads else logging.CRITICAL)
         config = config_from(sys.argv[1:] if argv is None else argv)
         folder = Path(config.output_dir)
@@ -105,10 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PeerError as error:
         peers.leave(error)
     except PapoError as error:
-        if leads:
+        # Before the ranks have met, rank 0 may find nothing on its own machine.
+        if leads or (first_here and not peers.met):
             _print_error(str(error))
         else:
             time.sleep(SILENT_SECONDS)
+            # The launcher would have ended this rank if rank 0 had failed.
+            if termination.PROCESS.launched and not peers.met:
+                _print_error(str(error))
     except Exception as error:
         _print_error(_unforeseen(error, folder))
     return 1

@@ -32,7 +32,7 @@ def check_model(name: str) -> Path | None:
         raise PapoError(
             f"model.path={shown(name)}: neither a folder nor a hub id: {first_line(error)}"
         ) from error
-    fault = hub_fault()
+    fault = hub_fault(f"{name}/resolve/main/config.json")
     if fault is None:
         return None
     if not isinstance(config, str):
@@ -67,29 +67,35 @@ def check_dataset(name: str) -> None:
 
 
 @functools.cache
-def hub_fault() -> str | None:
-    """Why the hub cannot be asked, None if it answers; asked for 3 seconds, once in a process.
+def hub_fault(file: str = "") -> str | None:
+    """Why the hub cannot be asked, None if it answers; asked for 3 seconds, once for a file.
 
     Proxies, HF_ENDPOINT and HF_HUB_OFFLINE act as in the hub's own library.
+
+    Args:
+        file: must be there, or need a login.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    told = [f"no answer within {_SECONDS:g} s"]
+    fault = [f"cannot be reached: no answer within {_SECONDS:g} s"]
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-            told[0] = ""
+            url = f"{constants.ENDPOINT}/{file}"
+            status = get_session().head(url, timeout=_SECONDS).status_code
+            # A mirror may have no page at its own address.
+            lacks = status >= 500 or (file and status in (400, 404, 410))
+            fault[0] = f"answers HTTP {status}" if lacks else ""
         except Exception as error:  # of the network, of a proxy's address, and so on
-            told[0] = first_line(error)
+            fault[0] = f"cannot be reached: {first_line(error)}"
 
     # The time limit of a request does not cover the search for the host's address.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_SECONDS)
-    return f"{constants.ENDPOINT} cannot be reached: {told[0]}" if told[0] else None
+    return f"{constants.ENDPOINT} {fault[0]}" if fault[0] else None
 
 
 def _refused(option: str, name: str, fault: str) -> PapoError:

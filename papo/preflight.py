@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
-import sys
+import tempfile
 from pathlib import Path
 
 from papo import hub
@@ -20,21 +20,10 @@ from papo.model.smollm2 import SMOLLM2, packaged_gguf
 def check(config: TrainConfig) -> None:
     """Refuse what a run would stumble over later, the cheapest check first.
 
-    The first rank of each further machine also prints its line: rank 0 may find nothing on its own.
-
     Raises:
         PapoError: the checkpoint, a verifier's module, the run's folder, the model's files or the
             problems are not there or cannot be used.
     """
-    try:
-        _check(config)
-    except PapoError as error:
-        if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise
-
-
-def _check(config: TrainConfig) -> None:
     _check_resume(config.resume)
     for name in config.reward.verifiers:
         _check_verifier(name)
@@ -78,8 +67,11 @@ def _check_writable(output_dir: str) -> None:
         fault = None if nearest.is_dir() else "is a file: expected a folder"
     except OSError as error:
         fault = error.strerror or first_line(error)
-    if fault is None and not os.access(nearest, os.W_OK | os.X_OK):
-        fault = "cannot be written to"
+    if fault is None:
+        try:
+            tempfile.TemporaryDirectory(prefix=".papo-", dir=nearest).cleanup()
+        except OSError as error:
+            fault = f"cannot be written to ({error.strerror})"
     if fault is not None:
         raise PapoError(
             f"output_dir={shown(output_dir)}: {shown(str(nearest))} {fault}; "

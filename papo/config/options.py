@@ -306,7 +306,8 @@ class CheckpointConfig(Section):
     (`health.max_bad_steps`) replace none of them."""
     keep_best: NonNegative = 0
     """Number of checkpoints to keep besides for their held-out accuracy, of the steps that were
-    evaluated (`evaluation.every`). They keep their weights alone, without the optimizer's part."""
+    evaluated (`evaluation.every`; `evaluation.after` comes after the last checkpoint). They keep
+    their weights alone, without the optimizer's part."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """How the weights are written. With `fp32` they are the float32 masters, 4 bytes a parameter.
     With `bf16` they are the weights that the model computes with, 2 bytes a parameter, and the

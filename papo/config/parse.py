@@ -140,6 +140,21 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {first_line(error)}") from error
 
 
+def parse_value(text: str, where: str) -> Any:
+    """The value of an override, of which YAML would take a part for a comment or for an anchor.
+
+    Raises:
+        ConfigError: as `parse_yaml`, or there is such a part.
+    """
+    value = parse_yaml(text, where)
+    *tokens, _ = yaml.scan(text, yaml.SafeLoader)
+    named = any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in tokens)
+    if named or text[tokens[-1].end_mark.index :].strip():
+        what = "an anchor" if named else "a comment"
+        raise ConfigError(f"{where}: YAML takes a part of it for {what}: put the value in quotes")
+    return value
+
+
 def yaml_text(value: Any) -> str:
     """A YAML document that `parse_yaml` reads back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

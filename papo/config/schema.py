@@ -34,7 +34,7 @@ from papo.config.parse import ConfigError, yaml_text
 from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
 from papo.config.section import PathText, Positive, Section, Seed, refuse
-from papo.config.text import explain, merged, read_options
+from papo.config.text import explain, merged, read_options, sections_of
 from papo.errors import printable
 
 LONGEST_NAME = 60
@@ -92,7 +92,10 @@ class TrainConfig(Section):
             return raw
         method = raw.get("method", "papo")
         preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
-        filled = merged(preset, raw)
+        sections = dict(sections_of(cls))
+        # A section whose options are all commented out.
+        written = {k: {} if v is None and k in sections else v for k, v in raw.items()}
+        filled = merged(preset, written)
         if filled.get("output_dir", "") == "":
             filled["output_dir"] = f"runs/{filled.get('name')!s:.{LONGEST_NAME}}"
         advantage, rollout = filled.get("advantage"), filled.get("rollout")

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from papo.config.parse import DEEPEST, ConfigError, parse_yaml
+from papo.config.parse import DEEPEST, ConfigError, parse_value, parse_yaml
 from papo.errors import printable, shown
 from papo.inputs import is_plain, read_text
 
@@ -175,4 +175,4 @@ def _override(options: dict[str, Any], override: str) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"{told}: {printable(part)} is not a section")
-    section[parts[-1]] = parse_yaml(text, told)
+    section[parts[-1]] = parse_value(text, told)

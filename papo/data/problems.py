@@ -84,8 +84,10 @@ class ProblemSource:
         )
         generated = config.source == "reasoning_gym"
         held_out, train = self._generated() if generated else self._read()
-        self._held_out = list(enumerate(held_out))
-        self._train = list(enumerate(train, start=len(held_out)))
+        # Held-out problems of their own file may change without a change of the others' order.
+        apart = config.eval_path is not None or config.eval_split is not None
+        self._held_out = list(enumerate(held_out, start=len(train) if apart else 0))
+        self._train = list(enumerate(train, start=0 if apart else len(held_out)))
         if self.dropped_long:
             log.warning(
                 "%d prompts of more than data.max_prompt_tokens=%d tokens dropped",

@@ -242,8 +242,8 @@ def _reach(place: Place, waiting: _Waiting) -> dist.TCPStore:
         try:
             socket.create_connection((place.address, place.port), max(0.1, waiting.left)).close()
             break
-        except OSError as error:
-            if waiting.is_over(who):
+        except (OSError, UnicodeError) as error:  # a name of a host that cannot be one
+            if waiting.is_over(who) or isinstance(error, UnicodeError):
                 line = f"{waiting.error(who)} ({first_line(error)})"
                 raise PeerError(line, speaks=True) from error
         time.sleep(_POLL_SECONDS)

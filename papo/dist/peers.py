@@ -28,6 +28,9 @@ _GRACE_SECONDS = 3.0
 _FAREWELL_SECONDS = 30.0
 
 
+met = False  # whether this process has met the other ranks, and fails together with them
+
+
 class PeerError(PapoError):
     """Another rank is lost, or never came; `speaks`: this rank is the one that prints it."""
 
@@ -111,6 +114,8 @@ class Peers:
 
     def watch(self) -> None:
         """End this process where a peer is lost and the main thread waits for it."""
+        global met
+        met = True
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
         process = termination.PROCESS
         process.lost = self._is_lost

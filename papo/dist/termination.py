@@ -22,6 +22,7 @@ import psutil
 from papo.dist.launcher import Launcher
 from papo.dist.terminal import Terminal
 from papo.errors import one_line
+from papo.reward.processes import MARKER
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One Ctrl-C may arrive twice, from the terminal and from a launcher that passes it on.
@@ -160,9 +161,14 @@ class Termination:
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    # Python's own tracker ends by itself, after it has removed the semaphores.
-                    if child.pid != guard and "resource_tracker" not in " ".join(child.cmdline()):
+                    if child.pid != guard and not _ends_by_itself(child):
                         child.kill()
+
+
+def _ends_by_itself(child: psutil.Process) -> bool:
+    """Whether a child has something to clean up when this process ends: Python's own tracker its
+    semaphores, a reward worker whatever its verifier has started."""
+    return "resource_tracker" in " ".join(child.cmdline()) or MARKER in child.environ()
 
 
 def _write(line: str) -> None:

@@ -18,9 +18,17 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "vocab.txt",
     "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
 )
 _INDEX = "model.safetensors.index.json"
-_JSON_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", _INDEX)
+_JSON_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    _INDEX,
+)
 _JSON_BYTES = 64 << 20
 # Kinds of models with a table of positions, and the name of its length in config.json.
 _POSITIONS = {
@@ -70,7 +78,7 @@ def check_tokenizer(path: str, name: str) -> None:
         PapoError: there is none.
     """
     folder = Path(path)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if folder.is_dir() and not any(any(folder.glob(file)) for file in _TOKENIZER_FILES):
         raise PapoError(
             f"model.path={shown(name)}: the folder has no tokenizer (none of "
             f"{', '.join(_TOKENIZER_FILES[:3])}, ...); "

@@ -106,6 +106,6 @@ def _row(line: str) -> dict[str, Any] | None:
     """The row of a line; None where it holds none."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # JSON's own errors, and integers of too many digits
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -33,22 +33,38 @@ def prepare(lock: FolderLock, config: TrainConfig, resumed: Path | None) -> Path
     try:
         if _holds_another_run(folder, config.resume, resumed):
             earlier = lock.move_aside()
-        config.dump_yaml(folder / "config.yaml")
+        # It goes on by no other checkpoint's leave than the one that a command line names.
+        plain = config.model_copy(update={"resume": "never", "resume_anyway": False})
+        plain.dump_yaml(folder / "config.yaml")
     except (OSError, ValueError) as error:  # ValueError: "." has no name to move to
         raise cannot_use(folder, error) from error
     return earlier
 
 
 def check(config: TrainConfig, resumed: Path | None) -> None:
-    """Refuse early what `prepare` could not move aside.
+    """Refuse early what `prepare` could not move aside, and checkpoints that cannot be seen.
 
     Raises:
-        PapoError: the folder that holds `output_dir` is not writable.
+        PapoError: an earlier run cannot move aside, or `checkpoints` is no folder.
     """
-    folder = Path(config.output_dir)
-    moves = _holds_another_run(folder, config.resume, resumed)
-    if moves and not os.access(folder.parent, os.W_OK):
-        reason = f"an earlier run cannot move aside, {folder.parent} is not writable"
+    folder = Path(config.output_dir).resolve()
+    checkpoints = folder / CHECKPOINTS
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        reason = f"{CHECKPOINTS} is no folder (a link whose disk is not mounted?)"
+        raise cannot_use(folder, NotADirectoryError(errno.ENOTDIR, reason))
+    if not _holds_another_run(folder, config.resume, resumed):
+        return
+    stays = ""
+    if not os.access(folder.parent, os.W_OK):
+        stays = f"{folder.parent} is not writable"
+    elif folder.is_mount():
+        stays = "its folder is a mount point"
+    elif Path.cwd().is_relative_to(folder):
+        stays = "the current folder is in it"
+    elif resumed is not None and resumed.resolve().is_relative_to(folder):
+        stays = f"resume={config.resume!r} is in it, but not among its {CHECKPOINTS}"
+    if stays:
+        reason = f"an earlier run cannot move aside: {stays}"
         raise cannot_use(folder, PermissionError(errno.EACCES, reason))
 
 

@@ -122,7 +122,12 @@ def _columns(text: str, task: Task) -> dict[str, Any]:
         "completions": completion,
         "completion_ids": list(task.completion_ids),
     }
-    return {name: [value] for name, value in {**row, **own}.items()}
+    columns = {name: [value] for name, value in {**row, **own}.items()}
+    return {**columns, "log_extra": _logs_nothing, "log_metric": _logs_nothing}
+
+
+def _logs_nothing(name: str, value: Any) -> None:
+    """Stands for TRL's own loggers."""
 
 
 def _fields(text: str, task: Task) -> dict[str, Any]:
@@ -155,9 +160,17 @@ def _called(
     return _awaited(function(**chosen))
 
 
+@lru_cache(maxsize=1)
+def _loop() -> asyncio.AbstractEventLoop:
+    return asyncio.new_event_loop()
+
+
 def _awaited(value: Any) -> Any:
-    """The value of an `async def` function, any other value as it is."""
-    return asyncio.run(value) if inspect.iscoroutine(value) else value
+    """The value of an `async def` function, any other value as it is.
+
+    All of a worker's calls share an event loop, so that a function may keep its connections.
+    """
+    return _loop().run_until_complete(value) if inspect.iscoroutine(value) else value
 
 
 def _only(values: Any) -> Any:

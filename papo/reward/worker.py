@@ -154,8 +154,8 @@ def _serve(channel: socket.socket, stream: IO[bytes]) -> None:
         say("refused", why + too_little if _lacks_memory(why) else why)
         return
     say("ready", os.getpid())
-    full = False
-    while not full:
+    exhausted = used = False
+    while not exhausted:
         try:
             number, index, task = pickle.load(stream)
         except (EOFError, pickle.UnpicklingError):  # the trainer is gone
@@ -167,11 +167,19 @@ def _serve(channel: socket.socket, stream: IO[bytes]) -> None:
         except BaseException as error:  # such as metadata that cannot be unpickled
             verdict = Verdict.failed(error)
         signal.setitimer(signal.ITIMER_REAL, 0.0)  # a function may have left its alarm on
-        full = verdict.status == "error" and _lacks_memory(verdict.why)
-        if full:  # what fills the memory may stay: another process takes over
+        exhausted = verdict.status == "error" and _is_exhausted(verdict.why)
+        if exhausted and used:  # perhaps by earlier tasks: a fresh worker takes this one over
+            return
+        if exhausted and _lacks_memory(verdict.why):
             verdict = verdict._replace(why=verdict.why + too_little)
+        used = True
         value = None if math.isnan(verdict.value) else verdict.value
         say(number, value, verdict.status, verdict.why)
+
+
+def _is_exhausted(why: str) -> bool:
+    """Whether an error's text tells that the process has none left of what each task needs."""
+    return _lacks_memory(why) or "start new thread" in why or "Too many open files" in why
 
 
 def _lacks_memory(why: str) -> bool:

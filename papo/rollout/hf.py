@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from papo.errors import PapoError
 from papo.model.load import decoder_of
 from papo.types import Completion, KeptIds, Problem
 from papo_kernels import token_stats
@@ -147,7 +148,7 @@ class _Draw(LogitsProcessor):
         # The factor keeps the product below the total where it rounds up.
         below = next(self._uniforms) * cumulative[:, -1:] * (1.0 - 2.0**-52)
         drawn = torch.searchsorted(cumulative, below, right=True).squeeze(1)
-        # A row of NaN finds no place: the id stays in range, and the loss shows the NaN.
+        # A row of NaN finds no place: the id stays in range, and the log-prob shows the NaN.
         return drawn.clamp(max=scores.shape[1] - 1)
 
 
@@ -253,6 +254,11 @@ class HFSampler:
         )[:, width:]
         # generate may have drawn a few tokens more than it returns.
         logp = torch.stack(draw.logp[: out.shape[1]], dim=1)
+        if logp.isnan().any():
+            raise PapoError(
+                "the policy gives no token a probability (its log-probs are NaN): it has diverged; "
+                "go on from an earlier checkpoint with a lower optim.lr"
+            )
         responses = [self._until_the_end(row) for row in out.tolist()]
         kept = draw.kept([len(ids) for ids in responses])
         return [

@@ -48,7 +48,7 @@ class SamplingRounds:
         self.cursor += prompts
         # Every rank has a share of every part of the round, which mini-batches are made of.
         mine = range(collectives.rank(), prompts, collectives.world_size())
-        with self.clock("rollout"):
+        with self.clock("rollout"), collectives.failing_together():
             seeds = [seed_of(config.seed, "rollout", self.step, self.done, i) for i in mine]
             params = SamplingParams.of(rollout)
             share = [problems[i] for i in mine]

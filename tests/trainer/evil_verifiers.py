@@ -42,12 +42,21 @@ class Nameless(Exception, metaclass=NamelessType):
     """An exception without a name."""
 
 
+_HOARD: list[bytearray] = []
+
+
 def by_name(text, answer, metadata):
     """The verifier that the completion names."""
     return globals()[text](text, answer, metadata)
 
 
 def good(text, answer, metadata):
+    return 0.5
+
+
+def hoards(text, answer, metadata):
+    """Takes a third of the memory that a worker may have, and keeps it."""
+    _HOARD.append(bytearray(700 << 20))
     return 0.5
 
 

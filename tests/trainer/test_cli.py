@@ -116,6 +116,7 @@ def test_an_error_of_the_run_is_told_by_rank_0_and_fails_every_rank(
     as_one_of(2, monkeypatch)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("papo.train.loop.run", run)
+    monkeypatch.setattr(cli.peers, "met", True)
     capsys.readouterr()  # what importing DeepSpeed says
     assert main(["--config", file]) == 1
     out, err = capsys.readouterr()
@@ -132,8 +133,27 @@ def test_the_other_ranks_leave_after_rank_0_has_spoken(
     as_one_of(2, monkeypatch)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["--config", file, "--set", "steps=0"]) == 1
     assert waited == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "launched", "told"),
+    [("0", "0", False, 1), ("1", "1", False, 0), ("8", "0", False, 1), ("9", "1", True, 1)],
+)
+def test_before_the_ranks_have_met_each_machine_tells_what_it_lacks(
+    file: str, monkeypatch, capsys, rank: str, local: str, launched: bool, told: int
+) -> None:
+    """And a rank that the launcher leaves alive after another would have told the same."""
+    as_one_of(16, monkeypatch)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    launcher = object() if launched else None
+    monkeypatch.setattr(termination.PROCESS, "_launcher", launcher)
+    assert main(["--config", file, "--set", "steps=0"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("error: ") == told and ("steps=0" in err) == bool(told)
 
 
 @pytest.mark.parametrize("has_folder", [True, False])

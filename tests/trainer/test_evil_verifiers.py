@@ -142,3 +142,10 @@ def test_a_signal_of_the_launcher_to_all_of_the_trainers_family_ends_no_worker(e
         process.terminate()
     (after,) = pool.score([completion("own_process")])
     assert before == after and before.status == "ok"
+
+
+def test_no_completion_pays_for_what_earlier_ones_have_used_up(evil):
+    """The third finds no memory in its worker, and enough of it in a fresh one."""
+    pool, _, _ = evil
+    scored = pool.score([completion("hoards") for _ in range(4)])
+    assert [(r.value, r.status) for r in scored] == [(0.5, "ok")] * 4

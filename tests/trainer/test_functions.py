@@ -66,7 +66,10 @@ def test_completions_ask_for_lists_as_trl_passes_them(judged):
 
     assert judged(trl)[:2] == (0.25, "ok")
     others = {name: [value] for name, value in ROW.items()} | {"completion_ids": [[5, 6]]}
-    assert seen == [(["2 + 2?"], ["it is 4"], ["4"], others)]
+    ((*given, more),) = seen
+    assert given == [["2 + 2?"], ["it is 4"], ["4"]]
+    assert all(more.pop(name)("a", 1.0) is None for name in ("log_extra", "log_metric"))
+    assert more == others
     assert judged(lambda completions, level: [float(level[0])])[:2] == (3.0, "ok")
 
 
@@ -105,6 +108,17 @@ def test_coroutines_are_run(judged):
         return [0.5]
 
     assert judged(plain)[:2] == judged(trl)[:2] == (0.5, "ok")
+
+
+def test_coroutines_share_a_loop_as_the_connections_that_they_keep_ask(judged):
+    loops = []
+
+    async def plain(text, answer, metadata):
+        loops.append(asyncio.get_running_loop())
+        return 0.5
+
+    assert judged(plain)[:2] == judged(plain)[:2] == (0.5, "ok")
+    assert loops[0] is loops[1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from papo.errors import PapoError
 from papo.rollout import HFSampler, SamplingParams
 from papo.rollout.hf import _TOKENS_AHEAD, _uniforms, greedy
 from papo.types import Completion, Problem
@@ -110,6 +111,17 @@ def test_greedy_equals_step_by_step_argmax(model) -> None:
             with torch.no_grad():
                 assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
             ids.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_policy_that_has_diverged_is_one_line(temperature: float) -> None:
+    """The token that is drawn, or has the largest of NaN logits, is one like any other."""
+    broken = small_llama(3, vocab_size=V, eos_token_id=EOS, pad_token_id=EOS).eval()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(1e38)
+        broken.model.norm.weight.fill_(1e38)
+    with pytest.raises(PapoError, match=r"^the policy gives no token a probability .*diverged"):
+        sample(broken, 2, SamplingParams(max_new_tokens=2, temperature=temperature))
 
 
 def test_same_seed_same_samples_whatever_came_before(model) -> None:

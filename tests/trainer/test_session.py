@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +162,25 @@ def test_a_folder_that_cannot_move_aside_is_refused_early(tmp_path: Path, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(PapoError, match=r"cannot move aside.* is not writable"):
         Session(config(tmp_path / "run"))
+
+
+def test_a_run_that_would_lose_its_own_folder_is_refused_early(tmp_path: Path, monkeypatch) -> None:
+    """Because it stands in it, goes on from a checkpoint in it, or cannot see its checkpoints."""
+    run = tmp_path / "run"
+    newest = finished_run(run, "a")
+    without_tensors(newest, config=config(run).model_dump(mode="json"))
+    copy = shutil.copytree(newest, run / "keep" / newest.name)
+    monkeypatch.setattr(build, "check_backend", lambda name: pytest.fail("the run goes on"))
+    with pytest.raises(PapoError, match=r"cannot move aside: resume=.* is in it, but not among"):
+        Session(config(run, str(copy)))
+    monkeypatch.chdir(run)
+    with pytest.raises(PapoError, match="cannot move aside: the current folder is in it"):
+        Session(config(Path(".")))
+    (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(PapoError, match="checkpoints is no folder"):
+        Session(config(run, "auto"))
+    assert marks(tmp_path) == {"run": "a"}
 
 
 def test_another_training_is_refused_before_the_model_is_loaded(

@@ -98,7 +98,7 @@ def judge(done: Ended, damage: Damage, existed: bool, run: Broken, case: Path) -
         return "failed", f"other figures, exit status 0: {difference}"
     if existed and damage.spares_older and NEWEST not in done.out + done.err:
         return "failed", f"went on without a word about {NEWEST}"
-    resumed = re.search(r"resumed from \S*(step-\d+)", done.out)
+    resumed = re.search(r"going on from \S*(step-\d+)", done.out)
     return f"resumed {resumed[1]}" if resumed else "started over", ""
 
 

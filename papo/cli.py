@@ -60,7 +60,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume-anyway",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="with --resume, go on although options, problems or model are not the checkpoint's",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -74,9 +75,9 @@ def config_from(argv: Sequence[str]) -> TrainConfig:
         ConfigError: an argument or an option is bad.
     """
     args = parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    given = {"resume": args.resume, "resume_anyway": args.resume_anyway}
-    config = config.model_copy(update={name: value for name, value in given.items() if value})
+    arguments = {"resume": args.resume, "resume_anyway": args.resume_anyway}
+    given = {name: value for name, value in arguments.items() if value is not None}
+    config = load_config(args.config, args.overrides, given)
     if config.resume_anyway and config.resume == "never":
         raise ConfigError(
             "resume_anyway=true: expected --resume auto or the folder of a checkpoint beside it"

@@ -33,8 +33,8 @@ def file_fault(path: str | Path) -> str | None:
     return None if os.access(path, os.R_OK) else "permission denied"
 
 
-def read_text(path: str | Path, most: int) -> str:
-    """The text of an ordinary UTF-8 file of at most `most` bytes, without its byte-order mark.
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """The content of an ordinary file of at most `most` bytes.
 
     Raises:
         ValueError: there is no such file, or it is something else; a few words say what.
@@ -49,6 +49,16 @@ def read_text(path: str | Path, most: int) -> str:
         raise ValueError(error.strerror or str(error)) from error
     if len(content) > most:
         raise ValueError(f"expected at most {most >> 10} KiB")
+    return content
+
+
+def read_text(path: str | Path, most: int) -> str:
+    """The text of an ordinary UTF-8 file of at most `most` bytes, without its byte-order mark.
+
+    Raises:
+        ValueError: as `read_bytes`, and where it is not UTF-8.
+    """
+    content = read_bytes(path, most)
     try:
         return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:

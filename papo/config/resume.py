@@ -56,7 +56,8 @@ def is_free(key: str, config: TrainConfig) -> bool:
     if key == "steps":  # more of them, or fewer
         return config.optim.schedule == "constant"
     if key == "data.dataset":  # a path, like data.train_path
-        return config.data.source == "huggingface" and Path(config.data.dataset or "").is_dir()
+        folder = Path(config.data.dataset or "").expanduser()
+        return config.data.source == "huggingface" and folder.is_dir()
     parts = key.split(".")
     return any(".".join(parts[:n]) in FREE for n in range(1, len(parts) + 1))
 

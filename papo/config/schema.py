@@ -36,6 +36,7 @@ from papo.config.reward import RewardConfig
 from papo.config.section import PathText, Positive, Section, Seed, refuse
 from papo.config.text import explain, merged, read_options, sections_of
 from papo.errors import printable
+from papo.outputs import replace_file
 
 LONGEST_NAME = 60
 
@@ -162,9 +163,9 @@ class TrainConfig(Section):
         """Write every option with its value; `load_config` reads it back to an equal config.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written; an earlier one is still there.
         """
-        Path(path).write_text(yaml_text(self.model_dump(mode="json")), encoding="utf-8")
+        replace_file(Path(path), yaml_text(self.model_dump(mode="json")).encode())
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of ranks that the prompts do not divide over.
@@ -232,14 +233,19 @@ class TrainConfig(Section):
         }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """Read a YAML file and apply `a.b=value` overrides, each value read as YAML.
+
+    Args:
+        given: options that replace those of the file and of the overrides.
 
     Raises:
         ConfigError: the file cannot be read, or an option is unknown, missing or out of bounds; the
             line names the first such option and counts the others.
     """
-    options = read_options(path, overrides)
+    options = {**read_options(path, overrides), **(given or {})}
     try:
         return TrainConfig.model_validate(options)
     except ValidationError as error:

@@ -22,50 +22,25 @@ import torch
 from papo.dist import collectives
 from papo.dist.engine import Engine
 from papo.dist.export import write_model
-from papo.dist.folders import (
-    Retention,
-    completed,
-    discard_after,
-    name_of,
-    open_partial,
-    remove,
-    replace_folder,
-    resolve,
-    rotate,
-)
+from papo.dist.folders import Retention, open_partial, remove, replace_folder, rotate, sweep
 from papo.dist.manifest import (
     FORMAT,
     TRAINER,
     FileEntry,
     Manifest,
     entry_of,
+    name_of,
     read_manifest,
     read_trainer,
-    sync,
-    verify,
     write_manifest,
-    write_synced,
 )
 from papo.dist.partition import MASTER, MOMENTS, Partition
 from papo.dist.shards import WEIGHT, ShardReader, ShardWriter
 from papo.errors import PapoError
+from papo.outputs import replace_file, sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "Retention",
-    "Stateful",
-    "completed",
-    "discard_after",
-    "export",
-    "load",
-    "read_meta",
-    "resolve",
-    "resumable",
-    "save",
-    "verify",
-]
 
 
 class Stateful(Protocol):
@@ -102,6 +77,7 @@ def save(
     partial, failure = final, None
     if collectives.rank() == 0:
         try:
+            sweep(root)
             partial = open_partial(final)
         except OSError as error:
             failure = _explain(final, error)
@@ -166,7 +142,7 @@ def _finish(
         for name, entry in files.items():
             if not (partial / name).is_file() or (partial / name).stat().st_size != entry.size:
                 return _not_shared(partial.parent)
-        write_synced(partial / TRAINER, json.dumps(meta, indent=1))
+        replace_file(partial / TRAINER, json.dumps(meta, indent=1).encode())
         files = {**files, TRAINER: entry_of(partial / TRAINER, [])}
         write_manifest(partial, Manifest(format=FORMAT, resumable=True, files=files))
         replace_folder(partial, final)
@@ -203,27 +179,6 @@ def _not_shared(folder: Path) -> str:
     )
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The trainer's part of a verified checkpoint.
-
-    Raises:
-        PapoError: it is damaged all the same.
-    """
-    try:
-        return dict(read_trainer(folder))
-    except PapoError as error:
-        raise PapoError(f"{folder}: {error}") from error
-
-
-def resumable(folder: Path) -> bool:
-    """Whether a checkpoint has the optimizer's part.
-
-    Raises:
-        PapoError: its manifest is damaged.
-    """
-    return read_manifest(folder).resumable
-
-
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
     """Fill an engine whose optimizer state exists from a verified checkpoint; returns the trainer's
     part. A collective.
@@ -237,7 +192,7 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     """
     meta: dict[str, Any] = {}
     with collectives.failing_together():
-        meta = read_meta(folder)
+        meta = dict(read_trainer(folder))
         reader = ShardReader(folder, read_manifest(folder).files)
         _check(folder, reader, engine, meta)
         source = MASTER if MASTER in reader.kinds() else WEIGHT
@@ -293,6 +248,7 @@ def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> 
         if collectives.rank() == 0:
             generation = engine.policy.causal_lm.generation_config
             assert generation is not None
+            sweep(folder.parent, folder.name)
             try:
                 write_model(folder, model, generation, tokenizer)
             except PapoError as error:

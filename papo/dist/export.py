@@ -16,11 +16,12 @@ from pydantic import ValidationError
 
 from papo.config import ModelConfig
 from papo.dist.folders import open_partial, remove, replace_folder
-from papo.dist.manifest import read_manifest, read_trainer, sync, verify
+from papo.dist.manifest import read_manifest, read_trainer, verify
 from papo.dist.shards import WEIGHT, ShardReader
 from papo.errors import PapoError, first_line, listed
 from papo.model.load import load_causal_lm, load_tokenizer
 from papo.model.quiet import quiet
+from papo.outputs import sync
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +81,8 @@ def export(checkpoint: Path, folder: Path, trust_remote_code: bool = False) -> N
     except (KeyError, TypeError, ValidationError) as error:
         raise PapoError(f"{checkpoint}: its trainer.json has no config of a model") from error
     config = recorded.model_copy(update={"trust_remote_code": trust_remote_code})
-    model: Any = load_causal_lm(config)
+    model: Any
+    model, _ = load_causal_lm(config)
     if config.dtype == "bf16":
         model.to(torch.bfloat16)
     _fill(model, checkpoint)
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         export(args.checkpoint, args.folder, args.trust_remote_code)
     except PapoError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +20,13 @@ from papo.dist.manifest import (
     TrainerState,
     read_manifest,
     read_trainer,
+    step_of,
     verify,
     write_manifest,
 )
 from papo.errors import PapoError, listed
 
 log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 class Retention(NamedTuple):
@@ -38,17 +36,12 @@ class Retention(NamedTuple):
     keep_best: int = 0
 
 
-def name_of(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
 def completed(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the finished checkpoints, oldest first; damaged ones are among them."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return sorted((step, p) for step, p in found if p.is_dir())
+    found = ((step_of(path.name), path) for path in root.iterdir())
+    return sorted((step, path) for step, path in found if step is not None and path.is_dir())
 
 
 def resolve(resume: str, root: Path) -> Path | None:
@@ -70,7 +63,7 @@ def resolve(resume: str, root: Path) -> Path | None:
     is_there = all(collectives.gather_objects(os.path.isdir(resume)))
     if not is_there:
         raise PapoError(f"resume={resume!r}: no checkpoint there; expected a checkpoint's folder")
-    faults = verify(folder)
+    faults = _verified(folder)
     if faults:
         raise PapoError(
             f"resume={resume!r}: damaged: {listed(faults, 3)}; expected an intact checkpoint, "
@@ -84,11 +77,17 @@ def resolve(resume: str, root: Path) -> Path | None:
     return folder
 
 
+def _verified(folder: Path) -> list[str]:
+    """`verify`, and a line that says why the run waits."""
+    log.info("verifying %s", folder)
+    return verify(folder)
+
+
 def _newest_intact(root: Path) -> Path | None:
     found = collectives.gather_objects(completed(root))[0]
     damaged: list[tuple[Path, str]] = []
     for _, folder in reversed(found):
-        faults = verify(folder)
+        faults = _verified(folder)
         if faults:
             damaged.append((folder, listed(faults, 3)))
         elif read_manifest(folder).resumable:
@@ -130,14 +129,18 @@ def discard_after(root: Path, step: int) -> None:
             remove(folder)
 
 
+def sweep(root: Path, name: str = "") -> None:
+    """Remove what killed processes left of the folders in `root`, whose names begin with `name`."""
+    for left in root.glob(f".partial-{name}*"):
+        _delete(left)
+
+
 def open_partial(path: Path) -> Path:
-    """Make the empty folder that becomes `path`, and remove what killed processes left.
+    """Make the empty folder that becomes `path`.
 
     Raises:
         OSError: it cannot be made.
     """
-    for left in path.parent.glob(".partial-*"):
-        _delete(left)
     partial = _free(path.with_name(f".partial-{path.name.removeprefix('step-')}"))
     partial.mkdir(parents=True)
     return partial
@@ -191,9 +194,10 @@ def rotate(root: Path, retention: Retention) -> None:
             states[folder] = read_trainer(folder)
         except PapoError as error:
             log.warning("%s is damaged: %s", folder, error)
-    newest = [f for f in whole if f in states and not states[f].bad_steps][-retention.keep :]
+    good = {f: state for f, state in states.items() if not state.bad_steps}
+    newest = [f for f in whole if f in good][-retention.keep :]
     kept = {*newest, folders[-1][1]}
-    scored = [(state.score, f) for f, state in states.items() if state.score is not None]
+    scored = [(state.score, f) for f, state in good.items() if state.score is not None]
     beyond = sorted((score, f) for score, f in scored if f not in kept)  # of equals, the newer last
     best = {f for _, f in beyond[max(0, len(beyond) - retention.keep_best) :]}
     for folder in states.keys() - kept:

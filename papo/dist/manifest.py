@@ -16,13 +16,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
 from papo.dist import collectives
-from papo.errors import PapoError, first_line
+from papo.errors import PapoError
+from papo.inputs import read_bytes, read_json_object
+from papo.outputs import replace_file
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", (.*)', re.DOTALL)
-_STEP = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8})")
+# What a thousand ranks write of thousands of parameters is less.
+_LARGEST_FILE = 1 << 30
 
 # Nothing in another folder, and nothing that is not a checkpoint's.
 _FileName = Annotated[
@@ -66,6 +70,17 @@ class _Format(BaseModel):
     format: Any
 
 
+def name_of(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder, None where `name` is not the name of one."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal digest of a file.
 
@@ -96,10 +111,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """
     content = json.dumps(manifest.model_dump(exclude={"sha256"}), indent=1)[1:].lstrip()
     digest = hashlib.sha256(content.encode()).hexdigest()
-    partial = folder / f".{MANIFEST}.partial"
-    write_synced(partial, f'{{"sha256": "{digest}", {content}')
-    os.replace(partial, folder / MANIFEST)
-    sync(folder)
+    replace_file(folder / MANIFEST, f'{{"sha256": "{digest}", {content}'.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -112,9 +124,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise PapoError(f"{MANIFEST}: missing (or written by an earlier version)")
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise PapoError(f"{MANIFEST}: {error.strerror}") from error
+        raw = read_bytes(path, _LARGEST_FILE)
+    except ValueError as error:
+        raise PapoError(f"{MANIFEST}: {error}") from error
     head = _HEAD.fullmatch(raw)
     if head is None or head[1].decode() != hashlib.sha256(head[2]).hexdigest():
         raise PapoError(f"{MANIFEST}: its SHA-256 is another than the one it names")
@@ -137,15 +149,14 @@ def read_trainer(folder: Path) -> TrainerState:
         PapoError: it is not what a trainer wrote, or of another step than the folder's name.
     """
     try:
-        raw = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-        state = TrainerState.model_validate(raw)
+        state = TrainerState.model_validate(read_json_object(folder / TRAINER, _LARGEST_FILE))
     except ValidationError as error:
         raise PapoError(f"{TRAINER}: {_explain(error)}") from error
-    except (OSError, ValueError, RecursionError) as error:  # of JSON's limits and of UTF-8
-        raise PapoError(f"{TRAINER}: {first_line(error)}") from error
-    named = _STEP.fullmatch(Path(os.path.abspath(folder)).name)
-    if named is not None and int(named[1]) != state.step:
-        raise PapoError(f"{TRAINER}: step {state.step} in a folder named {named[0]}")
+    except ValueError as error:
+        raise PapoError(f"{TRAINER}: {error}") from error
+    name = Path(os.path.abspath(folder)).name
+    if step_of(name) not in (None, state.step):
+        raise PapoError(f"{TRAINER}: step {state.step} in a folder named {name}")
     return state
 
 
@@ -186,28 +197,3 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(ascii(part)[:60].strip("'") for part in first["loc"])
     return f"{where}: {first['msg']}" if where else first["msg"]
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a file that survives a power cut.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Bring what the system holds of a file or folder to disk.
-
-    Raises:
-        OSError: it cannot.
-    """
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

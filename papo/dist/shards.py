@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from papo.dist.manifest import FileEntry, entry_of, sync
+from papo.dist.manifest import FileEntry, entry_of
 from papo.errors import PapoError, first_line, listed
+from papo.outputs import sync
 
 SHARD_BYTES = 1 << 27
 WEIGHT = "weight"

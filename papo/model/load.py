@@ -13,7 +13,7 @@ from torch import nn
 from papo.errors import PapoError, first_line, shown
 from papo.model.files import check_tokenizer, resolve_model_path
 from papo.model.quiet import quiet
-from papo.model.weights import weight_faults
+from papo.model.weights import fingerprint, weight_faults
 from papo_kernels import Head
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
-def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+def load_causal_lm(config: ModelConfig) -> tuple[PreTrainedModel, str]:
     """The causal LM on the CPU, read only from safetensors.
 
     It is in float32 if that is the compute dtype. Otherwise it stays as stored, so that the master
@@ -63,6 +63,9 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
 
     Args:
         config: the config's `model` section.
+
+    Returns:
+        The model, and the `papo.model.weights.fingerprint` of its weights.
 
     Raises:
         PapoError: it does not load, its weights are not all in the file and finite, or papo cannot
@@ -93,7 +96,10 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     faults = weight_faults(model, report, path)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
-    return model
+    try:
+        return model, fingerprint(model)
+    except ValueError as error:
+        raise PapoError(f"model.path={config.path!r}: {error}") from error
 
 
 def _check_parts(model: PreTrainedModel, path: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from papo.record.files import cannot_write, replace_file
+from papo.errors import PapoError
+from papo.outputs import replace_file
 
 RowId = tuple[int, frozenset[str]]
 
@@ -78,6 +79,13 @@ class JsonLines:
             with contextlib.suppress(OSError):  # of an earlier write that failed, as was reported
                 self._file.close()
             self._file = None
+
+
+def cannot_write(path: Path, error: OSError) -> PapoError:
+    """The one line for a file of the run's folder that cannot be written."""
+    return PapoError(
+        f"cannot write {path}: {error.strerror}; free some space or choose another output_dir"
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

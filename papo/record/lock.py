@@ -102,7 +102,7 @@ class FolderLock:
             The content's folder.
 
         Raises:
-            OSError: it cannot be moved, or another run came first.
+            OSError: it cannot be moved, and the folder is as it was; or another run came first.
         """
         folder, held = self.folder, self._fd
         # It is locked before it gets the folder's name: no other run can come between.
@@ -110,14 +110,30 @@ class FolderLock:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         self._fd = self._locked(fresh / NAME)
-        self._sign()
-        numbers = itertools.count(1)
-        aside = (folder.with_name(f"{folder.name}.{n}") for n in numbers)
-        earlier = folder.rename(next(path for path in aside if not path.exists()))
-        fresh.rename(folder)
+        try:
+            self._sign()
+            earlier = self._swap_for(fresh)
+        except OSError:
+            os.close(self._fd)
+            self._fd = held
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         (earlier / NAME).unlink(missing_ok=True)
         if held is not None:
             os.close(held)
+        return earlier
+
+    def _swap_for(self, fresh: Path) -> Path:
+        """Give `fresh` the folder's name; what has it now gets the first free number."""
+        folder, numbers = self.folder, itertools.count(1)
+        aside = (folder.with_name(f"{folder.name}.{n}") for n in numbers)
+        earlier = folder.rename(next(path for path in aside if not path.exists()))
+        try:
+            fresh.rename(folder)
+        except OSError:
+            with contextlib.suppress(OSError):  # another run came first
+                earlier.rename(folder)
+            raise
         return earlier
 
     def close(self) -> None:

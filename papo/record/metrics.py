@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from papo.record.files import cannot_write
-from papo.record.jsonl import JsonLines, RowId, read_rows, row_id
+from papo.record.jsonl import JsonLines, RowId, cannot_write, read_rows, row_id
 from papo.record.metric_names import METRICS, documented_as
 from papo.record.run_folder import METRICS_FILE
 

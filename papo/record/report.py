@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from papo.errors import PapoError
+from papo.outputs import replace_file
 from papo.policy.prediction import PREDICTIONS, rank_correlation
-from papo.record.files import replace_file
 from papo.record.jsonl import read_rows
 from papo.record.screen import showing
 

@@ -6,10 +6,12 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from papo.config import HealthConfig
-from papo.dist import checkpoint, collectives
+from papo.dist import collectives
+from papo.dist.folders import completed
+from papo.dist.manifest import read_manifest, read_trainer
 from papo.errors import PapoError
 from papo.policy.advantage import ScoredGroup
 from papo.policy.update import Update
@@ -32,7 +34,8 @@ class Health:
         checkpoints: folder of the run's checkpoints.
 
     Attributes:
-        bad_steps: how many of the last steps taught nothing, in a row up to the last one.
+        bad_steps: how many of the last steps taught nothing, in a row up to the last one; a
+            resumed run sets it to its checkpoint's.
     """
 
     def __init__(self, config: HealthConfig, engine: CheckedEngine, checkpoints: Path) -> None:
@@ -71,8 +74,8 @@ class Health:
         for name, of in means.items():
             if of and not math.isfinite(metrics[name]):
                 return f"{name} is {metrics[name]}"
-        if reason and self.bad_steps == self._limit:
-            return f"{self._limit} steps in a row taught nothing, the last because {reason}"
+        if reason and 0 < self._limit <= self.bad_steps:  # a resumed run may have a lower limit
+            return f"{self.bad_steps} steps in a row taught nothing, the last because {reason}"
         return ""
 
     def stop(self, step: int, fault: str) -> None:
@@ -92,14 +95,6 @@ class Health:
             )
         collectives.raise_together(told)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything `load_state_dict` needs, exact in JSON."""
-        return {"bad_steps": self.bad_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        self.bad_steps = int(state["bad_steps"])
-
 
 def _taught_nothing(updates: Sequence[Update], counts: Mapping[str, float]) -> str:
     """Why a step taught nothing; empty if it did."""
@@ -115,8 +110,8 @@ def _taught_nothing(updates: Sequence[Update], counts: Mapping[str, float]) -> s
 
 def last_good(checkpoints: Path) -> Path | None:
     """The newest checkpoint to resume from that was not written while the run taught nothing."""
-    for _, folder in reversed(checkpoint.completed(checkpoints)):
+    for _, folder in reversed(completed(checkpoints)):
         with contextlib.suppress(PapoError):  # a damaged one is not good
-            if checkpoint.resumable(folder) and not checkpoint.read_meta(folder)["bad_steps"]:
+            if read_manifest(folder).resumable and not read_trainer(folder).bad_steps:
                 return folder
     return None

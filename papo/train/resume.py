@@ -9,7 +9,7 @@ from typing import Any
 
 from papo.config import TrainConfig
 from papo.config.resume import differences
-from papo.dist import checkpoint
+from papo.dist.manifest import read_trainer
 from papo.errors import PapoError, listed
 
 _SHOWN = 5
@@ -37,7 +37,7 @@ class Origin:
     @classmethod
     def of(cls, folder: Path | None, anyway: bool, say: Callable[[str], None]) -> Origin:
         """Read what a checkpoint's folder says of itself."""
-        return cls(folder, checkpoint.read_meta(folder) if folder else {}, anyway, say)
+        return cls(folder, dict(read_trainer(folder)) if folder else {}, anyway, say)
 
     def check_config(self, config: TrainConfig) -> None:
         """The options that change what is trained."""

@@ -9,10 +9,9 @@ from typing import Any
 from papo.config import TrainConfig
 from papo.data.problems import ProblemSource
 from papo.data.prompts import opens_thinking
-from papo.dist import checkpoint, collectives
+from papo.dist import collectives, folders
 from papo.model import limits
 from papo.model.load import eos_ids, load_model_config, load_tokenizer
-from papo.model.weights import fingerprint
 from papo.policy.batch import Batcher
 from papo.policy.objective import objective_of
 from papo.policy.phase import PhaseController
@@ -70,7 +69,7 @@ class Session:
             self._lock = stack.enter_context(closing(lock))
         if lock.warning:
             say(lock.warning)
-        resumed = checkpoint.resolve(config.resume, self._checkpoints)
+        resumed = folders.resolve(config.resume, self._checkpoints)
         with collectives.failing_together():
             self.origin = Origin.of(resumed, config.resume_anyway, say)
             self.origin.check_config(config)
@@ -97,8 +96,7 @@ class Session:
     def _build_policy(self) -> None:
         """The engines, the sampler, and the passes over sequences."""
         config, tokenizer = self.config, self.tokenizer
-        policy = build.policy(config)
-        self._fingerprints["model"] = fingerprint(policy.causal_lm)
+        policy, self._fingerprints["model"] = build.policy(config)
         with collectives.failing_together():
             self.origin.check_model(self._fingerprints["model"])
         self.engine, reference = build.engines(config, policy)

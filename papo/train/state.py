@@ -9,6 +9,7 @@ from pathlib import Path
 from papo.config import TrainConfig
 from papo.dist import checkpoint, collectives
 from papo.dist.engine import Engine
+from papo.dist.folders import Retention, discard_after
 from papo.policy.batch import IDLE, Batcher
 from papo.policy.passes import loss_of
 from papo.record.recorder import Recorder
@@ -54,10 +55,10 @@ class RunState:
             "bad_steps": self.health.bad_steps,
             "config": self.config.model_dump(mode="json"),
             **self.fingerprints,
-            **{name: part.state_dict() for name, part in self._parts.items()},
+            **{name: part.state_dict() for name, part in self.parts.items()},
             "evaluations": evaluations,
         }
-        retention = checkpoint.Retention(options.keep, options.keep_best)
+        retention = Retention(options.keep, options.keep_best)
         checkpoint.save(self.folder, step, self.engine, state, retention, options.weights)
 
     def resume(self) -> tuple[int, int]:
@@ -76,20 +77,17 @@ class RunState:
             self._create_optimizer_state()
             state = checkpoint.load(resumed, self.engine)
             step, cursor = state["step"], state["cursor"]
-            for name, part in self._parts.items():
+            self.health.bad_steps = state["bad_steps"]
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.recorder.results.evaluations = state["evaluations"]
             self.recorder.say(f"--resume {asked}: going on from {resumed} after step {step}")
         elif asked == "auto":
             self.recorder.say(f"--resume auto: no checkpoint in {self.folder}, so from the start")
         if collectives.rank() == 0:
-            checkpoint.discard_after(self.folder, step)
+            discard_after(self.folder, step)
         self.recorder.truncate_after(step)
         return step, cursor
-
-    @property
-    def _parts(self) -> dict[str, checkpoint.Stateful]:
-        return {**self.parts, "health": self.health}
 
     def _create_optimizer_state(self) -> None:
         """Make the optimizer's moments, to be filled, by an idle update at learning rate 0."""

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from papo.config import OptimConfig
 from papo.dist import checkpoint, collectives, shards
 from papo.dist.engine import Engine
-from papo.dist.folders import name_of
+from papo.dist.folders import Retention, resolve
+from papo.dist.manifest import name_of, verify
 from papo.errors import PapoError
 from papo.policy.module import Policy
 from tests.distributed import tasks
@@ -38,7 +39,7 @@ from tests.distributed.tasks import (
 )
 from tests.trainer.tiny import build_tokenizer
 
-KEEP = checkpoint.Retention(2)
+KEEP = Retention(2)
 
 
 def saved(
@@ -95,7 +96,7 @@ def run_load(
     e = make_engine(stage, tied, dtype)
     part = my_part(sequences(sum(split)), split)
     one_update(e, part, 4, Loss(), False)  # so that there are moments to be filled
-    found = checkpoint.resolve("auto", Path(folder))
+    found = resolve("auto", Path(folder))
     assert found is not None
     state = checkpoint.load(found, e)
     again = saved(f"{folder}-again", 2, e, weights)
@@ -203,8 +204,8 @@ def run_damaged(folder: str) -> dict[str, Any]:
         path = sorted(newest.glob("optimizer-*"))[-1]
         path.write_bytes(path.read_bytes()[:-1])
     collectives.gather_objects(0)
-    faults = checkpoint.verify(newest)
-    found = checkpoint.resolve("auto", Path(folder))
+    faults = verify(newest)
+    found = resolve("auto", Path(folder))
     assert found is not None
     if collectives.rank() == 0:
         path = sorted(found.glob("weights-*"))[-1]

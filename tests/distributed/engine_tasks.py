@@ -203,7 +203,7 @@ def run_checkpointing(folder: str, on: bool) -> dict[str, Any]:
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
         optim={"lr": 1e-2, "eps": 1e-3},
     )
-    e, _ = build.engines(config, build.policy(config))
+    e, _ = build.engines(config, build.policy(config)[0])
     calls: list[int] = []
     layer = e.policy.causal_lm.get_decoder().layers[0]
     layer.self_attn.register_forward_hook(lambda *args: calls.append(1))

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from papo.dist import checkpoint
-from papo.dist.folders import name_of
+from papo.dist.folders import Retention
 from papo.dist.manifest import (
     FORMAT,
     TRAINER,
     Manifest,
     entry_of,
+    name_of,
     read_manifest,
     write_manifest,
 )
@@ -82,7 +83,7 @@ class SmallEngine:
 
 def save(root: Path, step: int, engine: Any = None, **trainer: Any) -> Path:
     """Save `step` beside what is there; its folder."""
-    keep = trainer.pop("retention", checkpoint.Retention(100))
+    keep = trainer.pop("retention", Retention(100))
     checkpoint.save(root, step, engine or SmallEngine(), {"cursor": 3, **trainer}, keep)
     return root / name_of(step)
 

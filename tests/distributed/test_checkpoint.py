@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from papo.dist import checkpoint
 from papo.dist.export import main
-from papo.dist.manifest import read_manifest, write_manifest
+from papo.dist.manifest import read_manifest, verify, write_manifest
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance
 
@@ -168,7 +167,7 @@ def test_disk_full_on_one_rank_fails_both_with_the_same_line(results, failing: i
     assert "cannot save" in told and "No space left on device" in told and "free some space" in told
     folder = results["root"] / f"full-{failing}"
     assert [p.name for p in folder.iterdir()] == ["step-00000001"]
-    assert checkpoint.verify(folder / "step-00000001") == []
+    assert verify(folder / "step-00000001") == []
 
 
 def test_ranks_without_a_shared_folder_are_told_so(results) -> None:

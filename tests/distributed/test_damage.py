@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from papo.dist import checkpoint
+from papo.dist import checkpoint, manifest
+from papo.dist.manifest import read_trainer, verify
 from papo.errors import PapoError
 from tests.distributed.saved import (
     FILES,
@@ -88,7 +89,7 @@ ONCE = (delete, empty, folder_instead, pipe_instead, loop_instead)
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save(tmp_path_factory.mktemp("pristine"), 2)
     assert {p.name for p in folder.iterdir()} == {*FILES}
-    assert checkpoint.verify(folder) == []
+    assert verify(folder) == []
     return folder
 
 
@@ -115,7 +116,7 @@ def test_every_damage_of_every_file_is_found(
         damage(made / name, random.Random(seed))
         if (made / name).is_file() and (made / name).read_bytes() == before:
             continue  # zeros over zeros
-        faults = checkpoint.verify(made)
+        faults = verify(made)
         assert faults and all(one_line(fault) for fault in faults), seed
         assert any(fault.startswith(name) for fault in faults), (seed, faults)
 
@@ -131,7 +132,7 @@ def test_swapped_files_are_found(folder: Path, first: int, second: int) -> None:
     contents = [path.read_bytes() for path in paths]
     for path, content in zip(paths, reversed(contents), strict=True):
         path.write_bytes(content)
-    assert (checkpoint.verify(folder) == []) == (first == second)
+    assert (verify(folder) == []) == (first == second)
 
 
 def test_files_of_another_checkpoint_are_found(folder: Path, tmp_path: Path) -> None:
@@ -140,16 +141,23 @@ def test_files_of_another_checkpoint_are_found(folder: Path, tmp_path: Path) -> 
     for name in FILES:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes((other / name).read_bytes())
-        assert checkpoint.verify(folder), name
+        assert verify(folder), name
         (folder / name).write_bytes(content)
     renamed = folder.rename(folder.with_name("step-00000009"))
-    assert checkpoint.verify(renamed) == ["trainer.json: step 2 in a folder named step-00000009"]
+    assert verify(renamed) == ["trainer.json: step 2 in a folder named step-00000009"]
 
 
 def test_other_files_in_the_folder_are_nobodys_business(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     (folder / "weights-00009-of-00010-00001.safetensors").write_bytes(b"")
-    assert checkpoint.verify(folder) == []
+    assert verify(folder) == []
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(manifest, "_LARGEST_FILE", 64)
+    assert verify(folder) == ["manifest.json: expected at most 0 KiB"]
+    with pytest.raises(PapoError, match=r"^trainer.json: expected at most 0 KiB$"):
+        read_trainer(folder)
 
 
 # ---- content that fits its digests ---------------------------------------------------------------
@@ -181,13 +189,13 @@ MANIFESTS = {
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_of_anything_is_one_line(folder: Path, content: bytes) -> None:
     sign_text(folder, content)
-    (fault,) = checkpoint.verify(folder)
+    (fault,) = verify(folder)
     assert one_line(fault), fault
 
 
 def test_a_checkpoint_of_another_format_says_so(folder: Path) -> None:
     sign_text(folder, MANIFESTS["another format"])
-    assert checkpoint.verify(folder) == ["checkpoint format 4, this version reads 3"]
+    assert verify(folder) == ["checkpoint format 4, this version reads 3"]
 
 
 TRAINERS: dict[str, bytes] = {
@@ -208,7 +216,7 @@ def test_a_trainer_json_of_anything_is_one_line(folder: Path, content: bytes) ->
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "keys": []}
     files = {**good["files"], "trainer.json": entry}
     sign_text(folder, json.dumps({"format": 3, "resumable": True, "files": files})[1:].encode())
-    (fault,) = checkpoint.verify(folder)
+    (fault,) = verify(folder)
     assert fault.startswith("trainer.json: ") and one_line(fault), fault
 
 
@@ -227,7 +235,7 @@ def test_a_trainer_json_of_anything_is_one_line(folder: Path, content: bytes) ->
 )
 def test_counts_that_are_none_are_found(folder: Path, changes: dict[str, Any], told: str) -> None:
     edit_trainer(folder, **changes)
-    (fault,) = checkpoint.verify(folder)
+    (fault,) = verify(folder)
     assert one_line(fault)
     with pytest.raises(PapoError, match=told):
         raise PapoError(fault)
@@ -274,7 +282,7 @@ def test_tensors_that_are_not_the_models_are_refused(
     folder: Path, part: str, edit: Any, told: str
 ) -> None:
     edit_tensors(folder, part, edit)
-    assert checkpoint.verify(folder) == []  # the digests fit
+    assert verify(folder) == []  # the digests fit
     engine: Any = SmallEngine()
     with pytest.raises(PapoError, match=told) as caught:
         checkpoint.load(folder, engine)

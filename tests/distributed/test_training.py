@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from papo.dist.checkpoint import completed
+from papo.dist.folders import completed
 from papo.record.metric_names import METRICS, VERIFIER_MEAN, documented_as
 from tests.distributed.launch import ROOT, environment, finish, free_port, start
 from tests.distributed.runs import STEPS, VERIFIERS, config, rows, same_run, weights

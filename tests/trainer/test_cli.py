@@ -74,6 +74,20 @@ def test_resume(file: str, arguments: list[str], resume: str) -> None:
     assert config_from(["--config", file, *arguments]).resume == resume
 
 
+@pytest.mark.parametrize("resume", ["", "a\0b", "x" * 5000])
+def test_resume_is_validated_as_the_option_is(file: str, resume: str) -> None:
+    """An unset shell variable must not start the run over."""
+    for arguments in (["--resume", resume], ["--resume="], ["--set", 'resume=""']):
+        with pytest.raises(ConfigError, match=r"run.yaml: resume=.*: expected "):
+            config_from(["--config", file, *arguments])
+
+
+def test_an_argument_that_is_not_given_replaces_no_option(file: str) -> None:
+    written = ["--set", "resume=auto", "--set", "resume_anyway=true"]
+    config = config_from(["--config", file, *written])
+    assert config.resume == "auto" and config.resume_anyway
+
+
 def test_the_launchers_argument_is_accepted(file: str) -> None:
     assert config_from(["--local_rank=1", "--config", file]).name == "test"
 

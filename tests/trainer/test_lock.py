@@ -108,6 +108,31 @@ def test_a_run_that_comes_between_is_not_written_over(tmp_path: Path, monkeypatc
     others[0].close()
 
 
+@pytest.mark.parametrize("failing", ["run", ".run.fresh"])
+def test_a_folder_that_cannot_move_aside_is_left_as_it_was(
+    tmp_path: Path, failing: str, monkeypatch
+) -> None:
+    folder, rename = tmp_path / "run", Path.rename
+    held = FolderLock(folder)
+    (folder / "metrics.jsonl").write_text("a")
+    descriptors = os.listdir("/proc/self/fd")
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == failing:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "rename", renamed)
+        held.move_aside()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert sorted(p.name for p in folder.iterdir()) == [lock.NAME, "metrics.jsonl"]
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    told_to_the_second(folder)
+    held.close()
+    FolderLock(folder).close()
+
+
 def test_a_file_that_is_removed_while_it_is_locked_is_no_lock(tmp_path: Path, monkeypatch) -> None:
     """A run that ends removes its file: who had opened it before would hold a lock on nothing."""
     path, flock = tmp_path / "run" / lock.NAME, fcntl.flock

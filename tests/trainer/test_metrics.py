@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,14 +205,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> 
     path.write_text('{"step": 1}\n{"step": 2}\n')
     before = path.read_bytes()
 
-    def full(self: Path, data: bytes) -> None:
+    def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     lines = JsonLines(path)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PapoError, match="No space left"):
         lines.keep_up_to(1)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 # ---- names --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from papo.errors import PapoError
 from papo.model import smollm2
 from papo.model.files import resolve_model_path
 from papo.model.load import eos_ids, load_causal_lm, load_model_config, load_tokenizer
+from papo.model.weights import fingerprint
 from tests.trainer.families import build
 
 
@@ -35,7 +36,7 @@ def test_smollm2_is_an_ordinary_folder(smollm2_path):
 
 def test_smollm2_loads_tied_with_its_end_token(smollm2_path):
     config = ModelConfig(path="smollm2-135m")
-    model, tokenizer = load_causal_lm(config), load_tokenizer(config)
+    (model, _), tokenizer = load_causal_lm(config), load_tokenizer(config)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.dtype == torch.float32  # as stored: the master weights start with every digit
@@ -47,7 +48,7 @@ def test_smollm2_loads_tied_with_its_end_token(smollm2_path):
 
 def test_smollm2_knows_english(smollm2_path):
     config = ModelConfig(path="smollm2-135m", dtype="fp32")
-    model, tokenizer = load_causal_lm(config), load_tokenizer(config)
+    (model, _), tokenizer = load_causal_lm(config), load_tokenizer(config)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         best = model(ids).logits[0, -1].argmax()
@@ -127,13 +128,13 @@ def test_package_not_installed(monkeypatch):
 
 
 def test_folder_loads_in_float32_or_as_stored(tiny_model_path, tiny_untied_model_path):
-    model = load_causal_lm(
+    model, _ = load_causal_lm(
         ModelConfig(path=str(tiny_model_path), dtype="fp32", attn_implementation="eager")
     )
     assert model.dtype == torch.float32
     assert model.config._attn_implementation == "eager"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    untied = load_causal_lm(ModelConfig(path=str(tiny_untied_model_path)))
+    untied, _ = load_causal_lm(ModelConfig(path=str(tiny_untied_model_path)))
     assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
 
 
@@ -165,7 +166,7 @@ def test_hub_id_is_left_to_the_hub():
 def test_pickled_weights_are_refused(tiny_model_path, tmp_path):
     """Only safetensors are read: a pickle can run code."""
     shutil.copy(tiny_model_path / "config.json", tmp_path)
-    model = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
+    model, _ = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(PapoError, match="the model does not load: ") as caught:
         load_causal_lm(ModelConfig(path=str(tmp_path)))
@@ -309,7 +310,7 @@ def test_what_is_tied_or_computed_may_be_missing(tiny_model_path, tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
-    model = load_causal_lm(altered(tiny_model_path, tmp_path, change))
+    model, _ = load_causal_lm(altered(tiny_model_path, tmp_path, change))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -345,6 +346,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_model_path, tmp_pa
 
     with pytest.raises(PapoError, match=rf"NaN or infinity in {re.escape(UP)};"):
         load_causal_lm(altered(tiny_model_path, tmp_path, change))
+
+
+def test_the_weights_are_read_once_for_what_is_checked_and_kept(tiny_model_path, monkeypatch):
+    """Gigabytes: their extremes tell whether they are finite, and which model it is."""
+    aminmax, read = torch.aminmax, []
+    monkeypatch.setattr(torch, "aminmax", lambda t: read.append(t.numel()) or aminmax(t))
+    model, digest = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
+    assert sum(read) == sum(p.numel() for p in model.parameters())
+    assert digest == fingerprint(model)
 
 
 def test_an_attention_that_the_model_does_not_have_is_one_line(tmp_path):

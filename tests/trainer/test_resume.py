@@ -123,6 +123,13 @@ def test_a_dataset_is_free_as_a_folder_and_compared_as_a_name(tmp_path: Path) ->
     assert line.startswith("data.dataset ") and line.endswith('-> "someone/gsm8k"')
 
 
+def test_a_dataset_in_the_home_folder_is_a_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows").mkdir()
+    home = config(data={"source": "huggingface", "dataset": "~/rows", "params": {}})
+    assert is_free("data.dataset", home)
+
+
 def test_what_an_older_checkpoint_lacks_is_its_default_and_what_is_unknown_is_told() -> None:
     """Options come and go from version to version."""
     before = saved(config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from papo.config import CheckpointConfig, ModelConfig, TrainConfig
 from papo.data.prompts import opens_thinking
 from papo.dist import checkpoint, collectives
+from papo.dist.folders import Retention, resolve
 from papo.errors import PapoError
 from papo.record import run_folder
 from papo.record.lock import FolderLock
@@ -47,7 +49,7 @@ def config(folder: Path, resume: str = "never", steps: int = 3) -> TrainConfig:
 
 def prepare(folder: Path, resume: str = "never", **options: Any) -> Path | None:
     """Make the folder ready; where an earlier run's is now."""
-    resumed = checkpoint.resolve(resume, folder / "checkpoints")
+    resumed = resolve(resume, folder / "checkpoints")
     with contextlib.closing(FolderLock(folder)) as lock:
         return run_folder.prepare(lock, config(folder, resume, **options), resumed)
 
@@ -69,6 +71,18 @@ def test_a_new_run_gets_a_folder_with_its_resolved_options(tmp_path: Path) -> No
     folder = tmp_path / "runs" / "deep" / "test"
     assert prepare(folder) is None
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 3
+
+
+def test_options_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    prepare(tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PapoError, match="No space left on device"):
+        prepare(tmp_path / "run", steps=4)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 3
 
 
 def test_an_earlier_runs_folder_moves_aside_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -274,7 +288,7 @@ def test_a_checkpoint_says_what_it_is_of_and_how_good(
         update={"checkpoint": CheckpointConfig(keep=3, keep_best=1, weights="bf16")}
     )
     health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path)
-    health.load_state_dict({"bad_steps": 2})
+    health.bad_steps = 2
     recorder = SimpleNamespace(results=SimpleNamespace(evaluations=evaluations))
     part = SimpleNamespace(state_dict=lambda: {"phase": 0.5})
     digests = {"problems": "p", "model": "m"}
@@ -284,7 +298,7 @@ def test_a_checkpoint_says_what_it_is_of_and_how_good(
     RunState(made, *parts, health, recorder).save(4, 16)
     ((folder, step, _, state, retention, weights),) = written
     assert (folder, step, weights) == (tmp_path / "checkpoints", 4, "bf16")
-    assert retention == checkpoint.Retention(3, 1)
+    assert retention == Retention(3, 1)
     assert json.loads(json.dumps(state)) == {
         "cursor": 16,
         "score": score,
@@ -293,9 +307,24 @@ def test_a_checkpoint_says_what_it_is_of_and_how_good(
         "problems": "p",
         "model": "m",
         "phase": {"phase": 0.5},
-        "health": {"bad_steps": 2},
         "evaluations": evaluations,
     }
+
+
+def test_a_resumed_run_has_its_checkpoints_count_of_bad_steps(tmp_path: Path, monkeypatch) -> None:
+    """So it stops where the unbroken one does."""
+    made = config(tmp_path, "auto")
+    folder = without_tensors(tmp_path / "checkpoints" / "step-00000002", bad_steps=2)
+    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path)
+    recorder = SimpleNamespace(
+        results=SimpleNamespace(), say=print, truncate_after=lambda step: None
+    )
+    parts: list[Any] = [Origin.of(folder, False, print), None, None, {}, {}]
+    state = {"step": 2, "cursor": 8, "bad_steps": 2, "evaluations": []}
+    monkeypatch.setattr(checkpoint, "load", lambda *args: state)
+    monkeypatch.setattr(RunState, "_create_optimizer_state", lambda self: None)
+    assert RunState(made, *parts, health, recorder).resume() == (2, 8)
+    assert health.bad_steps == 2
 
 
 def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(

@@ -23,7 +23,7 @@ FREE = frozenset(
         *("model.path", "data.train_path", "data.eval_path", "reward.on_bad_reference"),
         # Memory and speed, by which figures differ in rounding at most.
         *("deepspeed", "model.attn_implementation", "model.activation_checkpointing"),
-        *("rollout.batch_size", "optim.micro_batch_size", "optim.max_row_tokens"),
+        "rollout.batch_size",
         *("loss.backend", "loss.full_logits", "loss.chunk_mib", "reward.workers"),
         # Checks and limits, which stop something or let it pass.
         *("model.probe", "loss.max_sampler_kl", "reward.timeout_s", "reward.memory_mib"),
@@ -55,6 +55,8 @@ def is_free(key: str, config: TrainConfig) -> bool:
     """Whether a resumed run with this config may have another value of a dotted key."""
     if key == "steps":  # more of them, or fewer
         return config.optim.schedule == "constant"
+    if key in ("optim.micro_batch_size", "optim.max_row_tokens"):  # passes, each with masks
+        return not config.model.dropout
     if key == "data.dataset":  # a path, like data.train_path
         folder = Path(config.data.dataset or "").expanduser()
         return config.data.source == "huggingface" and folder.is_dir()
@@ -63,7 +65,12 @@ def is_free(key: str, config: TrainConfig) -> bool:
 
 
 def _why(key: str) -> str:
-    return " (optim.schedule makes the learning rate depend on it)" if key == "steps" else ""
+    whys = {
+        "steps": " (optim.schedule makes the learning rate depend on it)",
+        "optim.micro_batch_size": " (model.dropout depends on it)",
+        "optim.max_row_tokens": " (model.dropout depends on it)",
+    }
+    return whys.get(key, "")
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

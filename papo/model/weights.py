@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_SAMPLE = 64  # about so many values of each tensor
+_NOT_COMPUTED = ("dtype", "torch_dtype", "transformers_version", "attn_implementation")
 
 
 def weight_faults(model: PreTrainedModel, report: Mapping[str, Any], path: str) -> list[str]:
@@ -73,24 +75,35 @@ def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Equal for two models with the same weights: of names, shapes, dtypes and extreme values.
+    """Equal for two models that compute the same: of their configs, what ends a completion, and of
+    names, shapes, dtypes, extremes and a sample of their weights.
 
     Raises:
         ValueError: some values are not finite; a few words name the tensors.
     """
-    digest, bad = hashlib.sha256(), []
+    digest, bad = hashlib.sha256(repr(_computing(model)).encode()), []
     for name, p in model.named_parameters():
         extremes = _extremes(p.detach())
         bad += [] if all(map(math.isfinite, extremes)) else [name]
-        digest.update(repr((name, tuple(p.shape), str(p.dtype), extremes)).encode())
+        sample = (p.detach().flatten()[:: 1 + p.numel() // _SAMPLE] + 0.0).tolist()
+        digest.update(repr((name, tuple(p.shape), str(p.dtype), extremes, sample)).encode())
     if bad:
         raise ValueError(f"NaN or infinity in {_some(bad)}; expected finite weights")
     return digest.hexdigest()
 
 
+def _computing(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a model's files say of how it computes and what ends a completion."""
+    options = model.config.to_dict()
+    told = sorted(
+        (k, repr(v)) for k, v in options.items() if k[0] != "_" and k not in _NOT_COMPUTED
+    )
+    return told, getattr(model.generation_config, "eos_token_id", None)
+
+
 def _extremes(tensor: Tensor) -> tuple[float, ...]:
     """Smallest and largest value, NaN if there is one; none of an empty tensor."""
-    # aminmax needs no temporary of the tensor's size. The sum turns -0 into 0.
+    # aminmax needs no temporary of the tensor's size. Adding 0 turns -0 into 0.
     return tuple(float(x) + 0.0 for x in torch.aminmax(tensor)) if tensor.numel() else ()
 
 

@@ -32,14 +32,17 @@ class Health:
     Args:
         config: the config's `health` section.
         checkpoints: folder of the run's checkpoints.
+        steps: of the whole run, which is bad if all of them teach nothing.
 
     Attributes:
         bad_steps: how many of the last steps taught nothing, in a row up to the last one; a
             resumed run sets it to its checkpoint's.
     """
 
-    def __init__(self, config: HealthConfig, engine: CheckedEngine, checkpoints: Path) -> None:
-        self._limit = config.max_bad_steps
+    def __init__(
+        self, config: HealthConfig, engine: CheckedEngine, checkpoints: Path, steps: int
+    ) -> None:
+        self._limit = min(config.max_bad_steps, steps)
         self._engine = engine
         self._checkpoints = checkpoints
         self.bad_steps = 0
@@ -74,6 +77,8 @@ class Health:
         for name, of in means.items():
             if of and not math.isfinite(metrics[name]):
                 return f"{name} is {metrics[name]}"
+        if any(not math.isfinite(u.measured_delta or 0.0) for u in updates):
+            return "the entropy after the update is not finite"
         if reason and 0 < self._limit <= self.bad_steps:  # a resumed run may have a lower limit
             return f"{self.bad_steps} steps in a row taught nothing, the last because {reason}"
         return ""

@@ -157,7 +157,7 @@ class Session:
             seed=config.seed,
         )
         self.held_out = HeldOut(evaluator, self.engine, self.problems, self.recorder)
-        self.health = Health(config.health, self.engine, self._checkpoints)
+        self.health = Health(config.health, self.engine, self._checkpoints, config.steps)
         self.state = RunState(
             config,
             self.origin,

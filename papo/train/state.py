@@ -11,7 +11,7 @@ from papo.dist import checkpoint, collectives
 from papo.dist.engine import Engine
 from papo.dist.folders import Retention, discard_after
 from papo.policy.batch import IDLE, Batcher
-from papo.policy.passes import loss_of
+from papo.policy.passes import evaluating, loss_of, stats_of
 from papo.record.recorder import Recorder
 from papo.record.run_folder import CHECKPOINTS
 from papo.train.health import Health
@@ -47,7 +47,12 @@ class RunState:
         return Path(self.config.output_dir) / CHECKPOINTS
 
     def save(self, step: int, cursor: int) -> None:
-        """Write the checkpoint of `step`; a collective."""
+        """Write the checkpoint of `step`; a collective.
+
+        Raises:
+            PapoError: it cannot be written, or the policy is no longer one to go on from.
+        """
+        self._check_policy(step)
         evaluations, options = self.recorder.results.evaluations, self.config.checkpoint
         state = {
             "cursor": cursor,
@@ -88,6 +93,14 @@ class RunState:
             discard_after(self.folder, step)
         self.recorder.truncate_after(step)
         return step, cursor
+
+    def _check_policy(self, step: int) -> None:
+        """Stop where weights are finite, but too large to compute with: a good checkpoint would
+        make room for this one."""
+        with evaluating(self.engine):
+            entropy = stats_of(self.engine, self.batcher.batch([IDLE])).entropy
+        broken = collectives.all_max(float(not entropy.isfinite().all()))
+        self.health.stop(step, "the policy gives no token a probability" if broken else "")
 
     def _create_optimizer_state(self) -> None:
         """Make the optimizer's moments, to be filled, by an idle update at learning rate 0."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from papo.config import HealthConfig, TrainConfig
+from papo.dist import checkpoint
 from papo.errors import PapoError
 from papo.policy.advantage import ScoredGroup
+from papo.policy.batch import Batcher
 from papo.policy.update import TokenSums, Update
 from papo.policy.weighting import BranchSums
 from papo.record.jsonl import read_rows
@@ -23,8 +27,11 @@ from papo.record.telemetry import rollout_metrics, update_metrics
 from papo.train import loop
 from papo.train.health import Health, last_good
 from papo.train.loop import Loop
+from papo.train.resume import Origin
+from papo.train.state import RunState
 from papo.types import Completion, Problem, Reward
 from tests.distributed.saved import without_tensors
+from tests.trainer.test_resume import config
 
 NOTHING = TokenSums(*[0.0] * 10)
 TOKENS = NOTHING._replace(tokens=4.0, entropy=2.0, ratio=4.0)
@@ -49,8 +56,10 @@ def engine(finite: bool = True) -> Any:
     return SimpleNamespace(finite=lambda: finite)
 
 
-def health(limit: int = 3, folder: Path = Path("nowhere"), finite: bool = True) -> Health:
-    return Health(HealthConfig(max_bad_steps=limit), engine(finite), folder)
+def health(
+    limit: int = 3, folder: Path = Path("nowhere"), finite: bool = True, steps: int = 100
+) -> Health:
+    return Health(HealthConfig(max_bad_steps=limit), engine(finite), folder, steps)
 
 
 def fault(
@@ -151,6 +160,49 @@ def test_the_line_has_the_last_good_checkpoint_and_how_to_go_on(tmp_path: Path) 
     assert told.endswith(f"--resume {good}")
 
 
+def test_a_run_of_which_every_step_taught_nothing_is_bad_however_short_it_is() -> None:
+    made = health(limit=10, steps=2)
+    assert fault(made, SKIPPED) == ""
+    assert fault(made, SKIPPED).startswith("2 steps in a row taught nothing")
+    made = health(limit=10, steps=2)
+    assert fault(made) == fault(made, SKIPPED) == ""
+    made = health(limit=0, steps=1)
+    assert fault(made, SKIPPED) == ""
+
+
+def test_an_update_that_leaves_no_entropy_stops_the_run() -> None:
+    """Its own entropy was that of the weights before."""
+    for delta in (math.nan, math.inf):
+        told = fault(health(), replace(update(), measured_delta=delta))
+        assert told == "the entropy after the update is not finite"
+
+
+def test_a_policy_that_cannot_be_computed_is_no_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    """Finite weights may be too large for that."""
+    entropy = torch.zeros(1)
+    broken: Any = SimpleNamespace(
+        forward=lambda inputs: (entropy,) * 4, train=lambda mode: None, dropout=False
+    )
+    recorder: Any = SimpleNamespace(results=SimpleNamespace(evaluations=[]))
+    written: list[int] = []
+    monkeypatch.setattr(checkpoint, "save", lambda root, step, *rest: written.append(step))
+    state = RunState(
+        config(),
+        Origin(None, {}, False, print),
+        broken,
+        Batcher(0, 0, torch.device("cpu")),
+        {},
+        {},
+        health(folder=tmp_path),
+        recorder,
+    )
+    state.save(1, 4)
+    entropy.fill_(math.nan)
+    with pytest.raises(PapoError, match=r"^step 2: the policy gives no token a probability"):
+        state.save(2, 8)
+    assert written == [1]
+
+
 # ---- figures of nothing --------------------------------------------------------------------------
 
 
@@ -185,7 +237,7 @@ class FakeSession:
         self.saved: list[int] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.taught: list[float] = []
-        self.health = Health(config.health, engine(), folder)
+        self.health = Health(config.health, engine(), folder, config.steps)
         self.engine = SimpleNamespace(inference_model=lambda: contextlib.nullcontext("model"))
         self.progress = SimpleNamespace(start=lambda *a: None, close=lambda: None)
         self.state = SimpleNamespace(

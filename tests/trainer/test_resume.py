@@ -200,6 +200,32 @@ def test_a_model_is_known_by_its_weights_and_not_by_its_folder() -> None:
     assert fingerprint(one) != fingerprint(one.to(torch.bfloat16))
 
 
+def test_a_model_is_known_by_what_its_files_say_it_computes() -> None:
+    """And by weights that are the same numbers in another order."""
+    one = small_llama(0, vocab_size=16)
+    for name, value in (("hidden_act", "relu"), ("rms_norm_eps", 1e-2)):
+        other = small_llama(0, vocab_size=16)
+        setattr(other.config, name, value)
+        assert fingerprint(one) != fingerprint(other), name
+    other = small_llama(0, vocab_size=16)
+    other.generation_config.eos_token_id = [0, 5]
+    assert fingerprint(one) != fingerprint(other)
+    other = small_llama(0, vocab_size=16)
+    with torch.no_grad():
+        other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_dropout_depends_on_how_a_batch_is_cut() -> None:
+    for key in ("optim.micro_batch_size", "optim.max_row_tokens"):
+        section, name = key.split(".")
+        other = {section: {name: 3}}
+        assert differences(saved(config()), config(**other)) == []
+        dropped = {"model": {"path": "m", "dropout": True}}
+        (line,) = differences(saved(config(**dropped)), config(**dropped, **other))
+        assert line.startswith(f"{key} ") and line.endswith("(model.dropout depends on it)")
+
+
 def test_zeros_of_either_sign_are_the_same_weights() -> None:
     one, same = (small_llama(0, vocab_size=16) for _ in range(2))
     with torch.no_grad():

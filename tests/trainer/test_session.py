@@ -287,7 +287,7 @@ def test_a_checkpoint_says_what_it_is_of_and_how_good(
     made = config(tmp_path).model_copy(
         update={"checkpoint": CheckpointConfig(keep=3, keep_best=1, weights="bf16")}
     )
-    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path)
+    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path, made.steps)
     health.bad_steps = 2
     recorder = SimpleNamespace(results=SimpleNamespace(evaluations=evaluations))
     part = SimpleNamespace(state_dict=lambda: {"phase": 0.5})
@@ -295,6 +295,7 @@ def test_a_checkpoint_says_what_it_is_of_and_how_good(
     parts: list[Any] = [Origin.of(None, False, print), None, None, digests, {"phase": part}]
     written: list[Any] = []
     monkeypatch.setattr(checkpoint, "save", lambda *args: written.append(args))
+    monkeypatch.setattr(RunState, "_check_policy", lambda self, step: None)
     RunState(made, *parts, health, recorder).save(4, 16)
     ((folder, step, _, state, retention, weights),) = written
     assert (folder, step, weights) == (tmp_path / "checkpoints", 4, "bf16")
@@ -315,7 +316,7 @@ def test_a_resumed_run_has_its_checkpoints_count_of_bad_steps(tmp_path: Path, mo
     """So it stops where the unbroken one does."""
     made = config(tmp_path, "auto")
     folder = without_tensors(tmp_path / "checkpoints" / "step-00000002", bad_steps=2)
-    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path)
+    health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path, made.steps)
     recorder = SimpleNamespace(
         results=SimpleNamespace(), say=print, truncate_after=lambda step: None
     )

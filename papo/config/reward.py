@@ -52,6 +52,11 @@ class RewardConfig(Section):
         """All of `verifier`, as a list."""
         return [self.verifier] if isinstance(self.verifier, str) else self.verifier
 
+    def chosen(self, source: str) -> list[str]:
+        """The verifiers' names, where `auto` stands for the own one of `data.source`."""
+        own = "reasoning_gym" if source == "reasoning_gym" else "math_verify"
+        return [own if name == "auto" else name for name in self.verifiers]
+
     @model_validator(mode="after")
     def _check(self) -> RewardConfig:
         given, wanted = self.weights, len(self.verifiers)

@@ -35,7 +35,7 @@ from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
 from papo.config.section import PathText, Positive, Section, Seed, refuse
 from papo.config.text import explain, merged, read_options, sections_of
-from papo.errors import printable
+from papo.errors import printable, shown
 from papo.outputs import replace_file
 
 LONGEST_NAME = 60
@@ -113,10 +113,17 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         data, rollout, advantage, optim = self.data, self.rollout, self.advantage, self.optim
+        verifier, chosen = shown(self.reward.verifier), self.reward.chosen(data.source)
         refuse(
-            self.reward.verifier == "reasoning_gym" and data.source != "reasoning_gym",
-            f"reward.verifier='reasoning_gym': expected data.source=reasoning_gym, got "
+            "reasoning_gym" in chosen and data.source != "reasoning_gym",
+            f"reward.verifier={verifier}: reasoning_gym expects data.source=reasoning_gym, got "
             f"{data.source!r}; use math_verify",
+        )
+        twice = next((name for name in chosen if chosen.count(name) > 1), None)
+        refuse(
+            twice is not None,
+            f"reward.verifier={verifier}: expected different ones, and {shown(twice)} is there "
+            "twice",
         )
         refuse(
             data.held_out_size == 0 and self.evaluation.wanted,

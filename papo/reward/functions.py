@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from papo.errors import PapoError
+from papo.errors import PapoError, printable
 from papo.reward.verifiers import BUILT_IN
+
+SHOWN_CHARACTERS = 200  # of an exception's text, of a completion
 
 
 class Task(NamedTuple):
@@ -56,6 +59,7 @@ def load_verifier(name: str) -> Call:
         verifier = BUILT_IN[name]
         if name != "exact":
             importlib.import_module(name)  # so that no completion waits for it
+            logging.getLogger(name).setLevel(logging.ERROR)  # its timeouts are off, as it warns
         return lambda text, task: verifier(text, task.answer, task.metadata)
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -82,7 +86,7 @@ def described(error: BaseException) -> str:
     try:
         text = str(error)
         name = type(error).__name__
-        return repr(f"{name}: {text}" if text else name)[1:-1]
+        return printable(f"{name}: {text}" if text else name, SHOWN_CHARACTERS)
     except BaseException:
         return "an exception that cannot be shown"
 

@@ -15,7 +15,6 @@ from papo.reward.functions import Task, described, load_verifier
 from papo.reward.verifiers import BUILT_IN, COMPARING, compare_math
 from papo.types import RewardStatus
 
-SHOWN_CHARACTERS = 200  # of an exception's text, of a completion
 LARGEST_REWARD = 1e18  # its square, and sums of squares, are float32 numbers
 
 
@@ -29,7 +28,7 @@ class Verdict(NamedTuple):
     @classmethod
     def failed(cls, error: BaseException) -> Verdict:
         """The verdict where `error` prevented one."""
-        return cls(0.0, "error", described(error)[:SHOWN_CHARACTERS])
+        return cls(0.0, "error", described(error))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from papo.errors import PapoError
-from papo.reward.judge import LARGEST_REWARD, SHOWN_CHARACTERS, Judge, Task, Verdict
+from papo.errors import PapoError, shown
+from papo.reward.functions import SHOWN_CHARACTERS
+from papo.reward.judge import LARGEST_REWARD, Judge, Task, Verdict
 from papo.reward.verifiers import COMPARING
 from papo.reward.workers import Workers
 from papo.types import Completion, Problem, Reward, RewardStatus
@@ -45,7 +46,7 @@ class RewardPool:
 
     Args:
         config: the config's `reward` section.
-        verifiers: names for `load_verifier` (`choose_verifiers` turns `auto` into one).
+        verifiers: names for `load_verifier` (`RewardConfig.chosen` turns `auto` into one).
         answer_field: the name of the rows' field that references come from.
 
     Attributes:
@@ -174,12 +175,12 @@ class RewardPool:
                 unshown[status] += 1
                 continue
             log.warning(
-                "reward %s by %s: %s; answer %r, completion %r",
+                "reward %s by %s: %s; answer %s, completion %s",
                 status,
                 self._judges[judge].verifier,
                 why,
-                task.answer,
-                (task.text or "")[:SHOWN_CHARACTERS],
+                shown(task.answer),
+                shown(task.text, SHOWN_CHARACTERS),
             )
         if unshown:
             log.warning(

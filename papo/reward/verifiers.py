@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from papo.errors import PapoError
 from papo.reward.answers import for_sympy, latex, normalize
 
 Verifier = Callable[[str, str, Mapping[str, Any]], "float | None"]
@@ -89,19 +88,3 @@ BUILT_IN: dict[str, Verifier] = {
 }
 # These compare with the reference answer's text; reasoning-gym reads its entry instead.
 COMPARING = ("math_verify", "exact")
-
-
-def choose_verifiers(names: Sequence[str], source: str) -> list[str]:
-    """The verifiers' names, where `auto` stands for the data source's own.
-
-    Raises:
-        PapoError: one is named twice.
-    """
-    own = "reasoning_gym" if source == "reasoning_gym" else "math_verify"
-    chosen = [own if name == "auto" else name for name in names]
-    twice = next((name for name in chosen if chosen.count(name) > 1), None)
-    if twice is not None:
-        raise PapoError(
-            f"reward.verifier={list(names)}: expected different ones, and {twice!r} is there twice"
-        )
-    return chosen

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, TypeVar, get_args
 
-from papo.errors import PapoError
+from papo.errors import PapoError, one_line
 from papo.reward.judge import Judge, Task, Verdict
 from papo.reward.processes import MARKER, kill_family
 from papo.reward.worker import Setup
@@ -62,7 +62,7 @@ class Output:
         lines = self._kept.splitlines(keepends=True)
         for line in lines[:_SHOWN_LINES]:
             text = line.decode(errors="replace").rstrip("\r\n").expandtabs()
-            log.info("verifier: %s", "".join(c if c.isprintable() else "\ufffd" for c in text))
+            log.info("verifier: %s", one_line(text))
         unshown = self._dropped + sum(map(len, lines[_SHOWN_LINES:]))
         if unshown:
             log.info("verifier: (%d more bytes are not shown)", unshown)
@@ -78,6 +78,9 @@ class Worker(Generic[Key]):
         used: it has had a task before this one.
         refusal: why it could not load them.
         verdict: on its task, once there is one.
+
+    Raises:
+        OSError: it cannot be started.
     """
 
     def __init__(self, setup: bytes, selector: selectors.BaseSelector, output: Output) -> None:
@@ -93,19 +96,20 @@ class Worker(Generic[Key]):
         self._seconds = _LOAD_SECONDS
         self._marker = uuid.uuid4().hex
         self._group: int | None = None
-        self._channel, theirs = socket.socketpair()
-        self._output, output_end = os.pipe()
-        try:
-            self._process = self._launch(theirs.fileno(), output_end)
-        except OSError as error:
-            raise PapoError(f"a reward worker cannot be started: {error}") from error
-        finally:
-            theirs.close()
-            os.close(output_end)
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self._channel, end = socket.socketpair()
+            ours.enter_context(self._channel)
+            theirs.enter_context(end)
+            self._output, output_end = os.pipe()
+            ours.callback(os.close, self._output)
+            theirs.callback(os.close, output_end)
+            self._process = self._launch(end.fileno(), output_end)
+            ours.pop_all()
         self._channel.setblocking(False)
         os.set_blocking(self._output, False)
         selector.register(self._channel, _BOTH, self._exchange)
         selector.register(self._output, selectors.EVENT_READ, self._print)
+        self._exchange(selectors.EVENT_WRITE)  # it loads although the trainer turns to other things
 
     def _launch(self, fd: int, output: int) -> subprocess.Popen[bytes]:
         path = [entry or os.getcwd() for entry in sys.path]
@@ -137,17 +141,19 @@ class Worker(Generic[Key]):
         return done
 
     def failure(self) -> Verdict | None:
-        """Why it is of no more use; None while it is."""
+        """Why it is of no more use; None while it is, or has a verdict to be taken first."""
+        code = self._process.poll()
+        if code is not None or time.monotonic() > self._until:
+            self._receive()  # the trainer may be the late one
+        if self.verdict is not None:
+            return None
         if self.refusal:
             return Verdict(0.0, "error", self.refusal)
         if self._garbled:
             return Verdict(0.0, "error", "the verifier wrote into its worker's channel")
-        code = self._process.poll()
         if code is not None:
-            self._receive()
-            if self.verdict is None and not self.refusal:
-                return Verdict(0.0, "error", _ending(code))
-        elif time.monotonic() > self._until:
+            return Verdict(0.0, "error", _ending(code))
+        if time.monotonic() > self._until:
             what = "verdict" if self.ready else "end of its import"
             return Verdict(0.0, "timeout", f"no {what} within {self._seconds:g} s")
         return None
@@ -265,7 +271,10 @@ class Workers(Generic[Key]):
             raise
 
     def _start(self) -> Worker[Key]:
-        return Worker(self._setup, self._selector, self._output)
+        try:
+            return Worker(self._setup, self._selector, self._output)
+        except OSError as error:
+            raise PapoError(f"a reward worker cannot be started: {error}") from error
 
     def load(self) -> None:
         """Wait until a worker has loaded the functions.
@@ -301,10 +310,10 @@ class Workers(Generic[Key]):
                     self._give(worker, waiting.popleft(), tasks, seconds, verdicts)
             self._exchange()
             for place, worker in enumerate(self._workers):
+                failure = worker.failure()
                 if worker.verdict is not None:
                     self._failed_starts = 0
                     verdicts.update([worker.take()])
-                failure = worker.failure()
                 if failure is None:
                     continue
                 key, fresh = worker.key, not worker.used

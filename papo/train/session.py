@@ -22,7 +22,6 @@ from papo.record.lock import FolderLock
 from papo.record.progress import Progress
 from papo.record.recorder import Recorder
 from papo.reward.pool import RewardPool
-from papo.reward.verifiers import choose_verifiers
 from papo.rollout import HFSampler, SamplingParams
 from papo.train import build, probe, references
 from papo.train.evaluate import Evaluator, HeldOut
@@ -80,7 +79,7 @@ class Session:
         config = self.config
         with collectives.failing_together():
             build.check_backend(config.loss.backend)
-            verifiers = choose_verifiers(config.reward.verifiers, config.data.source)
+            verifiers = config.reward.chosen(config.data.source)
             pool = RewardPool(config.reward, verifiers, config.data.answer_field)
             self.rewards = stack.enter_context(pool)
             self.tokenizer = load_tokenizer(config.model)

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from papo.config import PRESETS, ConfigError, LossConfig, TrainConfig, load_config
+from papo.config import (
+    PRESETS,
+    ConfigError,
+    LossConfig,
+    RewardConfig,
+    TrainConfig,
+    load_config,
+)
 from papo.config.page import reference_page
 from papo.config.text import known_keys, sections_of
 from papo.policy.objective import objective_of
@@ -150,12 +157,26 @@ def test_impossible_deepspeed_options_are_refused(load, overrides, expected):
 
 
 def test_verifier_of_another_source_is_refused(load):
-    line = refusal(
-        load, "data={source: jsonl, train_path: x.jsonl}", "reward.verifier=reasoning_gym"
-    )
-    assert (
-        "reward.verifier='reasoning_gym': expected data.source=reasoning_gym, got 'jsonl'" in line
-    )
+    source = "data={source: jsonl, train_path: x.jsonl}"
+    why = "reasoning_gym expects data.source=reasoning_gym, got 'jsonl'"
+    line = refusal(load, source, "reward.verifier=reasoning_gym")
+    assert f"reward.verifier='reasoning_gym': {why}" in line
+    line = refusal(load, source, "reward.verifier=[my_rewards:f, reasoning_gym]")
+    assert f"reward.verifier=['my_rewards:f', 'reasoning_gym']: {why}" in line
+
+
+def test_auto_is_the_data_sources_own_verifier():
+    reward = RewardConfig(verifier=["exact", "auto"])
+    assert reward.chosen("jsonl") == ["exact", "math_verify"]
+    assert reward.chosen("reasoning_gym") == ["exact", "reasoning_gym"]
+
+
+@pytest.mark.parametrize(
+    "names", ["[exact, exact]", "[my:f, exact, my:f]", "[auto, reasoning_gym]"]
+)
+def test_a_verifier_that_is_named_twice_is_refused(load, names):
+    line = refusal(load, f"reward.verifier={names}")
+    assert "reward.verifier=[" in line and "is there twice" in line
 
 
 def test_several_errors_are_still_one_line(load):

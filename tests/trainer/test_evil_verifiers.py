@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
+import select
+import selectors
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from papo.errors import PapoError
 from papo.reward import processes, workers
+from papo.reward.judge import Judge, Task, Verdict
 from papo.reward.pool import RewardPool
 from papo.reward.processes import family, kill_family
 from tests.trainer.evil_verifiers import EVIL, EVIL_MODULES, STATUS
@@ -88,6 +93,86 @@ def test_an_import_that_hangs_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_LOAD_SECONDS", 0.5)
     with pytest.raises(PapoError, match=r"sleeps:f: no end of its import within 0\.5 s"):
         RewardPool(config(workers=1), ["sleeps:f"])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """``clock.now``: the workers' deadlines pass when a test says so."""
+    fake = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    return fake
+
+
+def said(worker):
+    """Wait until the worker has said something, which stays unread."""
+    readable, _, _ = select.select([worker._channel], [], [], 60.0)
+    assert readable, "it never said anything"
+
+
+def test_workers_load_while_the_trainer_turns_to_other_things(clock):
+    """The first scoring may come long after the deadline for their imports, and so may the one
+    after workers were replaced."""
+    with RewardPool(config(), ["exact"]) as pool:
+        for worker in pool._workers._workers:
+            said(worker)
+        clock.now += 1000.0
+        assert [r.status for r in pool.score([completion("1")] * 4)] == ["ok"] * 4
+
+
+def test_a_verdict_that_the_trainer_reads_late_is_in_time(clock):
+    judges = [Judge("tests.trainer.scripted:scripted", "none", 0.99)]
+    pool = workers.Workers(1, judges, memory_mib=4096)
+    try:
+        pool.load()
+        (worker,) = pool._workers
+        for text, value in (("x", 0.25), ("y", 0.5)):
+            task = Task(text, "1", {"value": value})
+            worker.give(text, 0, pickle.dumps(task), 1.0)
+            worker._exchange(selectors.EVENT_WRITE)
+            said(worker)
+            clock.now += 2.0
+            assert worker.failure() is None
+            assert worker.take() == (text, Verdict(value, "ok"))
+        worker.give("z", 0, pickle.dumps(Task("hang", "1", {})), 1.0)
+        clock.now += 2.0
+        assert worker.failure() == Verdict(0.0, "timeout", "no verdict within 1 s")
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_cannot_be_started_leaves_no_file_open(monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("Cannot allocate memory")
+
+    before = psutil.Process().num_fds()
+    for owner, name in ((subprocess, "Popen"), (os, "pipe"), (workers.socket, "socketpair")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(PapoError, match="a reward worker cannot be started: Cannot all"):
+                RewardPool(config(), ["exact"])
+        assert psutil.Process().num_fds() == before
+
+
+def test_what_functions_print_cannot_move_the_cursor(caplog):
+    output = workers.Output()
+    output.add("a\x1b[2J\u202e\tb\n".encode() + b"\xff\r\n" + "l\u00e4ngs".encode())
+    with caplog.at_level(logging.INFO, logger="papo.reward"):
+        output.show()
+    assert caplog.messages == [
+        r"verifier: a\x1b[2J\u202e  b",
+        "verifier: \ufffd",
+        "verifier: l\u00e4ngs",
+    ]
+
+
+def test_math_verify_has_nothing_to_say_about_its_timeouts(caplog):
+    """The deadlines here take their place."""
+    with (
+        caplog.at_level(logging.INFO, logger="papo.reward"),
+        RewardPool(config(workers=1), ["math_verify"]) as pool,
+    ):
+        assert [r.value for r in pool.score([completion("$2$", "1+1")])] == [1.0]
+    assert caplog.messages == []
 
 
 def test_nothing_outlives_a_killed_trainer(tmp_path):

@@ -121,6 +121,32 @@ def test_coroutines_share_a_loop_as_the_connections_that_they_keep_ask(judged):
     assert loops[0] is loops[1]
 
 
+def test_the_documents_examples_score_a_row_whose_prompt_is_text(judged):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(examples) == 3
+    for example in examples:
+        names = {}
+        exec(example, names)
+        (function,) = (value for name, value in names.items() if name != "__builtins__")
+        verdict = judged(function, TEXT._replace(answer_field="answer"))
+        assert verdict.status == "ok" and verdict.value > 0.9, example
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a\x1b[2J\u202e\nb"), ValueError("\ud800"), ValueError(r"\frac 'x'"), ValueError()],
+)
+def test_an_exceptions_text_is_one_printable_line(judged, error):
+    def raises(text, answer, metadata):
+        raise error
+
+    why = judged(raises).why
+    assert why.isprintable() and why.encode() and why.startswith("ValueError")
+    if "frac" in str(error):
+        assert why == r"ValueError: \frac 'x'"  # as it was written
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [

@@ -22,7 +22,6 @@ from papo.reward.functions import load_verifier
 from papo.reward.judge import Judge, Task, Verdict
 from papo.reward.pool import RewardPool
 from papo.reward.processes import family
-from papo.reward.verifiers import choose_verifiers
 from papo.types import Completion, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,17 +149,6 @@ def test_nan_from_a_built_in_verifier_is_a_masked_row(monkeypatch):
 @pytest.mark.parametrize("text", ["raise", "cancel", "leave", "not a number"])
 def test_exception_scores_zero(text):
     assert verdict(text, verifier=SCRIPTED) == (0.0, "error")
-
-
-def test_auto_is_the_data_sources_own_verifier():
-    assert choose_verifiers(["auto"], "reasoning_gym") == ["reasoning_gym"]
-    assert choose_verifiers(["exact", "auto"], "jsonl") == ["exact", "math_verify"]
-
-
-@pytest.mark.parametrize("names", [["a:f", "exact", "a:f"], ["math_verify", "auto"]])
-def test_a_verifier_that_is_named_twice_is_refused(names):
-    with pytest.raises(PapoError, match=r"reward\.verifier=.*is there twice"):
-        choose_verifiers(names, "jsonl")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from papo.dist import collectives
 from papo.dist.manifest import (
+    OTHER_FORMAT,
     TRAINER,
     TrainerState,
     read_manifest,
@@ -63,6 +64,11 @@ def resolve(resume: str, root: Path) -> Path | None:
     is_there = all(collectives.gather_objects(os.path.isdir(resume)))
     if not is_there:
         raise PapoError(f"resume={resume!r}: no checkpoint there; expected a checkpoint's folder")
+    if (folder / root.name).is_dir():
+        raise PapoError(
+            f"resume={resume!r}: the folder of a run; expected one of its {root.name}, or "
+            "--resume auto with its output_dir"
+        )
     faults = _verified(folder)
     if faults:
         raise PapoError(
@@ -88,6 +94,8 @@ def _newest_intact(root: Path) -> Path | None:
     damaged: list[tuple[Path, str]] = []
     for _, folder in reversed(found):
         faults = _verified(folder)
+        if faults and faults[0].startswith(OTHER_FORMAT):
+            raise PapoError(f"{folder}: {faults[0]}")
         if faults:
             damaged.append((folder, listed(faults, 3)))
         elif read_manifest(folder).resumable:

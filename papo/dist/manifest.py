@@ -21,6 +21,7 @@ from papo.inputs import read_bytes, read_json_object
 from papo.outputs import replace_file
 
 FORMAT = 3
+OTHER_FORMAT = "checkpoint format"  # so begins the only fault of an intact checkpoint
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", (.*)', re.DOTALL)
@@ -133,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         found = _Format.model_validate_json(raw).format
         if found != FORMAT:
-            raise PapoError(f"checkpoint format {found!r}, this version reads {FORMAT}")
+            raise PapoError(f"{OTHER_FORMAT} {found!r}, this version reads {FORMAT}")
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         raise PapoError(f"{MANIFEST}: {_explain(error)}") from error

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from papo.dist import checkpoint, shards
+from papo.dist import checkpoint, export, shards
 from papo.dist.folders import Retention, completed, discard_after, open_partial, resolve
-from papo.dist.manifest import name_of, step_of, verify
+from papo.dist.manifest import name_of, read_manifest, step_of, verify, write_manifest
 from papo.errors import PapoError
 from tests.distributed.saved import FILES, SmallEngine, one_line, save
 
@@ -73,6 +73,31 @@ def test_auto_never_starts_over_where_all_are_damaged(tmp_path: Path) -> None:
         resolve("auto", tmp_path)
     assert "step-00000001: trainer.json" in str(e.value) and one_line(str(e.value)[-390:])
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]  # nothing is renamed
+
+
+def test_a_newer_versions_checkpoint_is_no_damaged_one(tmp_path: Path) -> None:
+    """Another version may go on from it."""
+    save(tmp_path, 1)
+    newer = save(tmp_path, 2)
+    write_manifest(newer, read_manifest(newer).model_copy(update={"format": 4}))
+    with pytest.raises(
+        PapoError, match=r"step-00000002: checkpoint format 4, this version"
+    ):
+        resolve("auto", tmp_path)
+    assert steps(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_the_folder_of_a_run_is_none_of_its_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 1)
+    with pytest.raises(PapoError, match="the folder of a run; expected one of its checkpoints"):
+        resolve(str(tmp_path), tmp_path / "checkpoints")
+
+
+def test_an_export_to_a_name_that_no_file_system_takes_is_one_line(tmp_path: Path, capsys) -> None:
+    for names in (["x" * 300, "out"], [str(save(tmp_path, 1)), "x" * 300]):
+        assert export.main(names) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
 
 
 def test_only_folders_named_by_a_step_are_checkpoints(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ class FolderLock:
         Raises:
             OSError: it cannot be moved, and the folder is as it was; or another run came first.
         """
-        folder, held = self.folder, self._fd
+        # Where the folder is a link, its target moves, and the link leads to the new one.
+        folder, held = self.folder.resolve(), self._fd
         # It is locked before it gets the folder's name: no other run can come between.
         fresh = folder.with_name(f".{folder.name}.fresh")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -112,7 +113,7 @@ class FolderLock:
         self._fd = self._locked(fresh / NAME)
         try:
             self._sign()
-            earlier = self._swap_for(fresh)
+            earlier = _swap(fresh, folder)
         except OSError:
             os.close(self._fd)
             self._fd = held
@@ -121,19 +122,6 @@ class FolderLock:
         (earlier / NAME).unlink(missing_ok=True)
         if held is not None:
             os.close(held)
-        return earlier
-
-    def _swap_for(self, fresh: Path) -> Path:
-        """Give `fresh` the folder's name; what has it now gets the first free number."""
-        folder, numbers = self.folder, itertools.count(1)
-        aside = (folder.with_name(f"{folder.name}.{n}") for n in numbers)
-        earlier = folder.rename(next(path for path in aside if not path.exists()))
-        try:
-            fresh.rename(folder)
-        except OSError:
-            with contextlib.suppress(OSError):  # another run came first
-                earlier.rename(folder)
-            raise
         return earlier
 
     def close(self) -> None:
@@ -155,6 +143,19 @@ def _is_at(path: Path, fd: int) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _swap(fresh: Path, folder: Path) -> Path:
+    """Give `fresh` the folder's name; what has it now gets the first free number."""
+    aside = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
+    earlier = folder.rename(next(path for path in aside if not path.exists()))
+    try:
+        fresh.rename(folder)
+    except OSError:
+        with contextlib.suppress(OSError):  # another run came first
+            earlier.rename(folder)
+        raise
+    return earlier
 
 
 def cannot_use(folder: Path, error: OSError | ValueError) -> PapoError:

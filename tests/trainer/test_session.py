@@ -94,6 +94,15 @@ def test_an_earlier_runs_folder_moves_aside_and_nothing_is_lost(tmp_path: Path) 
     assert marks(tmp_path) == {"run.1": "a", "run.2": "b", "run.3": "c"}
 
 
+def test_a_link_to_the_folder_stays_one(tmp_path: Path) -> None:
+    """To another disk, perhaps, where the earlier run stays too."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    finished_run(tmp_path / "disk" / "run", "a")
+    assert prepare(tmp_path / "link") == tmp_path / "disk" / "run.1"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.yaml").is_file()
+    assert marks(tmp_path / "disk") == {"run.1": "a"}
+
+
 def test_a_folder_without_results_is_used_as_it_is(tmp_path: Path) -> None:
     """Such as the folder of a run that failed before its first step."""
     prepare(tmp_path / "run")

@@ -75,9 +75,8 @@ class Judge:
 
     def _value(self, text: str, task: Task) -> float | None:
         said: str | None = text
-        if (
-            self.is_built_in or self.extract != "none"
-        ):  # a user's function may reward the thinking itself
+        # A user's function may reward the thinking itself.
+        if self.is_built_in or self.extract != "none":
             said = after_thinking(text, task.thinks)
         found = None if said is None else extract(said, self.extract)
         if found is None:

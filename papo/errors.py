@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 _LONGEST_MESSAGE = 500
 _LONGEST_VALUE = 80
+_LONGEST_PATH = 240
 
 
 class PapoError(Exception):
@@ -36,6 +38,11 @@ def one_line(text: str) -> str:
 def _cut(text: str, longest: int) -> str:
     head = (longest - 3) * 2 // 3
     return f"{text[:head]}...{text[-(longest - 3 - head) :]}"
+
+
+def shown_path(path: Path | str) -> str:
+    """A path as `printable` text, whole unless it is very long."""
+    return printable(str(path), _LONGEST_PATH)
 
 
 def shown(value: object, longest: int = _LONGEST_VALUE) -> str:

@@ -35,7 +35,7 @@ from papo.config.presets import PRESETS
 from papo.config.reward import RewardConfig
 from papo.config.section import PathText, Positive, Section, Seed, refuse
 from papo.config.text import explain, merged, read_options, sections_of
-from papo.errors import printable, shown
+from papo.errors import shown, shown_path
 from papo.outputs import replace_file
 
 LONGEST_NAME = 60
@@ -256,6 +256,4 @@ def load_config(
     try:
         return TrainConfig.model_validate(options)
     except ValidationError as error:
-        raise ConfigError(
-            f"{printable(str(path))}: {explain(error.errors(), TrainConfig)}"
-        ) from None
+        raise ConfigError(f"{shown_path(path)}: {explain(error.errors(), TrainConfig)}") from None

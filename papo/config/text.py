@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from papo.config.parse import DEEPEST, ConfigError, parse_value, parse_yaml
-from papo.errors import printable, shown
+from papo.errors import printable, shown, shown_path
 from papo.inputs import is_plain, read_text
 
 _LARGEST_FILE = 1 << 20
@@ -149,7 +149,7 @@ def read_options(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read or holds no mapping, or an override has another form.
     """
-    name = printable(str(path))
+    name = shown_path(path)
     try:
         text = read_text(path, _LARGEST_FILE)
     except ValueError as error:

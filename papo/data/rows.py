@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from papo.errors import PapoError, first_line, printable, shown
+from papo.errors import PapoError, first_line, shown, shown_path
 from papo.inputs import file_fault
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _json_rows(path: Path, first_alone: bool = False) -> Iterator[tuple[str, Any
     Args:
         first_alone: read of an array, which is read as a whole, no more than one row needs.
     """
-    first, name = True, printable(str(path), _LONGEST_PATH)
+    first, name = True, shown_path(path)
     try:
         with path.open("rb") as file:
             _skip_mark(file, name)

@@ -18,7 +18,7 @@ from papo.config import ModelConfig
 from papo.dist.folders import open_partial, remove, replace_folder
 from papo.dist.manifest import read_manifest, read_trainer, verify
 from papo.dist.shards import WEIGHT, ShardReader
-from papo.errors import PapoError, first_line, listed, printable
+from papo.errors import PapoError, first_line, listed, one_line
 from papo.model.load import load_causal_lm, load_tokenizer
 from papo.model.quiet import quiet
 from papo.outputs import sync
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         export(args.checkpoint, args.folder, args.trust_remote_code)
     except (PapoError, OSError) as error:  # such as a name that is too long
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
     return 0
 

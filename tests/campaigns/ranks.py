@@ -91,7 +91,13 @@ def _prctl(option: int, value: int) -> None:
 
 
 def start(
-    world: int, arguments: list[str], folder: Path, *, fresh: bool = False, cwd: Path = ROOT
+    world: int,
+    arguments: list[str],
+    folder: Path,
+    *,
+    fresh: bool = False,
+    cwd: Path = ROOT,
+    run: Callable[[list[str]], int] | None = None,
 ) -> list[Rank]:
     """`world` ranks of `train.py arguments...`.
 
@@ -99,6 +105,7 @@ def start(
         folder: for the files they print to.
         fresh: start Python anew instead of forking this process.
         cwd: the folder they run in.
+        run: what a forked rank does with `arguments` instead; its exit status.
     """
     port = free_port()
     ranks = []
@@ -111,7 +118,7 @@ def start(
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _become_rank(arguments, variables, (stdout, stderr), fresh, cwd)
+            _become_rank(arguments, variables, (stdout, stderr), fresh, cwd, run or _train)
         until(lambda pid=pid: os.getpgid(pid) == pid, seconds=60)
         ranks.append(Rank(pid, stdout, stderr))
     return ranks
@@ -123,6 +130,7 @@ def _become_rank(
     outputs: tuple[Path, Path],
     fresh: bool,
     cwd: Path,
+    run: Callable[[list[str]], int],
 ) -> NoReturn:
     """In the child: what a shell does between fork and exec, then train."""
     code = 1
@@ -136,7 +144,7 @@ def _become_rank(
             os.execve(sys.executable, [sys.executable, _SCRIPT, *arguments], variables)
         os.environ.clear()
         os.environ.update(variables)
-        code = _train(arguments)
+        code = run(arguments)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -155,11 +163,16 @@ def _train(arguments: list[str]) -> int:
         code = main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    leave()
+    return code
+
+
+def leave() -> None:
+    """In a forked rank: what Python does at its end."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    return code
 
 
 def call(function: Callable[[], str]) -> str:

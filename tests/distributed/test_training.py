@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,14 +129,6 @@ def same_but_for_rounding(a: Path, b: Path) -> None:
         torch.testing.assert_close(value, final[name], rtol=0, atol=1e-5)
 
 
-def test_killed_and_resumed_is_unbroken(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
-    """Wherever in the step SIGKILL strikes, resuming reaches the same figures."""
-    path = config(tmp_path, tiny)
-    kill_after("step 2/", path, world=1, killed=0)
-    train(path, "--resume", "auto")
-    same_run(tmp_path, unbroken)
-
-
 def deepspeed(ranks: int, port: int, path: Path, **options: Any) -> subprocess.Popen[str]:
     """The run as users start it: by the `deepspeed` command."""
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
@@ -157,9 +148,12 @@ def deepspeed(ranks: int, port: int, path: Path, **options: Any) -> subprocess.P
     )
 
 
-def test_ctrl_c_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> None:
-    """To the whole group of a `deepspeed` command that ignores it, as in `make train`: the command,
-    its launcher, which signals the rank once more, the rank and its workers."""
+def test_interrupted_killed_and_resumed_is_unbroken(
+    tmp_path: Path, tiny: Path, unbroken: Path
+) -> None:
+    """Ctrl-C saves and leaves. It comes to the whole group of a `deepspeed` command that ignores
+    it, as in `make train`: the command, its launcher, which signals the rank once more, the rank
+    and its workers. And wherever in a step SIGKILL strikes, resuming reaches the same figures."""
     path = config(tmp_path, tiny, checkpoint={"every": 0})
     process = deepspeed(
         1, free_port(), path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -175,8 +169,10 @@ def test_ctrl_c_saves_and_leaves(tmp_path: Path, tiny: Path, unbroken: Path) -> 
     assert "Traceback" not in out + err and "KeyboardInterrupt" not in out + err
     ((step, _),) = completed(tmp_path / "run" / "checkpoints")
     assert 1 <= step < STEPS
-    train(path, "--resume", "auto")
-    assert rows(tmp_path) == rows(unbroken)
+    auto = ("--resume", "auto")
+    kill_after("step 3/", path, *auto, "--set", "checkpoint.every=1", world=1, killed=0)
+    train(path, *auto)
+    same_run(tmp_path, unbroken)
 
 
 def two_rank_config(folder: Path, tiny: Path) -> Path:
@@ -280,8 +276,6 @@ def test_batch_not_divisible_is_one_line_from_rank_0(tmp_path: Path, tiny: Path)
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.dataset=chain_sums", ["data.dataset", "chain_sums", "chain_sum"]),
-        ("weighting.strength=1.0", ["weighting.strength", "1.0", "less than 1"]),
         ("weighting.strenght=0.5", ["weighting.strenght", "weighting.strength"]),
         ("model.path={empty}", ["tokenizer"]),
     ],
@@ -296,16 +290,3 @@ def test_what_a_user_gets_wrong_is_one_line_from_rank_0(
     path = config(tmp_path, tiny)
     line = one_line(train(path, "--set", override.format(empty=empty), world=2, code=1))
     assert all(part in line for part in expected), line
-
-
-def test_port_in_use_is_one_line_and_ends_both_ranks(tmp_path: Path, tiny: Path) -> None:
-    """As users start it: the launcher ends the other rank, which waits for a rendezvous."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        path = config(tmp_path, tiny)
-        (done,) = finish([deepspeed(2, port, path)], timeout=120)
-    assert done[0] != 0
-    line = one_line([done])
-    assert f"MASTER_PORT={port}" in line and "--master_port" in line

@@ -8,4 +8,6 @@ if __name__ == "__main__":
     termination.install()  # before imports that take seconds
     from papo.cli import main
 
-    sys.exit(main())
+    status = main()
+    termination.PROCESS.close()
+    sys.exit(status)

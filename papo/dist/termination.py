@@ -133,6 +133,12 @@ class Termination:
         if self._signalled is not None:
             self._leave_by(self._signalled, "the last step is saved; the run ends")
 
+    def close(self) -> None:
+        """Ignore signals: nothing is left for them to stop, and Python, which gives them their
+        defaults first, takes seconds to end."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def leave_silently(self, status: int) -> NoReturn:
         """`leave`, after the rank that says why: a launcher ends all once one has failed."""
         self.leave(status, wait_seconds=SILENT_SECONDS)

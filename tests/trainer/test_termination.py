@@ -189,6 +189,25 @@ while True:
 # ---- the launcher -------------------------------------------------------------------------------
 
 
+def test_a_signal_while_python_ends_does_not_change_the_status() -> None:
+    """Before its last acts Python gives handlers that it knows their defaults."""
+    code = f"""
+import atexit, ctypes, os, sys
+from papo.dist import termination
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), {int(INT)})
+
+ctypes.last = Last()  # one of the last objects to go
+termination.install()
+termination.PROCESS.close()
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert done.returncode == 3
+
+
 def test_a_deepspeed_command_that_is_gone_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     command = FakeProcess(["python", "/bin/deepspeed", "train.py"])
     process = FakeProcess(["python", "-u", "-m", "deepspeed.launcher.launch"], command)

@@ -50,13 +50,18 @@ class Variant(NamedTuple):
 
     def config(self, folder: Path, model: Path) -> Path:
         """Its config, written into `folder`."""
-        dtype = "fp32" if self.changes else "bf16"
+        # Dropout's masks depend on the number of ranks; with a small eps AdamW makes whole steps of
+        # gradients that are rounding alone.
+        alike = {
+            "model": {"dtype": "fp32", "dropout": False},
+            "optim": {"lr": 1e-3, "eps": 1e-5, "micro_batch_size": 4},
+        }
         return campaign.campaign_config(
             folder,
             model,
             steps=STEPS,
-            model={"dtype": dtype},
             checkpoint={"every": 1, "keep": 2, "weights": self.weights},
+            **(alike if self.changes else {"model": {"dtype": "bf16"}}),
         )
 
 

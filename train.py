@@ -2,7 +2,12 @@
 
 import sys
 
-from papo.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from papo.dist import termination
+
+    termination.install()  # before imports that take seconds
+    from papo.cli import main
+
+    status = main()
+    termination.PROCESS.close()
+    sys.exit(status)

@@ -65,7 +65,7 @@ def trl_side(steps: int, bf16: bool) -> dict[str, Any]:
 
     from papo.config import load_config
     from papo.data.problems import ProblemSource
-    from papo.model.load import resolve_model_path
+    from papo.model.files import resolve_model_path
 
     config = load_config(CONFIG)
     path = resolve_model_path(config.model.path)

@@ -29,6 +29,7 @@ class Problem:
         metadata: what the verifier needs besides the answer: JSON values, and whatever else a
             Parquet column holds.
         prompt_ids: token ids of the prompt after the template, with the generation prompt.
+        conversational: the row's prompt was a list of messages rather than text.
     """
 
     uid: int
@@ -36,6 +37,7 @@ class Problem:
     answer: str
     metadata: Mapping[str, Any]
     prompt_ids: tuple[int, ...]
+    conversational: bool = False
 
 
 class KeptIds(NamedTuple):
@@ -78,16 +80,19 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reward:
-    """A verifier's verdict.
+    """The verdict of a verifier, or of several.
 
     Attributes:
-        value: the reward; NaN masks the row (the verifier returned None or no finite number).
-        status: `ok`; `invalid` for a masked row; `error` (the verifier raised) and `timeout` (it
-            was killed) score 0.
+        value: the reward; NaN masks the row (no verifier returned a finite number).
+        status: `ok`; `invalid` for a masked row; `error` (a verifier raised) and `timeout` (one was
+            killed), where that verifier counts as 0.
+        parts: what each verifier gave, by its name and before its weight; NaN where that is no
+            finite number.
     """
 
     value: float
     status: RewardStatus
+    parts: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def succeeds(self, threshold: float) -> bool:
         """Whether it counts as a right answer, give or take rounding; a masked reward does not."""

@@ -29,13 +29,16 @@ def test_only_ops_register_with_torch():
 
 
 def test_trust_remote_code_and_pickle():
-    """Nothing is unpickled from files, nothing runs a downloaded model's code unasked."""
+    """Nothing is unpickled but what a trainer sends to its own reward workers; nothing runs a
+    downloaded model's code unasked."""
+    pickles = {ROOT / "papo" / "reward" / name for name in ("worker.py", "workers.py")}
     for path in [*SOURCES, TRAIN]:
         text = path.read_text()
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, f"{path}: {call}"
         assert not re.search(r"trust_remote_code\s*=\s*True", text), path
-        assert not re.search(r"^\s*(import|from) pickle\b", text, re.M), path
+        assert path in pickles or not re.search(r"^\s*(import|from) pickle\b", text, re.M), path
+        assert path.name == "worker.py" or not re.search(r"pickle\.(loads?|Unpickler)", text), path
 
 
 # ---- sizes --------------------------------------------------------------------------------------

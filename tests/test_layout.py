@@ -31,8 +31,8 @@ ORDER = {
         *("reference", "backends", "head", "ops", "api"),
     ),
     "papo": (
-        *("errors", "numbers", "types", "config", "reward", "data", "model", "rollout"),
-        *("policy", "dist", "record", "train", "cli"),
+        *("errors", "inputs", "outputs", "numbers", "types", "hub", "config", "reward", "data"),
+        *("model", "preflight", "rollout", "policy", "dist", "record", "train", "cli"),
     ),
 }
 

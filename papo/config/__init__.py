@@ -7,18 +7,19 @@ from papo.config.options import (
     DeepSpeedConfig,
     DynamicSamplingConfig,
     EvaluationConfig,
+    HealthConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
     PhaseConfig,
-    RewardConfig,
     RolloutConfig,
     WeightingConfig,
 )
+from papo.config.parse import ConfigError
 from papo.config.presets import PRESETS
+from papo.config.reward import RewardConfig
 from papo.config.schema import TrainConfig, load_config
-from papo.config.text import ConfigError
 
 __all__ = [
     "PRESETS",
@@ -29,6 +30,7 @@ __all__ = [
     "DeepSpeedConfig",
     "DynamicSamplingConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "LossConfig",
     "MetricsConfig",
     "ModelConfig",

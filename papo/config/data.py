@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import Field, model_validator
 
-from papo.config.options import NonNegative, Positive, Section, refuse
+from papo.config.section import NonNegative, PathText, Positive, Section, Seed, refuse
+from papo.errors import shown
 
+FieldPath = Annotated[str, Field(min_length=1, max_length=256)]
 _FILES = ("jsonl", "parquet")
 # Under any other source these options would silently do nothing.
 _SOURCES_OF = {
@@ -48,7 +50,7 @@ class DataConfig(Section):
     source: Literal["reasoning_gym", "jsonl", "parquet", "huggingface"]
     """`reasoning_gym` generates problems; `jsonl` reads a file of JSON lines or one JSON array,
     `parquet` a Parquet file, `huggingface` a dataset of the library `datasets` (docs/data.md)."""
-    dataset: str | None = None
+    dataset: PathText | None = None
     """Name of a reasoning-gym dataset; for `source: huggingface` a folder (written by
     `save_to_disk`, or of data files) or a hub id."""
     params: dict[str, Any] = Field(default={})
@@ -60,19 +62,19 @@ class DataConfig(Section):
     eval_split: Annotated[str, Field(min_length=1)] | None = None
     """Held-out split, for `source: huggingface`; without it `held_out_size` problems are split off
     `train_split`."""
-    train_path: str | None = None
+    train_path: PathText | None = None
     """Training file, for `source: jsonl` and `parquet`."""
-    eval_path: str | None = None
+    eval_path: PathText | None = None
     """Held-out file, for `source: jsonl` and `parquet`; without it `held_out_size` problems are
     split off `train_path`."""
-    prompt_field: Annotated[str, Field(min_length=1)] | None = None
+    prompt_field: FieldPath | None = None
     """Field of a row that holds the prompt: text, or a list of {role, content} messages. Dots lead
     into nested fields. By default `prompt` or `messages`, whichever the row has."""
-    answer_field: Annotated[str, Field(min_length=1)] = "answer"
+    answer_field: FieldPath = "answer"
     """Field of a row that holds the reference answer, such as `reward_model.ground_truth`."""
-    answer_pattern: str | None = None
-    """Regular expression with one group, such as `#### (.*)`. It is searched for in the answer, and
-    the group is the reference."""
+    answer_pattern: Annotated[str, Field(max_length=1000)] | None = None
+    """Regular expression with one group, such as `#### (.*)`. It is searched for in the answer, for
+    5 seconds at most, and the group is the reference."""
     train_size: Positive = 1000
     """Distinct training problems to generate, for `source: reasoning_gym`; fewer if the dataset has
     fewer."""
@@ -80,7 +82,7 @@ class DataConfig(Section):
     """Problems kept for the evaluation and never trained on. By default 64 that are generated or
     split off, or all of `eval_path` or `eval_split`. A number takes that many of these, the same
     ones in every run; the others are not trained on either."""
-    split_seed: NonNegative = 0
+    split_seed: Seed = 0
     """Seed of the generated problems and of the split. It is separate from `seed`, so that runs
     with different seeds share the held-out set."""
     system_prompt: str | None = None
@@ -112,7 +114,7 @@ class DataConfig(Section):
             value = getattr(self, name)
             refuse(
                 self.source not in sources and value != type(self).model_fields[name].default,
-                f"data.{name}={value!r}: expected data.source {' or '.join(sources)}, got "
+                f"data.{name}={shown(value)}: expected data.source {' or '.join(sources)}, got "
                 f"{self.source}",
             )
         self._check_pattern()
@@ -125,9 +127,9 @@ class DataConfig(Section):
     def _check_pattern(self) -> None:
         if self.answer_pattern is None:
             return
-        key = f"data.answer_pattern={self.answer_pattern!r}"
+        key = f"data.answer_pattern={shown(self.answer_pattern)}"
         try:
-            groups = re.compile(self.answer_pattern).groups
-        except re.error as error:
+            groups = regex.compile(self.answer_pattern).groups
+        except (regex.error, RecursionError, ValueError, OverflowError) as error:
             raise ValueError(f"{key}: not a regular expression: {error}") from error
         refuse(groups != 1, f"{key}: expected one group, the reference answer, got {groups}")

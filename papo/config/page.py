@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from papo.config.text import one_line, sections_of
+from papo.config.text import sections_of, unwrapped
 
 
 def reference_page(model: type[BaseModel], presets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -27,6 +27,13 @@ def reference_page(model: type[BaseModel], presets: Mapping[str, Mapping[str, An
         "(the value is read as YAML).",
         "Unknown keys and values out of bounds are refused. The resolved options are saved as "
         "`config.yaml` in the run's folder.",
+        "",
+        "The file holds what JSON can: text, numbers, true, false, null, lists, and mappings with "
+        "text for keys.",
+        "Tags are refused. Dates, `010` and `1:30` are text. It may have 1 MiB and 10,000 values "
+        "nested 32 deep,",
+        "each alias counted as often as it is used.",
+        "Counts are at most 10^9. Numbers that float32 takes are 0 or from 1e-30 to 1e30 in size.",
         "",
     ]
     nested = dict(sections_of(model))
@@ -60,7 +67,7 @@ def _table(title: str, model: type[BaseModel], names: list[str]) -> list[str]:
     lines = [
         f"## {title}",
         "",
-        one_line(model.__doc__ or ""),
+        unwrapped(model.__doc__ or ""),
         "",
         "| key | type | default | |",
         "|---|---|---|---|",
@@ -69,7 +76,7 @@ def _table(title: str, model: type[BaseModel], names: list[str]) -> list[str]:
         field = model.model_fields[name]
         default = "required" if field.default is PydanticUndefined else _literal(field.default)
         lines.append(
-            f"| `{name}` | {_type_text(field)} | {default} | {one_line(field.description or '')} |"
+            f"| `{name}` | {_type_text(field)} | {default} | {unwrapped(field.description or '')} |"
         )
     return [*lines, ""]
 
@@ -99,6 +106,8 @@ def _name(annotation: Any) -> str:
     if origin is tuple:
         kinds = list(dict.fromkeys(map(_name, args)))
         return f"{len(args)} x {kinds[0]}" if len(kinds) == 1 else "; ".join(kinds)
+    if origin is list:
+        return f"list of {_name(args[0])}"
     if origin is dict:
         return "mapping"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from papo.config.data import DataConfig
 from papo.config.options import (
@@ -21,29 +21,38 @@ from papo.config.options import (
     DeepSpeedConfig,
     DynamicSamplingConfig,
     EvaluationConfig,
+    HealthConfig,
     LossConfig,
     MetricsConfig,
     ModelConfig,
-    NonNegative,
     OptimConfig,
     PhaseConfig,
-    Positive,
-    RewardConfig,
     RolloutConfig,
-    Section,
     WeightingConfig,
-    refuse,
 )
+from papo.config.parse import ConfigError, yaml_text
 from papo.config.presets import PRESETS
-from papo.config.text import ConfigError, explain, merged, read_options
+from papo.config.reward import RewardConfig
+from papo.config.section import PathText, Positive, Section, Seed, refuse
+from papo.config.text import explain, merged, read_options, sections_of
+from papo.errors import shown, shown_path
+from papo.outputs import replace_file
+
+LONGEST_NAME = 60
+
+
+def _file_name(value: str) -> str:
+    if value in (".", "..") or "/" in value or not value.isprintable():
+        raise PydanticCustomError("name", "a file name: printable, without /")
+    return value
 
 
 class TrainConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_file_name)]
     """Name of the run."""
-    output_dir: str = ""
+    output_dir: PathText = ""
     """Folder of the run; empty stands for `runs/<name>`."""
     method: Literal["papo", "grpo", "dapo"] = "papo"
     """Preset: defaults for what you do not set yourself (table at the end). `grpo` and `dapo`
@@ -51,11 +60,14 @@ class TrainConfig(Section):
     choice."""
     steps: Positive
     """Rollouts, each with `optim.updates_per_rollout` updates."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of sampling and of the order of the problems."""
-    resume: Annotated[str, Field(min_length=1)] = "never"
+    resume: Annotated[PathText, Field(min_length=1)] = "never"
     """`never`; `auto` for the newest checkpoint of `output_dir`, or the start where there is none;
     or a checkpoint's folder."""
+    resume_anyway: bool = False
+    """Resume although options that change what is trained, the problems or the model are not the
+    checkpoint's."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
@@ -68,6 +80,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -80,9 +93,12 @@ class TrainConfig(Section):
             return raw
         method = raw.get("method", "papo")
         preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
-        filled = merged(preset, raw)
+        sections = dict(sections_of(cls))
+        # A section whose options are all commented out.
+        written = {k: {} if v is None and k in sections else v for k, v in raw.items()}
+        filled = merged(preset, written)
         if filled.get("output_dir", "") == "":
-            filled["output_dir"] = f"runs/{filled.get('name')}"
+            filled["output_dir"] = f"runs/{filled.get('name')!s:.{LONGEST_NAME}}"
         advantage, rollout = filled.get("advantage"), filled.get("rollout")
         if isinstance(advantage, dict) and isinstance(rollout, Mapping):
             limit = rollout.get("max_new_tokens")
@@ -97,10 +113,17 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         data, rollout, advantage, optim = self.data, self.rollout, self.advantage, self.optim
+        verifier, chosen = shown(self.reward.verifier), self.reward.chosen(data.source)
         refuse(
-            self.reward.verifier == "reasoning_gym" and data.source != "reasoning_gym",
-            f"reward.verifier='reasoning_gym': expected data.source=reasoning_gym, got "
+            "reasoning_gym" in chosen and data.source != "reasoning_gym",
+            f"reward.verifier={verifier}: reasoning_gym expects data.source=reasoning_gym, got "
             f"{data.source!r}; use math_verify",
+        )
+        twice = next((name for name in chosen if chosen.count(name) > 1), None)
+        refuse(
+            twice is not None,
+            f"reward.verifier={verifier}: expected different ones, and {shown(twice)} is there "
+            "twice",
         )
         refuse(
             data.held_out_size == 0 and self.evaluation.wanted,
@@ -147,11 +170,9 @@ class TrainConfig(Section):
         """Write every option with its value; `load_config` reads it back to an equal config.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written; an earlier one is still there.
         """
-        Path(path).write_text(
-            yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
+        replace_file(Path(path), yaml_text(self.model_dump(mode="json")).encode())
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of ranks that the prompts do not divide over.
@@ -219,17 +240,20 @@ class TrainConfig(Section):
         }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """Read a YAML file and apply `a.b=value` overrides, each value read as YAML.
+
+    Args:
+        given: options that replace those of the file and of the overrides.
 
     Raises:
         ConfigError: the file cannot be read, or an option is unknown, missing or out of bounds; the
             line names the first such option and counts the others.
     """
-    options = read_options(path, overrides)
+    options = {**read_options(path, overrides), **(given or {})}
     try:
         return TrainConfig.model_validate(options)
     except ValidationError as error:
-        lines = explain(error.errors(), TrainConfig)
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise ConfigError(f"{path}: {lines[0]}{more}") from None
+        raise ConfigError(f"{shown_path(path)}: {explain(error.errors(), TrainConfig)}") from None

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from papo.data.examples import Example
-from papo.errors import PapoError
+from papo.errors import PapoError, first_line, listed, printable, shown
+
+_SHOWN_NAMES = 20
 
 
 def generate(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Example]:
@@ -27,28 +29,28 @@ def generate(name: str, params: Mapping[str, Any], seed: int) -> Iterator[Exampl
         advice = (
             f"did you mean {', '.join(close)}?"
             if close
-            else f"known: {', '.join(sorted(DATASETS))}"
+            else f"known: {listed(sorted(DATASETS), _SHOWN_NAMES)}"
         )
-        raise PapoError(f"data.dataset={name!r}: reasoning-gym has no such dataset; {advice}")
+        raise PapoError(f"data.dataset={shown(name)}: reasoning-gym has no such dataset; {advice}")
     reserved = next((key for key in ("size", "seed") if key in params), None)
     if reserved:
         instead = {"size": "data.train_size", "seed": "data.split_seed"}[reserved]
-        raise PapoError(f"data.params.{reserved}={params[reserved]!r}: set {instead} instead")
+        raise PapoError(f"data.params.{reserved}={shown(params[reserved])}: set {instead} instead")
     known = [
         field for field in DATASETS[name][1].__dataclass_fields__ if field not in ("size", "seed")
     ]
     unknown = next((key for key in params if key not in known), None)
     if unknown is not None:
         raise PapoError(
-            f"data.params.{unknown}={params[unknown]!r}: {name} has no such parameter; known: "
-            f"{', '.join(known)}"
+            f"data.params.{printable(unknown)}={shown(params[unknown])}: {name} has no such "
+            f"parameter; known: {', '.join(known)}"
         )
     try:
         dataset = reasoning_gym.create_dataset(name, seed=seed, size=2**31 - 1, **params)
         dataset[0]
     except Exception as error:  # datasets check their parameters with assertions of their own
         raise PapoError(
-            f"data.dataset={name!r}: refused data.params={dict(params)}: {error}"
+            f"data.dataset={name!r}: refused data.params={shown(dict(params))}: {first_line(error)}"
         ) from error
     index = 0
     while True:

@@ -43,9 +43,11 @@ class _Item:
     answer: str
     metadata: Mapping[str, Any]
     ids: array[int]
+    conversational: bool
 
     def problem(self, uid: int) -> Problem:
-        return Problem(uid, self.messages, self.answer, self.metadata, tuple(self.ids))
+        ids, chat = tuple(self.ids), self.conversational
+        return Problem(uid, self.messages, self.answer, self.metadata, ids, chat)
 
 
 class ProblemSource:
@@ -82,8 +84,10 @@ class ProblemSource:
         )
         generated = config.source == "reasoning_gym"
         held_out, train = self._generated() if generated else self._read()
-        self._held_out = list(enumerate(held_out))
-        self._train = list(enumerate(train, start=len(held_out)))
+        # Held-out problems of their own file may change without a change of the others' order.
+        apart = config.eval_path is not None or config.eval_split is not None
+        self._held_out = list(enumerate(held_out, start=len(train) if apart else 0))
+        self._train = list(enumerate(train, start=0 if apart else len(held_out)))
         if self.dropped_long:
             log.warning(
                 "%d prompts of more than data.max_prompt_tokens=%d tokens dropped",
@@ -98,8 +102,12 @@ class ProblemSource:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two sources if they have the same training problems under the same uids."""
-        return _digest([(uid, item.prompt, item.answer) for uid, item in self._train]).hex()
+        """Equal for two sources if they have the same training problems under the same uids, and
+        the tokenizer gives their prompts the same ids."""
+        digest = hashlib.sha256()
+        for uid, i in self._train:
+            digest.update(_digest(uid, i.prompt, i.answer, _json(i.metadata), i.ids.tobytes()))
+        return digest.hexdigest()
 
     @property
     def longest_prompt(self) -> int:
@@ -296,6 +304,7 @@ class ProblemSource:
             example.answer,
             example.metadata,
             array("i", ids),
+            example.conversational,
         )
 
 

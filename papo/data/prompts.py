@@ -6,12 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from papo.errors import PapoError
+from papo.errors import PapoError, first_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+_LARGEST_ID = 2**31 - 1
 
 
 class PromptEncoder:
@@ -35,7 +37,7 @@ class PromptEncoder:
         self._template = getattr(tokenizer, "chat_template", None)
         # Except for the unknown token, no token stands for more characters than the longest entry
         # of the vocabulary has.
-        self._max_characters = max_tokens * max(len(token) for token in tokenizer.get_vocab())
+        self._max_characters = max_tokens * max(map(len, tokenizer.get_vocab()), default=1)
         self._warned: set[str] = set()
         if not self._template:
             log.warning("the tokenizer has no chat template: prompts are plain text")
@@ -51,19 +53,29 @@ class PromptEncoder:
         """Token ids with the generation prompt; None if there are more than `max_tokens`.
 
         Raises:
-            PapoError: the chat template fails on the messages.
+            PapoError: the chat template or the tokenizer fails on the messages, or makes nothing of
+                them.
         """
         # A template may leave messages out, so long messages alone do not refuse a prompt.
         characters = sum(len(m.get("content") or "") for m in messages)
         if characters > self._max_characters and len(self._text(messages)) > self._max_characters:
             return None
+        kept = self._without_added_end(self._ids(messages), messages)
+        if not kept or max(kept) > _LARGEST_ID:
+            made = "no tokens" if not kept else f"token id {max(kept)}"
+            raise PapoError(f"the tokenizer makes {made} of {shown(list(messages), 120)}")
+        return tuple(kept) if len(kept) <= self._max_tokens else None
+
+    def _ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if self._template:
             encoded = self._apply(messages, tokenize=True)
-            ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
         else:
-            ids = self._tokenizer(self._text(messages))["input_ids"]
-        kept = self._without_added_end([int(i) for i in ids], messages)
-        return tuple(kept) if len(kept) <= self._max_tokens else None
+            try:
+                encoded = self._tokenizer(self._text(messages))
+            except Exception as error:  # whatever its files make it raise
+                raise _failed("tokenizer", messages, error) from error
+        ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+        return [int(i) for i in ids]
 
     def _text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that is tokenized."""
@@ -80,9 +92,7 @@ class PromptEncoder:
                 **self._args,
             )
         except Exception as error:  # a template is a program: it may refuse a role, or be wrong
-            raise PapoError(
-                f"the tokenizer's chat template failed on {list(messages)!r:.120}: {error}"
-            ) from error
+            raise _failed("tokenizer's chat template", messages, error) from error
 
     def _without_added_end(
         self, ids: list[int], messages: Sequence[Mapping[str, Any]]
@@ -107,6 +117,10 @@ class PromptEncoder:
         if line not in self._warned:
             self._warned.add(line)
             log.warning(line)
+
+
+def _failed(what: str, messages: Sequence[Mapping[str, Any]], error: Exception) -> PapoError:
+    return PapoError(f"the {what} failed on {shown(list(messages), 120)}: {first_line(error)}")
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> bool:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from papo.errors import PapoError, first_line
+from papo.errors import PapoError, first_line, shown, shown_path
+from papo.inputs import file_fault
 
 if TYPE_CHECKING:
     from papo.config import DataConfig
 
 # A row may carry many MiB of tests, but a file without line ends must not fill the memory.
 _LINE_BYTES = 64 << 20
+_ARRAY_BYTES = 2 << 30  # an array is read whole
+_LONGEST_PATH = 200
 _WANTED = "expected one JSON object a line, or one array of them"
 _FOREIGN = {
     b"PAR1": "a Parquet file: set data.source=parquet",
@@ -51,8 +54,8 @@ def name_of(config: DataConfig, *, held_out: bool = False) -> str:
     """
     place = _place(config, held_out)
     if config.source == "huggingface":
-        return f"data.dataset={config.dataset!r} split {place!r}"
-    return f"data.{'eval' if held_out else 'train'}_path={place!r}"
+        return f"data.dataset={shown(config.dataset)} split {shown(place)}"
+    return f"data.{'eval' if held_out else 'train'}_path={shown(place, _LONGEST_PATH)}"
 
 
 def _place(config: DataConfig, held_out: bool) -> str:
@@ -78,20 +81,57 @@ def open_rows(config: DataConfig, *, held_out: bool = False) -> Rows:
     place = _place(config, held_out)
     if config.source == "huggingface":
         return _dataset(config, place, what)
-    file = Path(place).expanduser()
-    if file.is_dir():
-        raise PapoError(f"{what}: is a folder: expected a file; data.source=huggingface reads both")
-    if not file.exists():
-        raise PapoError(f"{what}: no such file")
+    file = _file(place, what)
     return _parquet(file, what) if config.source == "parquet" else Rows(_json_rows(file))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, row) of a file of JSON lines, or (file and item, row) of one JSON array."""
-    first = True
+def head(config: DataConfig, *, held_out: bool = False) -> Iterator[tuple[str, Any]]:
+    """The first rows of a file, which the library `datasets` would import torch to read.
+
+    Args:
+        config: the config's `data` section, its source `jsonl` or `parquet`.
+
+    Raises:
+        PapoError: as `open_rows`.
+    """
+    what = name_of(config, held_out=held_out)
+    file = _file(_place(config, held_out), what)
+    if config.source == "parquet":
+        return _parquet_head(file, what)
+    return _json_rows(file, first_alone=True)
+
+
+def _file(place: str, what: str) -> Path:
+    file = Path(place).expanduser()
+    fault = file_fault(file)
+    if fault is not None:
+        advice = "; data.source=huggingface reads both" if file.is_dir() else ""
+        raise PapoError(f"{what}: {fault}{advice}")
+    return file
+
+
+def _parquet_head(file: Path, what: str) -> Iterator[tuple[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as found:
+            batch = next(found.iter_batches(batch_size=1), None)
+            rows = [] if batch is None else batch.to_pylist()
+    except Exception as error:  # damage, and kinds of columns that it cannot read
+        raise PapoError(f"{what}: cannot be loaded: {_reason(error)}") from error
+    return ((f"{what} row 1", row) for row in rows)
+
+
+def _json_rows(path: Path, first_alone: bool = False) -> Iterator[tuple[str, Any]]:
+    """(file and line, row) of a file of JSON lines, or (file and item, row) of one JSON array.
+
+    Args:
+        first_alone: read of an array, which is read as a whole, no more than one row needs.
+    """
+    first, name = True, shown_path(path)
     try:
         with path.open("rb") as file:
-            _skip_mark(file, path)
+            _skip_mark(file, name)
             for number in itertools.count(1):
                 line = file.readline(_LINE_BYTES + 1)
                 if not line:
@@ -99,34 +139,55 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 if first and line.lstrip().startswith(b"["):
-                    yield from _array_rows(line + file.read(), path)
+                    if first_alone:
+                        yield from _array_head(line + file.read(_LINE_BYTES), name)
+                        return
+                    yield from _array_rows(line + file.read(_ARRAY_BYTES), name)
                     return
                 first = False
-                where = f"{path} line {number}"
+                where = f"{name} line {number}"
                 if len(line) > _LINE_BYTES:
                     raise PapoError(f"{where}: longer than {_LINE_BYTES >> 20} MiB: {_WANTED}")
                 yield where, _parsed(line, where)
     except OSError as error:
-        raise PapoError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise PapoError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
-def _skip_mark(file: BinaryIO, path: Path) -> None:
+def _skip_mark(file: BinaryIO, name: str) -> None:
     """Skip the byte-order mark of UTF-8, and refuse what is not UTF-8 at all."""
     head = file.read(4)
-    foreign = next((name for mark, name in _FOREIGN.items() if head.startswith(mark)), None)
+    foreign = next((form for mark, form in _FOREIGN.items() if head.startswith(mark)), None)
     if foreign is not None:
-        raise PapoError(f"{path}: {foreign}")
+        raise PapoError(f"{name}: {foreign}")
     file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
 
 
-def _array_rows(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(_parsed(content, str(path)), start=1):
-        yield f"{path} item {number}", row
+def _array_rows(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
+    if len(content) > _ARRAY_BYTES:
+        raise PapoError(
+            f"{name}: an array of more than {_ARRAY_BYTES >> 20} MiB: write one object a line"
+        )
+    for number, row in enumerate(_parsed(content, name), start=1):
+        yield f"{name} item {number}", row
+
+
+def _array_head(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
+    """The first row of an array that may be cut off after it."""
+    text = content.decode("utf-8", errors="replace")
+    start = text.index("[") + 1
+    start += len(text[start:]) - len(text[start:].lstrip())
+    if text.startswith("]", start):
+        return
+    try:
+        row, _ = json.JSONDecoder(object_pairs_hook=_object).raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise PapoError(f"{name} item 1: not JSON that can be read: {error}; {_WANTED}") from error
+    yield f"{name} item 1", row
 
 
 def _parsed(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         byte = content[error.start]
         raise PapoError(f"{where}: byte 0x{byte:02x} is not UTF-8: convert the file") from error
@@ -137,6 +198,15 @@ def _parsed(content: bytes, where: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise PapoError(f"{where}: not JSON that can be read: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"key {shown(twice)} is given twice")
+    return made
 
 
 def _parquet(file: Path, what: str) -> Rows:
@@ -167,7 +237,7 @@ def _dataset(config: DataConfig, split: str, what: str) -> Rows:
     if any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
         if config.dataset_config is not None:
             raise PapoError(
-                f"data.dataset_config={config.dataset_config!r}: {folder} is a saved dataset, "
+                f"data.dataset_config={shown(config.dataset_config)}: {folder} is a saved dataset, "
                 "which has no configs"
             )
         return _loaded(what, lambda datasets: _saved(datasets.load_from_disk(str(folder)), split))
@@ -238,5 +308,8 @@ def _numbered(
 
 def _reason(error: BaseException) -> str:
     """The first lines of `error` and of its causes."""
-    reason = first_line(error)
-    return reason if error.__cause__ is None else f"{reason}: {_reason(error.__cause__)}"
+    reasons, cause = [first_line(error)], error.__cause__
+    while cause is not None and len(reasons) < 4:
+        reasons.append(first_line(cause))
+        cause = cause.__cause__
+    return ": ".join(reasons)

@@ -1,39 +1,46 @@
-"""Checkpoints: tensors by name in safetensors and one JSON file, made visible by a single rename.
+"""Checkpoints: every rank writes and reads its own part, files are verified, nothing is gathered.
 
 Independent of ZeRO stage and number of ranks, and free of pickles: nothing read here can run code.
 
     checkpoints/step-00000010/
-        state-00001.safetensors ...   weight/<name>, exp_avg/<name>, exp_avg_sq/<name>, float32
-        trainer.json                  step, data cursor, phase, weighting, prediction, optimizer
-                                      steps
+        weights-00000-of-00002-00001.safetensors     weight/<name>[start:stop] of rank 0
+        optimizer-00000-of-00002-00001.safetensors   exp_avg/..., exp_avg_sq/..., perhaps master/...
+        trainer.json                                 step, cursor, shapes, the parts of the trainer
+        manifest.json                                size and SHA-256 of every file
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
 from papo.dist import collectives
-from papo.dist.engine import MOMENTS, Engine
+from papo.dist.engine import Engine
+from papo.dist.export import write_model
+from papo.dist.folders import Retention, open_partial, remove, replace_folder, rotate, sweep
+from papo.dist.manifest import (
+    FORMAT,
+    TRAINER,
+    FileEntry,
+    Manifest,
+    entry_of,
+    name_of,
+    read_manifest,
+    read_trainer,
+    write_manifest,
+)
+from papo.dist.partition import MASTER, MOMENTS, Partition
+from papo.dist.shards import WEIGHT, ShardReader, ShardWriter
 from papo.errors import PapoError
-from papo.model.quiet import quiet
+from papo.outputs import replace_file, sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FORMAT = 2
-SHARD_BYTES = 1 << 27  # each is held in memory twice while it is written
-_NAME = re.compile(r"step-(\d{8})")
 
 
 class Stateful(Protocol):
@@ -46,86 +53,113 @@ class Stateful(Protocol):
         """Continue exactly where `state_dict` was taken."""
 
 
-def save(root: Path, step: int, engine: Engine, trainer: dict[str, Any], keep: int) -> None:
-    """Write `root/step-<step>`, then remove what is older than the newest `keep`; a collective.
+def save(
+    root: Path,
+    step: int,
+    engine: Engine,
+    trainer: Mapping[str, Any],
+    retention: Retention,
+    weights: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Write the checkpoint of `step`, then remove what `retention` does not keep; a collective.
+
+    Args:
+        trainer: exact in JSON. `cursor` (data), `score` (held-out accuracy or None) and `bad_steps`
+            (how many steps in a row taught nothing) have a meaning here.
+        weights: `bf16` writes the weights as a bfloat16 model computes with them, and the masters
+            to the optimizer's part; a float32 model has no others than its masters, and ignores it.
 
     Raises:
-        PapoError: on every rank, when rank 0 could not write (disk full, no permission). What
-            existed before is untouched.
+        PapoError: on every rank, when one could not write (disk full, no permission). What existed
+            before is untouched.
     """
-    final = root / f"step-{step:08d}"
-    partial = root / f".partial-{step:08d}"
-    tensors = _whole_tensors(engine)
-    failure: str | None = None
+    final = root / name_of(step)
+    partial, failure = final, None
     if collectives.rank() == 0:
         try:
-            for killed in root.glob(".partial-*"):
-                shutil.rmtree(killed, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            failure = _explain(partial, error)
-    failure = _write_shards(partial, tensors, failure)
-    if collectives.rank() == 0 and failure is None:
-        try:
-            meta = {
-                "format": FORMAT,
-                "step": step,
-                "optimizer_steps": engine.optimizer_steps,
-                **trainer,
-            }
-            _write_synced(partial / "trainer.json", json.dumps(meta, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            _sync_dir(root)
-            for _, old in completed(root)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            sweep(root)
+            partial = open_partial(final)
         except OSError as error:
             failure = _explain(final, error)
-    _clean_up(partial, failure)
-
-
-def _clean_up(partial: Path, failure: str | None) -> None:
-    """After a failure of rank 0, remove the partial folder and fail on every rank."""
-    if failure is not None:
-        shutil.rmtree(partial, ignore_errors=True)
     collectives.raise_together(failure)
+    partial = root / collectives.gather_objects(partial.name)[0]
+    files, failure = _write_tensors(partial, engine, weights)
+    _raise_without(partial, failure)
+    parts = dict(item for part in collectives.gather_objects(files) for item in part.items())
+    if collectives.rank() == 0:
+        meta = {
+            "step": step,
+            "optimizer_steps": engine.optimizer_steps,
+            "shapes": engine.trained_shapes,
+            **trainer,
+        }
+        failure = _finish(partial, final, meta, parts)
+    _raise_without(partial, failure)
+    if collectives.rank() == 0:
+        rotate(root, retention)
 
 
-def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in engine.trained_parameters():
-        for kind, tensor in engine.read_state(parameter).items():
-            yield f"{kind}/{name}", tensor
+def _write_tensors(
+    folder: Path, engine: Engine, weights: str
+) -> tuple[dict[str, FileEntry], str | None]:
+    """Write this rank's part; the files, and what went wrong."""
+    if not folder.is_dir():
+        return {}, _not_shared(folder.parent)
+    rank, world = collectives.rank(), collectives.world_size()
+    weight_part, optimizer_part = (
+        ShardWriter(folder, part, rank, world) for part in ("weights", "optimizer")
+    )
+    rounded = weights == "bf16" and engine.computes_in_bf16
+    moments = MOMENTS if engine.has_moments else ()
+    try:
+        for name, parameter in engine.trained_parameters():
+            partition = engine.partition(parameter)
+            start = partition.share.start
+            master = _mine(partition, MASTER)
+            weight_part.add(WEIGHT, name, start, master.bfloat16() if rounded else master)
+            if rounded:
+                optimizer_part.add(MASTER, name, start, master)
+            for kind in moments:
+                optimizer_part.add(kind, name, start, _mine(partition, kind))
+        weight_part.flush()
+        optimizer_part.flush()
+    except Exception as error:  # safetensors wraps OSError in its own type
+        return {}, _explain(folder, error)
+    return weight_part.entries | optimizer_part.entries, None
 
 
-def _write_shards(
-    folder: Path, tensors: Iterator[tuple[str, Tensor]], failure: str | None
+def _mine(partition: Partition, kind: str) -> torch.Tensor:
+    """What this rank writes of its part."""
+    held, share = partition.read(kind), partition.share
+    return held[share.start - partition.start : share.stop - partition.start]
+
+
+def _finish(
+    partial: Path, final: Path, meta: dict[str, Any], files: dict[str, FileEntry]
 ) -> str | None:
-    """All ranks gather, rank 0 writes; after a failure the gathering goes on without the writing."""
-    shard: dict[str, Tensor] = {}
-    size, index = 0, 0
-    writing = collectives.rank() == 0
+    """Write what only rank 0 writes and make the checkpoint visible; what went wrong."""
+    try:
+        for name, entry in files.items():
+            if not (partial / name).is_file() or (partial / name).stat().st_size != entry.size:
+                return _not_shared(partial.parent)
+        replace_file(partial / TRAINER, json.dumps(meta, indent=1).encode())
+        files = {**files, TRAINER: entry_of(partial / TRAINER, [])}
+        write_manifest(partial, Manifest(format=FORMAT, resumable=True, files=files))
+        replace_folder(partial, final)
+        sync(final.parent)
+    except OSError as error:
+        return _explain(final, error)
+    return None
 
-    def flush() -> None:
-        nonlocal shard, size, index, failure
-        if shard and failure is None:
-            index += 1
-            path = folder / f"state-{index:05d}.safetensors"
-            try:
-                save_file(shard, str(path))
-                _sync_file(path)
-            except Exception as error:  # safetensors wraps OSError in its own type
-                failure = _explain(path, error)
-        shard, size = {}, 0
 
-    for name, tensor in tensors:
-        if writing and failure is None:
-            # The CPU backend's "whole" tensor may be a view of a reused buffer.
-            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            size += shard[name].numel() * shard[name].element_size()
-            if size >= SHARD_BYTES:
-                flush()
-    flush()
-    return failure
+def _raise_without(partial: Path, failure: str | None) -> None:
+    """Fail on every rank where one did, without leaving a partial folder."""
+    try:
+        collectives.raise_together(failure)
+    except PapoError:
+        if collectives.rank() == 0:
+            remove(partial)
+        raise
 
 
 def _explain(path: Path, error: Exception) -> str:
@@ -138,90 +172,69 @@ def _explain(path: Path, error: Exception) -> str:
     return f"cannot save {path}: {error}; {advice}. Earlier checkpoints are intact"
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-_sync_dir = _sync_file
-
-
-def completed(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the finished checkpoints, oldest first. Partial ones have another name."""
-    if not root.is_dir():
-        return []
-    found = [(int(m.group(1)), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return sorted((step, p) for step, p in found if (p / "trainer.json").is_file())
-
-
-def resolve(resume: str, root: Path) -> Path | None:
-    """The folder to resume from: `auto` is the newest in `root`, if any, `never` is None.
-
-    Raises:
-        PapoError: a named folder that is not a finished checkpoint.
-    """
-    if resume == "never":
-        return None
-    if resume == "auto":
-        found = completed(root)
-        return found[-1][1] if found else None
-    folder = Path(resume)
-    if not (folder / "trainer.json").is_file():
-        raise PapoError(
-            f"resume={resume!r}: no checkpoint there (expected a folder with trainer.json)"
-        )
-    return folder
-
-
-def discard_after(root: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, which a run that goes on from `step` writes again."""
-    for later, folder in completed(root):
-        if later > step:
-            shutil.rmtree(folder, ignore_errors=True)
+def _not_shared(folder: Path) -> str:
+    return (
+        f"cannot save {folder}: a rank does not see the files that another wrote there; expected "
+        "output_dir in a folder that all nodes share. Earlier checkpoints are intact"
+    )
 
 
 def load(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Fill an engine whose optimizer state exists; returns the trainer's part. A collective.
+    """Fill an engine whose optimizer state exists from a verified checkpoint; returns the trainer's
+    part. A collective.
+
+    Each rank reads what it holds. Moments that the checkpoint lacks, because nothing had been
+    learned yet, become 0.
 
     Raises:
-        PapoError: another format, a missing or a differently shaped tensor (another model).
+        PapoError: on every rank, where the checkpoint is of another model, elements are missing or
+            there twice, or not finite.
     """
-    meta = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    if meta.get("format") != FORMAT:
-        raise PapoError(
-            f"{folder}: checkpoint format {meta.get('format')!r}, this version reads {FORMAT}"
-        )
-    with contextlib.ExitStack() as stack:
-        where: dict[str, safe_open] = {}
-        for path in sorted(folder.glob("state-*.safetensors")):
-            file = stack.enter_context(safe_open(str(path), framework="pt", device="cpu"))
-            where.update(dict.fromkeys(file.keys(), file))
+    meta: dict[str, Any] = {}
+    with collectives.failing_together():
+        meta = dict(read_trainer(folder))
+        reader = ShardReader(folder, read_manifest(folder).files)
+        _check(folder, reader, engine, meta)
+        source = MASTER if MASTER in reader.kinds() else WEIGHT
         for name, parameter in engine.trained_parameters():
-            state = {}
-            for kind in ("weight", *MOMENTS):
-                key = f"{kind}/{name}"
-                if key not in where:
-                    raise PapoError(
-                        f"{folder}: no tensor {key!r}: the checkpoint is of another model"
-                    )
-                state[kind] = where[key].get_tensor(key)
-            found = tuple(state["weight"].shape)
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if found != shape:
-                raise PapoError(f"{folder}: {name} has shape {found}, the model's is {shape}")
-            engine.write_state(parameter, state)
+            _fill(engine.partition(parameter), reader, name, source)
     engine.optimizer_steps = meta["optimizer_steps"]
     return meta
+
+
+def _check(folder: Path, reader: ShardReader, engine: Engine, meta: dict[str, Any]) -> None:
+    """Refuse the checkpoint of another model."""
+    shapes = {name: list(shape) for name, shape in engine.trained_shapes.items()}
+    for name, shape in shapes.items():
+        found = meta["shapes"].get(name)
+        if found is not None and found != shape:
+            raise PapoError(
+                f"{folder}: {name} has shape {tuple(found)}, the model's is {tuple(shape)}"
+            )
+    learned = MOMENTS if meta["optimizer_steps"] else ()
+    optional = {MASTER, *MOMENTS} & reader.kinds()
+    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    reader.check({WEIGHT, *learned, *optional}, numels)
+
+
+def _fill(partition: Partition, reader: ShardReader, name: str, source: str) -> None:
+    """Set one parameter's masters, moments and compute weights on this rank.
+
+    Args:
+        source: where the float32 weights are, WEIGHT or MASTER.
+    """
+    for kind in (MASTER, *MOMENTS):
+        values = partition.read(kind)
+        stored = source if kind == MASTER else kind
+        if stored not in reader.kinds():
+            values.zero_()
+        for start, piece in reader.read(stored, name, partition.start, partition.stop):
+            first = start - partition.start
+            values[first : first + len(piece)].copy_(piece)
+        partition.write(kind, values)
+    if partition.compute is not None:
+        for start, piece in reader.read(source, name, 0, partition.compute.numel()):
+            partition.compute[start : start + len(piece)].copy_(piece)
 
 
 def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -230,20 +243,14 @@ def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         PapoError: on every rank, when rank 0 could not write.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
-    failure: str | None = None
+    failure = None
     with engine.inference_model() as model:
         if collectives.rank() == 0:
+            generation = engine.policy.causal_lm.generation_config
+            assert generation is not None
+            sweep(folder.parent, folder.name)
             try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                with quiet():
-                    model.save_pretrained(partial)
-                engine.policy.causal_lm.generation_config.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.rename(partial, folder)
-                _sync_dir(folder.parent)
-            except Exception as error:  # safetensors wraps OSError in its own type
-                failure = _explain(folder, error)
-    _clean_up(partial, failure)
+                write_model(folder, model, generation, tokenizer)
+            except PapoError as error:
+                failure = str(error)
+    collectives.raise_together(failure)

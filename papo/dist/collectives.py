@@ -1,4 +1,4 @@
-"""What the ranks say to each other. With engine.py, the only file that imports torch.distributed.
+"""What the ranks say to each other. With engine.py and group.py, what uses torch.distributed.
 
 Without a process group, as in tests and tools, there is one rank. With a group, every rank must
 call the same functions in the same order.
@@ -7,7 +7,7 @@ call the same functions in the same order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -71,9 +71,26 @@ def gather_objects(value: T) -> list[T]:
     return gathered  # type: ignore[return-value]  # every place has been filled
 
 
-def gather_lists(items: Sequence[T]) -> list[T]:
-    """The lists of all ranks joined in rank order, on every rank."""
+def gather_lists(items: Collection[T]) -> list[T]:
+    """The items of all ranks joined in rank order, on every rank."""
     return [item for part in gather_objects(list(items)) for item in part]
+
+
+def exchange(parcels: Sequence[Sequence[T]]) -> list[T]:
+    """What all ranks have for this one, in the order of the ranks: Python objects of our own.
+
+    Args:
+        parcels: for each rank.
+    """
+    if world_size() == 1:
+        return list(parcels[0])
+    received: list[T] = []
+    for source in range(world_size()):
+        mine: list[Sequence[T]] = [[]]
+        sent = list(parcels) if source == rank() else None
+        dist.scatter_object_list(mine, sent, src=source)
+        received += mine[0]
+    return received
 
 
 def raise_together(failure: str | None) -> None:

@@ -1,23 +1,31 @@
-"""DeepSpeed around the policy: forward, backward, step, whole weights, optimizer state by name.
+"""DeepSpeed around the policy: forward, backward, step, whole weights, this rank's state by name.
 
-The only file that imports deepspeed. ZeRO-0 to 3 look the same from outside.
+With group.py, the only file that uses deepspeed. ZeRO-0 to 3 look the same from outside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from papo.dist import collectives
+from papo.dist.partition import (
+    MASTER,
+    MOMENTS,
+    FragmentPartition,
+    Partition,
+    ReplicatedPartition,
+    ZeRO3Partition,
+)
 from papo.errors import PapoError
 
 if TYPE_CHECKING:
@@ -32,16 +40,6 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StepResult(NamedTuple):
@@ -65,57 +63,6 @@ class GuardedAdamW(torch.optim.AdamW):
         return None if self.blocked else super().step(closure)
 
 
-def start(backend: str | None = None) -> None:
-    """Join the launcher's process group; a single rank where the environment describes none.
-
-    Raises:
-        PapoError: the rendezvous port is taken.
-    """
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-    ):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed would now compile an all-reduce for inference on CPUs, which nothing here calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        deepspeed.init_distributed(
-            dist_backend=backend or ("nccl" if torch.cuda.is_available() else "gloo"),
-            auto_mpi_discovery=False,
-            verbose=False,
-        )
-    except (RuntimeError, OSError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            port = os.environ["MASTER_PORT"]
-            raise PapoError(
-                f"MASTER_PORT={port} is in use by another process: "
-                "start with `deepspeed --master_port <free port>`"
-            ) from error
-        raise
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def local_device() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
@@ -137,7 +84,11 @@ class Engine:
     ) -> None:
         self.policy = policy
         self.device = local_device()
+        if optim is None and ds_config["zero_optimization"]["stage"] != 3:
+            # ZeRO-1 and 2 partition what only an optimizer has, and refuse to run without one.
+            ds_config = {**ds_config, "zero_optimization": {"stage": 0}}
         self._stage = ds_config["zero_optimization"]["stage"]
+        self.computes_in_bf16: bool = ds_config["bf16"]["enabled"]
         self.adamw: GuardedAdamW | None = None
         if optim is not None:
             self.adamw = GuardedAdamW(
@@ -155,7 +106,7 @@ class Engine:
         exact = {
             name: p.detach()
             for name, p in self.trained_parameters()
-            if ds_config["bf16"]["enabled"] and p.dtype != torch.bfloat16
+            if self.computes_in_bf16 and p.dtype != torch.bfloat16
         }
         self._ds, self._zero, _, _ = deepspeed.initialize(
             model=policy, optimizer=self.adamw, config=ds_config, dist_init_required=False
@@ -165,7 +116,9 @@ class Engine:
                 deepspeed.zero.register_external_parameter(policy.scoring, parameter)
         for name, parameter in self.trained_parameters():
             if name in exact:
-                self._write_master(parameter, exact.pop(name).to(self.device, torch.float32))
+                partition = self.partition(parameter)
+                mine = exact.pop(name).flatten()[partition.start : partition.stop]
+                partition.write(MASTER, mine.float())
         self.train(optim is not None)
 
     def forward(
@@ -213,6 +166,19 @@ class Engine:
         norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
         return StepResult(norm, applied=not blocked and math.isfinite(norm))
 
+    def finite(self) -> bool:
+        """Whether the weights and moments that this rank updates are; no collective."""
+        assert self.adamw is not None
+        flat = [t for p, s in self.adamw.state.items() for t in (p, *(s[k] for k in MOMENTS))]
+        # Among the optimizer's own tensors is padding, which DeepSpeed leaves as the memory was.
+        return _all_finite(flat) or _all_finite(self._held())
+
+    def _held(self) -> Iterator[Tensor]:
+        """This rank's float32 masters and moments, without padding."""
+        for _, parameter in self.trained_parameters():
+            partition = self.partition(parameter)
+            yield from (partition.read(kind) for kind in (MASTER, *MOMENTS))
+
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[PreTrainedModel]:
         """The causal LM with whole weights and no hooks, gathered once for the whole block.
@@ -253,58 +219,29 @@ class Engine:
         return [(name, p) for name, p in named if p.requires_grad]
 
     @property
-    def trained_numel(self) -> int:
-        """How many numbers are trained, over all ranks."""
-        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trained_parameters())
-
-    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Whole float32 weight and moments of one parameter, on every rank (a collective)."""
-        weight = safe_get_full_fp32_param(parameter)
-        if weight is None:  # float32 without ZeRO: the parameter is its own master copy
-            state = self.adamw.state.get(parameter, {}) if self.adamw else {}
-            moments = {k: state[k] for k in MOMENTS if k in state}
-            return {"weight": parameter.detach(), **moments}
-        if not self._has_moments:
-            return {"weight": weight}
-        moments = {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}
-        return {"weight": weight, **moments}
-
-    def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Inverse of `read_state`: sets the compute copy, the master copy and the moments."""
-        weight = state["weight"].to(self.device)
-        if self._stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(weight)
-        else:
-            parameter.data.copy_(weight)
-        self._write_master(parameter, weight)
-        for key in MOMENTS:
-            moment = state[key].to(self.device)
-            if self._stage == 3:
-                safe_set_local_optimizer_state(parameter, self._shard(parameter, moment), key)
-            elif hasattr(parameter, "_hp_mapping"):
-                safe_set_full_optimizer_state(parameter, moment, key)
-            elif self.adamw is not None:
-                self.adamw.state[parameter][key].copy_(moment)
-
-    def _write_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
-        """Set the float32 copy that the optimizer updates, where it is not the parameter itself."""
-        if self._stage == 3:
-            safe_set_local_fp32_param(parameter, self._shard(parameter, weight))
-        elif hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, weight)
-
-    @staticmethod
-    def _shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's part of `whole`; DeepSpeed's "set full" reads past the end on the last."""
-        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-        size = partition.ds_numel
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        padded = nn.functional.pad(whole.flatten(), (0, size * world - whole.numel()))
-        return padded.narrow(0, rank * size, size)
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of everything that is trained, by name."""
+        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.trained_parameters()}
 
     @property
-    def _has_moments(self) -> bool:
+    def trained_numel(self) -> int:
+        """How many numbers are trained, over all ranks."""
+        return sum(math.prod(shape) for shape in self.trained_shapes.values())
+
+    def partition(self, parameter: nn.Parameter) -> Partition:
+        """This rank's part of a trained parameter and of its optimizer state."""
+        if self._stage == 3:
+            return ZeRO3Partition(parameter, self._zero, collectives.rank())
+        if hasattr(parameter, "_hp_mapping"):
+            return FragmentPartition(parameter)
+        state = self.adamw.state.get(parameter, {}) if self.adamw else {}
+        moments = {key: state[key] for key in MOMENTS if key in state}
+        ranks = collectives.rank(), collectives.world_size()
+        return ReplicatedPartition(parameter, moments, *ranks)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether AdamW's moments exist, which its first update makes."""
         return self.adamw is not None and any("exp_avg" in s for s in self.adamw.state.values())
 
     @property
@@ -320,6 +257,12 @@ class Engine:
         assert self.adamw is not None
         for state in self.adamw.state.values():
             state["step"].fill_(value)
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    # aminmax needs no temporary of the tensor's size.
+    extremes = [x for t in tensors if t.numel() for x in torch.aminmax(t.detach())]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def _return_freed_memory() -> None:

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 _OF_THE_BATCH = ("longrope", "dynamic")
 
 
-def check_ids(largest: int, rows: int) -> None:
+def check_ids(largest: int, rows: int | None) -> None:
     """Refuse token ids that the embedding has no row for.
 
     Args:
         largest: the largest id among prompts, padding and the tokens that end a completion.
-        rows: number of rows of the embedding.
+        rows: number of rows of the embedding; None where it is not known.
 
     Raises:
         PapoError: the tokenizer is another model's, or tokens were added to it.
     """
-    if largest >= rows:
+    if rows is not None and largest >= rows:
         raise PapoError(
             f"token id {largest}: expected less than {rows}, the rows of the model's embedding; "
             "the tokenizer is another model's, or the embedding was not resized after tokens were "
@@ -34,8 +34,18 @@ def check_ids(largest: int, rows: int) -> None:
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The positions that a model was made for; None if its config does not say."""
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions
+    return _count(config, "max_position_embeddings")
+
+
+def vocabulary_of(config: PreTrainedConfig) -> int | None:
+    """The rows of a model's embedding as its config has them; None if it does not say."""
+    return _count(config, "vocab_size")
+
+
+def _count(config: PreTrainedConfig, name: str) -> int | None:
+    """A number of the config, which may hold anything."""
+    value = getattr(config.get_text_config(), name, None)
+    return value if isinstance(value, int) else None
 
 
 def check_lengths(config: PreTrainedConfig, longest_prompt: int, max_new_tokens: int) -> str:

@@ -3,58 +3,23 @@ carries as a GGUF file."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from papo.errors import PapoError, first_line
+from papo.errors import PapoError, first_line, shown
+from papo.model.files import check_tokenizer, resolve_model_path
 from papo.model.quiet import quiet
-from papo.model.smollm2 import SMOLLM2, converted_smollm2
-from papo.model.weights import weight_faults
+from papo.model.weights import fingerprint, weight_faults
 from papo_kernels import Head
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from papo.config import ModelConfig
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "spiece.model",
-    "vocab.txt",
-    "tekken.json",
-)
-
-
-def resolve_model_path(name: str) -> str:
-    """What `from_pretrained` gets for `name`: the converted folder of `smollm2-135m`, an existing
-    folder, or a hub id.
-
-    Raises:
-        PapoError: no such folder, or the package behind `smollm2-135m` is not installed.
-    """
-    if name == SMOLLM2:
-        return str(converted_smollm2())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise PapoError(
-                f"model.path={name!r}: the folder has no config.json; expected a Hugging Face "
-                "model folder"
-            )
-        return str(path)
-    looks_local = (
-        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists()
-    )
-    if looks_local:
-        raise PapoError(
-            f"model.path={name!r}: no such folder; expected {SMOLLM2}, a model folder or a hub id"
-        )
-    return name
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -69,21 +34,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = resolve_model_path(config.path)
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise PapoError(
-            f"model.path={config.path!r}: the folder has no tokenizer (none of "
-            f"{', '.join(_TOKENIZER_FILES[:3])}, ...); "
-            "save one there with tokenizer.save_pretrained"
-        )
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises anything, depending on the file
-        raise _cannot_load("tokenizer", config.path, error) from error
+    check_tokenizer(path, config.path)
+    with _loading("tokenizer", config.path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
-def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+def load_model_config(config: ModelConfig) -> PreTrainedConfig:
+    """The model's own config, without its weights.
+
+    Args:
+        config: the config's `model` section.
+
+    Raises:
+        PapoError: it does not load.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_model_path(config.path)
+    with _loading("config", config.path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+
+
+def load_causal_lm(config: ModelConfig) -> tuple[PreTrainedModel, str]:
     """The causal LM on the CPU, read only from safetensors.
 
     It is in float32 if that is the compute dtype. Otherwise it stays as stored, so that the master
@@ -92,6 +64,9 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     Args:
         config: the config's `model` section.
 
+    Returns:
+        The model, and the `papo.model.weights.fingerprint` of its weights.
+
     Raises:
         PapoError: it does not load, its weights are not all in the file and finite, or papo cannot
             find its hidden states or compute its logits.
@@ -99,24 +74,16 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(config.path)
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=torch.float32 if config.dtype == "fp32" else "auto",
-                attn_implementation=config.attn_implementation,
-                use_safetensors=True,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # the report lists them
-            )
-    except Exception as error:  # no network, no safetensors, unknown architecture and so on
-        if "does not support an attention implementation" in str(error):
-            raise PapoError(
-                f"model.attn_implementation={config.attn_implementation!r}: expected eager, "
-                f"the only one that the model at model.path={config.path!r} has"
-            ) from error
-        raise _cannot_load("model", config.path, error) from error
+    with _loading("model", config.path, config.attn_implementation):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if config.dtype == "fp32" else "auto",
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report lists them
+        )
     model, report = loaded
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     # transformers before 5.23 allows it.
@@ -129,7 +96,10 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     faults = weight_faults(model, report, path)
     if faults:
         raise PapoError(f"model.path={config.path!r}: {'; '.join(faults)}")
-    return model
+    try:
+        return model, fingerprint(model)
+    except ValueError as error:
+        raise PapoError(f"model.path={config.path!r}: {error}") from error
 
 
 def _check_parts(model: PreTrainedModel, path: str) -> None:
@@ -149,8 +119,23 @@ def _check_parts(model: PreTrainedModel, path: str) -> None:
         )
 
 
-def _cannot_load(what: str, path: str, error: Exception) -> PapoError:
-    return PapoError(f"model.path={path!r}: the {what} does not load: {first_line(error)}")
+@contextlib.contextmanager
+def _loading(what: str, path: str, attention: str = "") -> Iterator[None]:
+    """Any failure of transformers as one line."""
+    try:
+        with quiet():
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # files make it raise anything, and a panic is no Exception
+        if "does not support an attention implementation" in str(error):
+            raise PapoError(
+                f"model.attn_implementation={attention!r}: expected eager, the only one that the "
+                f"model at model.path={shown(path)} has"
+            ) from error
+        raise PapoError(
+            f"model.path={shown(path)}: the {what} does not load: {first_line(error)}"
+        ) from error
 
 
 def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:
@@ -168,7 +153,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         PapoError: there are none, so no completion could end.
     """
     given = getattr(model.generation_config, "eos_token_id", None)
-    ids = {given} if isinstance(given, int) else set(given or ())
+    listed = given if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    if not all(isinstance(i, int) and i >= 0 for i in listed):
+        raise PapoError(
+            f"eos_token_id={shown(given)} in the model's generation config: expected token ids"
+        )
+    ids = set(listed)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -13,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from papo.errors import PapoError
@@ -40,19 +40,32 @@ def converted_smollm2() -> Path:
     Raises:
         PapoError: the package is not installed, or the folder cannot be written.
     """
-    gguf = _packaged_gguf()
-    digest = hashlib.sha256()
-    with open(gguf, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    digest.update(str(_CONVERSION).encode())
-    folder = cache_root() / f"{SMOLLM2}-{digest.hexdigest()[:12]}"
+    gguf = packaged_gguf()
+    status = gguf.stat()
+    digest = _digest(gguf, status.st_size, status.st_mtime_ns)
+    folder = cache_root() / f"{SMOLLM2}-{digest[:12]}"
     if not (folder / "config.json").is_file():
         _convert(gguf, folder)
     return folder
 
 
-def _packaged_gguf() -> Path:
+@functools.lru_cache(maxsize=1)
+def _digest(gguf: Path, size: int, modified: int) -> str:
+    """Of a file's content; read once while it stays the same."""
+    digest = hashlib.sha256()
+    with open(gguf, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    digest.update(str(_CONVERSION).encode())
+    return digest.hexdigest()
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file of the package.
+
+    Raises:
+        PapoError: the package is not installed.
+    """
     # The package is only located: importing it needs the tool that it is a plug-in for.
     spec = importlib.util.find_spec(_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -90,6 +103,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_converted(gguf: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_SAMPLE = 64  # about so many values of each tensor
+_NOT_COMPUTED = ("dtype", "torch_dtype", "transformers_version", "attn_implementation")
 
 
 def weight_faults(model: PreTrainedModel, report: Mapping[str, Any], path: str) -> list[str]:
-    """What is wrong with loaded weights; empty if nothing is.
+    """What is wrong with loaded weights, whatever their values; empty if nothing is.
 
     transformers gives missing tensors random values: a run would train on them and learn nothing.
 
@@ -57,8 +60,7 @@ def weight_faults(model: PreTrainedModel, report: Mapping[str, Any], path: str) 
             return [
                 f"no plain floating-point numbers in {_some(odd)}; expected {', '.join(_FLOATS)}"
             ]
-    bad = [name for name, p in model.named_parameters() if not _finite(p.detach())]
-    return [f"NaN or infinity in {_some(bad)}; expected finite weights"] if bad else []
+    return []
 
 
 def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
@@ -72,9 +74,37 @@ def _stored_dtypes(path: str) -> Iterator[tuple[str, str]]:
                 yield name, tensors.get_slice(name).get_dtype()
 
 
-def _finite(tensor: Tensor) -> bool:
-    # aminmax needs no temporary of the tensor's size.
-    return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))
+def fingerprint(model: PreTrainedModel) -> str:
+    """Equal for two models that compute the same: of their configs, what ends a completion, and of
+    names, shapes, dtypes, extremes and a sample of their weights.
+
+    Raises:
+        ValueError: some values are not finite; a few words name the tensors.
+    """
+    digest, bad = hashlib.sha256(repr(_computing(model)).encode()), []
+    for name, p in model.named_parameters():
+        extremes = _extremes(p.detach())
+        bad += [] if all(map(math.isfinite, extremes)) else [name]
+        sample = (p.detach().flatten()[:: 1 + p.numel() // _SAMPLE] + 0.0).tolist()
+        digest.update(repr((name, tuple(p.shape), str(p.dtype), extremes, sample)).encode())
+    if bad:
+        raise ValueError(f"NaN or infinity in {_some(bad)}; expected finite weights")
+    return digest.hexdigest()
+
+
+def _computing(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a model's files say of how it computes and what ends a completion."""
+    options = model.config.to_dict()
+    told = sorted(
+        (k, repr(v)) for k, v in options.items() if k[0] != "_" and k not in _NOT_COMPUTED
+    )
+    return told, getattr(model.generation_config, "eos_token_id", None)
+
+
+def _extremes(tensor: Tensor) -> tuple[float, ...]:
+    """Smallest and largest value, NaN if there is one; none of an empty tensor."""
+    # aminmax needs no temporary of the tensor's size. Adding 0 turns -0 into 0.
+    return tuple(float(x) + 0.0 for x in torch.aminmax(tensor)) if tensor.numel() else ()
 
 
 def _some(names: Iterable[str]) -> str:

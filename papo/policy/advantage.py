@@ -26,6 +26,7 @@ class ScoredGroup:
     """The completions of one prompt with their rewards and advantages.
 
     Attributes:
+        index: of the prompt among all that the step samples, over its rounds and over all ranks.
         rewards: as the verifier gave them.
         shaped: reward values after the length penalty; NaN where masked.
         advantages: 0 where masked.
@@ -34,6 +35,7 @@ class ScoredGroup:
         zero_spread: all rewards are equal, so every advantage is 0.
     """
 
+    index: int
     completions: tuple[Completion, ...]
     rewards: tuple[Reward, ...]
     shaped: tuple[float, ...]
@@ -45,19 +47,20 @@ class ScoredGroup:
 def score_groups(
     completions: Sequence[Completion],
     rewards: Sequence[Reward],
-    completions_per_prompt: int,
+    indices: Sequence[int],
     advantage: AdvantageConfig,
     max_new_tokens: int,
 ) -> list[ScoredGroup]:
     """Rewards to advantages, group by group.
 
     Args:
-        completions: whole groups, one after the other; `rewards` are theirs.
+        completions: whole groups of one size, one after the other; `rewards` are theirs.
+        indices: of the groups.
         advantage: the config's `advantage` section.
     """
     if not completions:
         return []
-    n = completions_per_prompt
+    n = len(completions) // len(indices)
     raw = torch.tensor([r.value for r in rewards], dtype=torch.float32)
     if advantage.overlong == "soft":
         lengths = torch.tensor([len(c.response_ids) for c in completions])
@@ -65,12 +68,13 @@ def score_groups(
     shaped = raw.view(-1, n)
     scored = group_advantages(shaped, normalize_std=advantage.normalize_std)
     groups = []
-    for g in range(shaped.shape[0]):
+    for g, index in enumerate(indices):
         part = slice(g * n, (g + 1) * n)
         members = tuple(completions[part])
         dropped = [advantage.overlong == "mask" and c.truncated for c in members]
         groups.append(
             ScoredGroup(
+                index=index,
                 completions=members,
                 rewards=tuple(rewards[part]),
                 shaped=tuple(shaped[g].tolist()),

@@ -26,7 +26,7 @@ class TrainingSequence:
 
     Attributes:
         weight: token weight of each of its tokens: mask times normalizer of the aggregation.
-        group: number of its prompt in the step, -1 for `IDLE`.
+        group: index of its prompt among all that the step samples, -1 for `IDLE`.
         old_logp, ref_logp: float32 [len(response_ids)] or None.
         factor: the same; multiplies the advantage token by token.
         kept: the ids that top-k and top-p left to draw each token from, None where neither was on.

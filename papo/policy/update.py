@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,8 +56,8 @@ class TokenSums(NamedTuple):
         return cls(*map(sum, zip(*parts, strict=True)))
 
     def mean(self, value: float) -> float:
-        """`value` per token."""
-        return value / self.tokens if self.tokens else 0.0
+        """`value` per token, NaN where there is none."""
+        return value / self.tokens if self.tokens else math.nan
 
 
 def policy_gradient(out: PolicyLossOutput, batch: MicroBatch, objective: Objective) -> Tensor:

@@ -68,7 +68,8 @@ class BranchSums(NamedTuple):
         return cls(*(sums[name] for name in cls._fields))
 
     def metrics(self) -> dict[str, float]:
-        """Shares of tokens, and pressures as parts of the unweighted pressure of all tokens.
+        """Shares of tokens, and pressures as parts of the unweighted pressure of all tokens; NaN
+        without a token, or without any pressure.
 
         A branch's `after` divided by its `before` is the mean weight of its advantages. Where the
         two branches' pressures do not add up to 1, the rest belongs to tokens of neither.
@@ -87,7 +88,7 @@ class BranchSums(NamedTuple):
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return part / whole if whole else math.nan
 
 
 def branch_sums(

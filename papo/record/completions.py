@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from papo.dist import collectives
 from papo.policy.advantage import ScoredGroup
 from papo.record.jsonl import JsonLines
 
@@ -45,21 +46,31 @@ class CompletionsWriter:
             self._lines.close()
 
 
-def completion_rows(groups: Sequence[ScoredGroup], first_group: int) -> list[dict[str, Any]]:
-    """One row per completion for completions.jsonl."""
-    return [
+def completion_rows(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """One row per completion of all ranks' groups, in the order of the groups; a collective.
+
+    Args:
+        groups: this rank's.
+    """
+    mine = [
         {
-            "group": first_group + g,
+            "group": group.index,
             "uid": c.problem.uid,
             "prompt": c.problem.messages[-1]["content"],
             "answer": c.problem.answer,
             "text": c.text,
             "length": len(c.response_ids),
             "truncated": c.truncated,
-            "reward": None if math.isnan(r.value) else r.value,
+            "reward": _number(r.value),
+            "rewards": {name: _number(value) for name, value in r.parts.items()},
             "status": r.status,
             "advantage": a,
         }
-        for g, group in enumerate(groups)
+        for group in groups
         for c, r, a in zip(group.completions, group.rewards, group.advantages, strict=True)
     ]
+    return sorted(collectives.gather_lists(mine), key=lambda row: row["group"])
+
+
+def _number(reward: float) -> float | None:
+    return None if math.isnan(reward) else reward

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from papo.record.files import cannot_write, replace_file
+from papo.errors import PapoError
+from papo.outputs import replace_file
 
 RowId = tuple[int, frozenset[str]]
 
@@ -36,7 +37,10 @@ class JsonLines:
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         try:
             if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (kept open)
+                # Half of a surrogate pair becomes `\ud800`, as JSON escapes it.
+                self._file = open(  # noqa: SIM115 (kept open)
+                    self.path, "a", encoding="utf-8", errors="backslashreplace"
+                )
             self._file.write(text)
             self._file.flush()
         except OSError as error:
@@ -77,6 +81,13 @@ class JsonLines:
             self._file = None
 
 
+def cannot_write(path: Path, error: OSError) -> PapoError:
+    """The one line for a file of the run's folder that cannot be written."""
+    return PapoError(
+        f"cannot write {path}: {error.strerror}; free some space or choose another output_dir"
+    )
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The finished rows of a file, none where there is no file."""
     return [row for _, row in _rows(path)]
@@ -103,6 +114,6 @@ def _row(line: str) -> dict[str, Any] | None:
     """The row of a line; None where it holds none."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # JSON's own errors, and integers of too many digits
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -15,8 +15,15 @@ class Metric(NamedTuple):
     meaning: str
 
 
+VERIFIER_MEAN = "reward/mean/"  # and the verifier's name
+
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("", "Mean reward of everything sampled, masked rows left out."),
+    VERIFIER_MEAN + "<verifier>": Metric(
+        "",
+        "With several of `reward.verifier`: the mean of what this one gave, before its weight; "
+        "None and numbers that are not finite are left out.",
+    ),
     "reward/std": Metric("", "Standard deviation of the same rewards."),
     "reward/accuracy": Metric(
         "share", "Completions with a reward of `reward.success` or more, masked ones left out."
@@ -26,12 +33,16 @@ METRICS: dict[str, Metric] = {
         "Groups whose rewards are all equal (largest minus smallest <= 1e-6): advantages 0, "
         "nothing learned.",
     ),
-    "reward/errors": Metric("", "Completions whose verifier raised; scored 0."),
+    "reward/errors": Metric(
+        "", "Completions whose verifier, or one of several, raised: its part is 0."
+    ),
     "reward/timeouts": Metric(
-        "", "Completions whose verifier was killed at `reward.timeout_s`; scored 0."
+        "",
+        "Completions whose verifier, or one of several, was killed at `reward.timeout_s`, and none "
+        "raised: its part is 0.",
     ),
     "reward/invalid": Metric(
-        "", "Completions whose verifier returned None or no finite number; masked."
+        "", "Completions whose verifiers all returned None or no finite number; masked."
     ),
     "response/length": Metric(
         "tokens", "Mean response length, the end-of-sequence token included."
@@ -42,8 +53,7 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy/mean": Metric(
         "nats",
-        "Mean entropy of the policy at the sampling temperature, over the tokens that train; null "
-        "where there are none.",
+        "Mean entropy of the policy at the sampling temperature, over the tokens that train.",
     ),
     "entropy/predicted_delta": Metric(
         "nats times a constant",
@@ -164,6 +174,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def documented_as(name: str) -> str:
+    """The name in `METRICS` under which a figure is documented, if it is."""
+    return VERIFIER_MEAN + "<verifier>" if name.startswith(VERIFIER_MEAN) else name
+
+
 def reference_page() -> str:
     """The Markdown page of every name."""
     rows = [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
@@ -176,7 +191,8 @@ Made by `python -m papo.record.metric_names > docs/metrics.md` from its table; d
 
 Every step writes one row to `metrics.jsonl` in the run's folder, and the same names to TensorBoard
 (`tensorboard --logdir runs`). An evaluation writes a row of its own, with the step after which it
-ran. Figures cover all ranks; a figure that is not finite is written as null.
+ran. Figures cover all ranks. A figure that is not finite is written as null, and so is a mean or a
+share of nothing, such as `reward/mean` where no completion has a reward.
 
 | name | unit | meaning |
 |---|---|---|
@@ -195,8 +211,8 @@ or set `dynamic_sampling.enabled`.
 
 `completions.jsonl` holds every sampled completion once: `step`, `group` (index of the prompt in the
 step), `uid` of the problem, `prompt`, `answer` (the reference), `text`, `length` in tokens,
-`truncated`, `reward` (null where masked), `status` (`ok`, `error`, `timeout`, `invalid`) and
-`advantage`.
+`truncated`, `reward` (null where masked), `rewards` (what each verifier gave, by its name),
+`status` (`ok`, `error`, `timeout`, `invalid`) and `advantage`.
 """
 
 

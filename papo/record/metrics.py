@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from papo.record.files import cannot_write
-from papo.record.jsonl import JsonLines, RowId, read_rows, row_id
-from papo.record.metric_names import METRICS
+from papo.record.jsonl import JsonLines, RowId, cannot_write, read_rows, row_id
+from papo.record.metric_names import METRICS, documented_as
 from papo.record.run_folder import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class MetricsWriter:
             ValueError: a name that `METRICS` does not document.
             PapoError: the row cannot be written.
         """
-        unknown = sorted(set(values) - set(METRICS))
+        unknown = sorted(name for name in values if documented_as(name) not in METRICS)
         if unknown:
             raise ValueError(
                 f"values: expected names in papo.record.metric_names.METRICS, got {unknown}"

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from papo.record.screen import showing
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -49,7 +51,8 @@ class Progress:
             return
         line = step_line(step, self._total, metrics, self._eta(step))
         if self._bar is None:
-            print(line, flush=True)
+            with showing():
+                print(line, flush=True)
         else:
             self._bar.update(self._bar.task_ids[0], completed=step, description=line)
 
@@ -63,15 +66,17 @@ class Progress:
         """A line of its own, above the bar."""
         if not self._enabled:
             return
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.console.print(text, markup=False, highlight=False)
+        with showing():
+            if self._bar is None:
+                print(text, flush=True)
+            else:
+                self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
         if self._bar is not None:
-            self._bar.stop()
+            with showing():
+                self._bar.stop()
             self._bar = None
 
 
@@ -83,11 +88,16 @@ def step_line(step: int, total: int, metrics: Mapping[str, float], eta: float) -
     correlation = metrics.get("entropy/prediction_correlation", math.nan)
     predicted = f"dH r {correlation:+.2f}  " if math.isfinite(correlation) else ""
     return (
-        f"step {step}/{total}  reward {metrics['reward/mean']:.3f}  entropy "
-        f"{metrics['entropy/mean']:.3f}  "
+        f"step {step}/{total}  reward {_figure(metrics['reward/mean'])}  entropy "
+        f"{_figure(metrics['entropy/mean'])}  "
         f"phase {metrics['phase/phi']:+.2f}  {predicted}"
         f"{metrics['throughput/tokens_per_second']:.0f} tok/s  ETA {clock_text(eta)}"
     )
+
+
+def _figure(value: float) -> str:
+    """Three decimals; a dash for a mean over nothing."""
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def clock_text(seconds: float) -> str:

@@ -10,6 +10,7 @@ from papo.dist import collectives
 from papo.policy.advantage import ScoredGroup
 from papo.record import run_folder
 from papo.record.completions import CompletionsWriter, completion_rows
+from papo.record.lock import FolderLock
 from papo.record.metrics import MetricsWriter
 from papo.record.progress import Progress
 from papo.record.report import Report
@@ -19,29 +20,32 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Makes the run's folder and writes everything in it but checkpoints and models.
+    """Makes the run's folder ready and writes everything in it but checkpoints and models.
 
     Every method but `say` and `close` is a collective; rank 0 writes and shows.
 
     Args:
         progress: shows the lines.
         resumed: the checkpoint that the run goes on from, if any.
+        lock: on the run's folder.
 
     Attributes:
         results: the evaluations so far.
 
     Raises:
-        PapoError: the folder cannot be made.
+        PapoError: the folder cannot be written to.
     """
 
-    def __init__(self, config: TrainConfig, progress: Progress, resumed: Path | None) -> None:
+    def __init__(
+        self, config: TrainConfig, progress: Progress, resumed: Path | None, lock: FolderLock
+    ) -> None:
         self._progress = progress
         self._success = config.reward.success
         self._explained = False
         folder, lead = Path(config.output_dir), collectives.rank() == 0
         with collectives.failing_together():
             if lead:
-                earlier = run_folder.prepare(config, resumed)
+                earlier = run_folder.prepare(lock, config, resumed)
                 if earlier is not None:
                     self.say(f"an earlier run's folder is now {earlier}")
             self._metrics = MetricsWriter(folder, config.metrics.tensorboard, lead)
@@ -61,9 +65,7 @@ class Recorder:
         Args:
             sampled: this rank's groups.
         """
-        counts = collectives.gather_objects(len(sampled))
-        first = sum(counts[: collectives.rank()])
-        rows = collectives.gather_lists(completion_rows(sampled, first))
+        rows = completion_rows(sampled)
         with collectives.failing_together():
             self._completions.write(step, rows)
             self._metrics.write(step, metrics)

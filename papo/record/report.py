@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from papo.errors import PapoError
+from papo.outputs import replace_file
 from papo.policy.prediction import PREDICTIONS, rank_correlation
-from papo.record.files import replace_file
 from papo.record.jsonl import read_rows
+from papo.record.screen import showing
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -70,7 +71,8 @@ class Report:
             ) from error
         if self.evaluations:
             print_table(self.evaluations)
-        print(f"run: {self._run_dir}   model: {self._run_dir / 'final'}", flush=True)
+        with showing():
+            print(f"run: {self._run_dir}   model: {self._run_dir / 'final'}", flush=True)
 
 
 def summary(
@@ -129,7 +131,8 @@ def print_table(evaluations: Sequence[Mapping[str, Any]]) -> None:
         change = _change(by_label["before"], by_label["after"])
         table.add_section()
         table.add_row("change", "", *(f"{change[n]:+.3f}" if n in change else "" for n in names))
-    Console(soft_wrap=True).print(table)
+    with showing():
+        Console(soft_wrap=True).print(table)
 
 
 def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:

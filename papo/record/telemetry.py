@@ -14,6 +14,8 @@ import torch
 from papo.dist import collectives
 from papo.policy.advantage import ScoredGroup
 from papo.policy.update import TokenSums, Update
+from papo.record.metric_names import VERIFIER_MEAN
+from papo.types import Reward
 
 T = TypeVar("T")
 
@@ -58,7 +60,8 @@ class StageClock:
 def rollout_metrics(
     sampled: Sequence[ScoredGroup], rounds: int, success: float
 ) -> dict[str, float]:
-    """Rewards, lengths and groups of everything sampled, what dynamic sampling drops included.
+    """Rewards, lengths and groups of everything sampled, what dynamic sampling drops included; NaN
+    for a mean over nothing.
 
     Args:
         rounds: of sampling.
@@ -81,30 +84,51 @@ def rollout_metrics(
             **{s: sum(r.status == s for r in rewards) for s in ("error", "timeout", "invalid")},
         }
     )
-    scored, count = sums["scored"] or math.nan, max(1.0, sums["completions"])
+    scored, count = sums["scored"] or math.nan, sums["completions"]
     mean = sums["reward"] / scored
     variance = sums["square"] / scored - mean * mean
     return {
         "reward/mean": mean,
         "reward/std": variance if math.isnan(variance) else math.sqrt(max(0.0, variance)),
         "reward/accuracy": sums["right"] / scored,
-        "reward/zero_spread_groups": sums["zero_spread"] / max(1.0, sums["groups"]),
+        "reward/zero_spread_groups": sums["zero_spread"] / sums["groups"],
         "reward/errors": sums["error"],
         "reward/timeouts": sums["timeout"],
         "reward/invalid": sums["invalid"],
         "response/length": sums["tokens"] / count,
         "response/truncated": sums["truncated"] / count,
         "rollout/rounds": rounds,
+        **_verifier_means(rewards),
+    }
+
+
+def _verifier_means(rewards: Sequence[Reward]) -> dict[str, float]:
+    """What each of several verifiers gave, before its weight; a collective."""
+    mine: dict[str, tuple[float, int]] = {}
+    for name in rewards[0].parts if rewards else ():
+        values = [r.parts[name] for r in rewards if math.isfinite(r.parts[name])]
+        mine[name] = (math.fsum(values), len(values))
+    everyone = collectives.gather_objects(mine)
+    names = dict.fromkeys(name for part in everyone for name in part)
+    if len(names) < 2:
+        return {}
+    sums = {name: [part[name] for part in everyone if name in part] for name in names}
+    return {
+        VERIFIER_MEAN + name: math.fsum(s for s, _ in found)
+        / (sum(n for _, n in found) or math.nan)
+        for name, found in sums.items()
     }
 
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Loss and optimizer figures: token means over all of the step's updates."""
+    """Loss and optimizer figures: token means over all of the step's updates, NaN without a
+    token."""
     merged = TokenSums.total([u.sums for u in updates])
     last = updates[-1]
+    trained = sum(u.sums.tokens > 0 for u in updates)
     return {
-        "entropy/mean": merged.mean(merged.entropy) if merged.tokens else math.nan,
-        "loss/policy": merged.loss / len(updates),
+        "entropy/mean": merged.mean(merged.entropy),
+        "loss/policy": merged.loss / (trained or math.nan),
         "loss/advantage_abs": merged.mean(merged.absolute_advantage),
         "loss/ratio": merged.mean(merged.ratio),
         "loss/clip_low": merged.mean(merged.clip_low),

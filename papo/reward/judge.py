@@ -11,27 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from papo.reward.answers import after_thinking, extract, latex, normalize, only_number
-from papo.reward.verifiers import BUILT_IN, COMPARING, compare_math, load_verifier
+from papo.reward.functions import Task, described, load_verifier
+from papo.reward.verifiers import BUILT_IN, COMPARING, compare_math
 from papo.types import RewardStatus
 
-SHOWN_CHARACTERS = 200  # of an exception's text, of a completion
-_LARGEST = 3.4e38  # rewards are float32
-
-
-class Task(NamedTuple):
-    """What a worker is to judge.
-
-    Attributes:
-        text: the completion; None to judge the reference answer itself.
-        answer: the reference answer.
-        metadata: what the verifier reads besides.
-        thinks: the prompt ends with `<think>`, so that the completion begins inside its thinking.
-    """
-
-    text: str | None
-    answer: str
-    metadata: dict[str, Any]
-    thinks: bool = False
+LARGEST_REWARD = 1e18  # its square, and sums of squares, are float32 numbers
 
 
 class Verdict(NamedTuple):
@@ -44,7 +28,7 @@ class Verdict(NamedTuple):
     @classmethod
     def failed(cls, error: BaseException) -> Verdict:
         """The verdict where `error` prevented one."""
-        return cls(0.0, "error", f"{type(error).__name__}: {error}"[:SHOWN_CHARACTERS])
+        return cls(0.0, "error", described(error))
 
 
 @dataclass(frozen=True)
@@ -61,6 +45,20 @@ class Judge:
     extract: str
     threshold: float
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it knows references: a user's function need not take its reference for a
+        completion."""
+        return self.verifier in BUILT_IN
+
+    def load(self) -> None:
+        """Import what the verifier needs.
+
+        Raises:
+            PapoError: as `load_verifier`.
+        """
+        load_verifier(self.verifier)
+
     def verdict(self, task: Task) -> Verdict:
         """Score a completion, or check a reference; runs in a worker."""
         return self._of_reference(task) if task.text is None else self._of(task.text, task)
@@ -71,14 +69,14 @@ class Judge:
             value = self._value(text, task)
         except BaseException as error:  # CancelledError of asyncio and SystemExit are no Exceptions
             return Verdict.failed(error)
-        if value is None or not abs(value) <= _LARGEST:
+        if value is None or not abs(value) <= LARGEST_REWARD:
             return Verdict(math.nan, "invalid", f"the verifier returned {value}")
         return Verdict(value, "ok")
 
     def _value(self, text: str, task: Task) -> float | None:
-        built_in = self.verifier in BUILT_IN
         said: str | None = text
-        if built_in or self.extract != "none":  # a user's function may reward the thinking itself
+        # A user's function may reward the thinking itself.
+        if self.is_built_in or self.extract != "none":
             said = after_thinking(text, task.thinks)
         found = None if said is None else extract(said, self.extract)
         if found is None:
@@ -88,11 +86,9 @@ class Judge:
             answer = only_number(answer)
         if self.verifier == "math_verify" and self.extract in ("boxed", "last_number"):
             found = f"\\boxed{{{latex(found)}}}"  # math-verify does not recognize bare LaTeX
-        score = load_verifier(self.verifier)(found, answer, task.metadata)
-        if score is None:
-            return None
-        if not built_in or math.isnan(score):
-            return float(score)
+        score = _number(load_verifier(self.verifier)(found, task._replace(answer=answer)))
+        if score is None or math.isnan(score) or not self.is_built_in:
+            return score
         return float(score > self.threshold)
 
     def _of_reference(self, task: Task) -> Verdict:
@@ -119,3 +115,19 @@ class Judge:
         if extract(text, how) is None:
             return verdict._replace(why=f"reward.extract={how} finds nothing in it")
         return verdict._replace(why="it scores 0 against itself")
+
+
+def _number(score: Any) -> float | None:
+    """What a verifier returned as a float; an infinity where none is large enough.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if score is None:
+        return None
+    if isinstance(score, (str, bytes, bytearray)):
+        raise TypeError(f"the verifier returned {type(score).__name__}, expected a number or None")
+    try:
+        return float(score)
+    except OverflowError:
+        return math.inf

@@ -4,42 +4,29 @@ A verifier may hang in a regular expression, in sympy or in a user's own code. O
 process ends that reliably, so every completion is scored in a worker with a deadline. A verifier
 that raises or is late scores 0; one that returns None, NaN or an infinity masks its completion.
 Both are counted, and neither stops the run.
-
-Workers are spawned, so they import this file and the program's main module: neither may import
-torch at its top.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import multiprocessing
-import signal
+import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as DeadlineError
-from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
-
-from papo.errors import PapoError
-from papo.reward.judge import SHOWN_CHARACTERS, Judge, Task, Verdict
-from papo.reward.verifiers import BUILT_IN, COMPARING, load_verifier
-from papo.types import Completion, Problem, Reward
+from papo.errors import PapoError, shown
+from papo.reward.functions import SHOWN_CHARACTERS
+from papo.reward.judge import LARGEST_REWARD, Judge, Task, Verdict
+from papo.reward.verifiers import COMPARING
+from papo.reward.workers import Workers
+from papo.types import Completion, Problem, Reward, RewardStatus
 
 if TYPE_CHECKING:
     from papo.config import RewardConfig
 
 log = logging.getLogger(__name__)
 
-Key = TypeVar("Key", bound=Hashable)  # tells a caller's tasks apart
-
 _SHOWN_IN_FULL = 3  # failures of each kind that are logged with their text
-_POOL_STARTS = 3
-_POLL_SECONDS = 0.5
-_ORPHAN_SECONDS = 2.0
 
 
 class BadReference(NamedTuple):
@@ -50,55 +37,42 @@ class BadReference(NamedTuple):
     why: str
 
 
-def _work(judge: Judge, task: Task, timeout_s: float) -> Verdict:
-    # The parent kills late workers. This timer ends them where the parent itself was killed.
-    signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_SECONDS)
-    try:
-        return judge.verdict(task)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-
-
-def _prepare_worker(verifier: str) -> None:
-    """Load the verifier before the first completion arrives; runs once in every new worker."""
-    # The default actions also end a worker that is stuck in C code, where a Python handler would
-    # never run.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    try:
-        load_verifier(verifier)
-        if verifier in ("reasoning_gym", "math_verify"):
-            importlib.import_module(verifier)
-    except Exception:  # a failing initializer would break the pool; every completion reports this
-        log.debug("verifier %r failed to load", verifier, exc_info=True)
-
-
 class RewardPool:
     """Worker processes that score completions; a context manager.
 
-    Workers start, and load the verifier, at construction. A worker past its deadline is killed and
-    replaced, so hung verifiers never use the pool up. May be used from any thread, one at a time.
+    Workers start, and load the verifiers, at construction; the user's functions have then been
+    loaded. A worker past its deadline is killed and replaced, so hung verifiers never use the pool
+    up. May be used from any thread, one at a time.
 
     Args:
         config: the config's `reward` section.
-        verifier: name for `load_verifier` (`choose_verifier` turns `auto` into one).
+        verifiers: names for `load_verifier` (`RewardConfig.chosen` turns `auto` into one).
+        answer_field: the name of the rows' field that references come from.
 
     Attributes:
-        counts: completions scored so far, by status.
+        counts: verdicts on completions so far, by status.
         thinks: the prompts end with `<think>`, so that completions begin inside their thinking.
 
     Raises:
-        PapoError: no such verifier.
+        PapoError: no such verifier, or a user's function cannot be loaded.
     """
 
-    def __init__(self, config: RewardConfig, verifier: str) -> None:
-        load_verifier(verifier)
+    def __init__(
+        self, config: RewardConfig, verifiers: Sequence[str], answer_field: str = "answer"
+    ) -> None:
         self._config = config
-        self._judge = Judge(verifier, config.extract, config.threshold)
+        self._judges = [Judge(name, config.extract, config.threshold) for name in verifiers]
+        self._answer_field = answer_field
         self.thinks = False
         self.counts: Counter[str] = Counter()
-        self._pool = self._start()
+        self._workers: Workers[Any] = Workers(config.workers, self._judges, config.memory_mib)
+        if all(judge.is_built_in for judge in self._judges):
+            return  # they load while other things happen
+        try:
+            self._workers.load()
+        except PapoError:
+            self.close()
+            raise
 
     def __enter__(self) -> RewardPool:
         return self
@@ -107,111 +81,93 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers, whatever they are doing."""
-        self._pool.stop()
-        self._pool.join()
+        """End the workers, whatever they are doing, and all that they have started."""
+        self._workers.close()
 
     def score(self, completions: Sequence[Completion]) -> list[Reward]:
-        """One reward per completion, in order.
+        """One reward per completion, in order: the weighted sum over the verifiers that returned a
+        number.
 
         Raises:
-            PapoError: the workers themselves, rather than a verifier, die again and again.
+            PapoError: workers cannot be started any more.
         """
         tasks = {
-            i: Task(c.text, c.problem.answer, self._metadata(c.problem), self.thinks)
-            for i, c in enumerate(completions)
+            (i, k): (k, self._task(completion, judge))
+            for i, completion in enumerate(completions)
+            for k, judge in enumerate(self._judges)
         }
-        verdicts = self._verdicts(tasks)
+        verdicts = self._workers.run(tasks, self._config.timeout_s)
         self._report(tasks, verdicts)
-        return [Reward(verdicts[i].value, verdicts[i].status) for i in tasks]
+        each = range(len(self._judges))
+        return [self._reward([verdicts[i, k] for k in each]) for i in range(len(completions))]
 
-    def _metadata(self, problem: Problem) -> dict[str, Any]:
+    def _reward(self, verdicts: Sequence[Verdict]) -> Reward:
+        weights = self._config.weights or [1.0] * len(verdicts)
+        parts = {j.verifier: v.value for j, v in zip(self._judges, verdicts, strict=True)}
+        terms = [
+            w * v.value for w, v in zip(weights, verdicts, strict=True) if v.status != "invalid"
+        ]
+        value = math.fsum(terms) if terms else math.nan
+        if not abs(value) <= LARGEST_REWARD:
+            return Reward(math.nan, "invalid", parts)
+        found = {v.status for v in verdicts}
+        order: tuple[RewardStatus, ...] = ("error", "timeout", "ok")
+        return Reward(value, next(status for status in order if status in found), parts)
+
+    def _task(self, completion: Completion, judge: Judge) -> Task:
+        problem = completion.problem
+        task = Task(completion.text, problem.answer, self._metadata(problem, judge), self.thinks)
+        if judge.is_built_in:
+            return task
+        messages = list(problem.messages)
+        return task._replace(
+            prompt=messages if problem.conversational or not messages else messages[-1]["content"],
+            completion_ids=completion.response_ids,
+            answer_field=self._answer_field,
+        )
+
+    def _metadata(self, problem: Problem, judge: Judge) -> dict[str, Any]:
         """What the verifier reads of a problem besides its answer."""
-        return {} if self._judge.verifier in COMPARING else dict(problem.metadata)
+        return {} if judge.verifier in COMPARING else dict(problem.metadata)
 
     @property
     def knows_references(self) -> bool:
-        """Whether references can be checked: a user's function need not take its reference for a
-        completion, so it is never asked."""
-        return self._judge.verifier in BUILT_IN
+        """Whether references can be checked, by a built-in verifier."""
+        return any(judge.is_built_in for judge in self._judges)
 
     def bad_references(self, problems: Sequence[Problem]) -> list[BadReference]:
-        """The problems whose reference answer, given as a completion, would not score 1; for
-        built-in verifiers.
+        """The problems whose reference answer, given as a completion, would not score 1 with every
+        built-in verifier.
 
         Raises:
             PapoError: as `score`.
         """
-        # Only the text counts where verifiers compare, so equal references share a task.
-        compares = self._judge.verifier in COMPARING
-        keyed = [(p.answer if compares else p.uid, p) for p in problems]
-        tasks = {key: Task(None, p.answer, self._metadata(p)) for key, p in keyed}
-        verdicts = self._verdicts(tasks)
+        tasks: dict[tuple[int, str | int], tuple[int, Task]] = {}
+        asked: dict[int, list[tuple[int, str | int]]] = {p.uid: [] for p in problems}
+        for k, judge in enumerate(self._judges):
+            if not judge.is_built_in:
+                continue
+            for p in problems:
+                # Only the text counts where verifiers compare, so equal references share a task.
+                key = (k, p.answer if judge.verifier in COMPARING else p.uid)
+                tasks[key] = (k, Task(None, p.answer, self._metadata(p, judge)))
+                asked[p.uid].append(key)
+        verdicts = self._workers.run(tasks, self._config.timeout_s)
+        found = ((p, [verdicts[key] for key in asked[p.uid]]) for p in problems)
         return [
-            BadReference(p.uid, p.answer, verdicts[key].why)
-            for key, p in keyed
-            if verdicts[key].value != 1.0
+            BadReference(p.uid, p.answer, next(v.why for v in given if v.value != 1.0))
+            for p, given in found
+            if any(v.value != 1.0 for v in given)
         ]
 
-    def _verdicts(self, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
-        verdicts: dict[Key, Verdict] = {}
-        for _ in range(_POOL_STARTS):
-            left = {key: task for key, task in tasks.items() if key not in verdicts}
-            verdicts |= self._run(left)
-            if len(verdicts) == len(tasks):
-                return verdicts
-            self.close()
-            self._pool = self._start()
-        raise PapoError(
-            f"reward workers died {_POOL_STARTS} times before they could score: look at their "
-            "messages above and at the machine's free memory, and try reward.workers=1"
-        )
-
-    def _start(self) -> ProcessPool:
-        pool = ProcessPool(
-            max_workers=self._config.workers,
-            initializer=_prepare_worker,
-            initargs=(self._judge.verifier,),
-            context=multiprocessing.get_context("spawn"),
-        )
-        _ = pool.active  # pebble starts its workers on first use
-        return pool
-
-    def _run(self, tasks: Mapping[Key, Task]) -> dict[Key, Verdict]:
-        """Verdicts on `tasks`; some are missing if the pool broke, as when an idle worker is
-        killed."""
-        timeout = self._config.timeout_s
-        futures: dict[ProcessFuture[Verdict], Key] = {}
-        try:
-            for key, task in tasks.items():
-                args = (self._judge, task, timeout)
-                futures[self._pool.schedule(_work, args=args, timeout=timeout)] = key
-        except RuntimeError:
-            return {}
-        pending: set[Future[Verdict]] = set(futures)
-        # A broken pool forgets the tasks that it had not yet sent to a worker: their futures never
-        # finish.
-        while pending and self._pool.active:
-            pending = wait(pending, timeout=_POLL_SECONDS).not_done
-        verdicts = {key: self._verdict(future) for future, key in futures.items() if future.done()}
-        return {key: verdict for key, verdict in verdicts.items() if verdict is not None}
-
-    def _verdict(self, future: ProcessFuture[Verdict]) -> Verdict | None:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            return None
-        except DeadlineError:
-            return Verdict(0.0, "timeout", f"no verdict within {self._config.timeout_s} s")
-        except ProcessExpired as error:
-            return Verdict(0.0, "error", f"the worker died with exit code {error.exitcode}")
-        except Exception as error:  # such as metadata that cannot be pickled
-            return Verdict.failed(error)
-
-    def _report(self, tasks: Mapping[int, Task], verdicts: Mapping[int, Verdict]) -> None:
+    def _report(
+        self,
+        tasks: Mapping[tuple[int, int], tuple[int, Task]],
+        verdicts: Mapping[tuple[int, int], Verdict],
+    ) -> None:
         unshown: Counter[str] = Counter()
-        for i, task in tasks.items():
-            status, why = verdicts[i].status, verdicts[i].why
+        for key, (judge, task) in tasks.items():
+            status, why = verdicts[key].status, verdicts[key].why
             self.counts[status] += 1
             if status == "ok":
                 continue
@@ -219,11 +175,12 @@ class RewardPool:
                 unshown[status] += 1
                 continue
             log.warning(
-                "reward %s: %s; answer %r, completion %r",
+                "reward %s by %s: %s; answer %s, completion %s",
                 status,
+                self._judges[judge].verifier,
                 why,
-                task.answer,
-                (task.text or "")[:SHOWN_CHARACTERS],
+                shown(task.answer),
+                shown(task.text, SHOWN_CHARACTERS),
             )
         if unshown:
             log.warning(

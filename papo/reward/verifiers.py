@@ -5,14 +5,12 @@ No torch here: reward workers import this file.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from papo.errors import PapoError
 from papo.reward.answers import for_sympy, latex, normalize
 
 Verifier = Callable[[str, str, Mapping[str, Any]], "float | None"]
@@ -90,41 +88,3 @@ BUILT_IN: dict[str, Verifier] = {
 }
 # These compare with the reference answer's text; reasoning-gym reads its entry instead.
 COMPARING = ("math_verify", "exact")
-
-
-def choose_verifier(name: str, source: str) -> str:
-    """The verifier's name, where `auto` stands for the data source's own."""
-    if name != "auto":
-        return name
-    return "reasoning_gym" if source == "reasoning_gym" else "math_verify"
-
-
-@lru_cache(maxsize=8)
-def load_verifier(name: str) -> Verifier:
-    """A built-in verifier, or the user's `package.module:function`.
-
-    The user's function is called as `function(text, answer, metadata)`: the extracted part of the
-    completion, the reference answer and the problem's metadata. What it returns is the reward, with
-    no threshold; None or a value that is not finite masks the completion.
-
-    Raises:
-        PapoError: no such verifier, module or function.
-    """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        known = ", ".join(BUILT_IN)
-        raise PapoError(
-            f"reward.verifier={name!r}: expected auto, {known}, or package.module:function"
-        )
-    try:
-        verifier = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PapoError(f"reward.verifier={name!r}: {error}") from error
-    if not callable(verifier):
-        raise PapoError(
-            f"reward.verifier={name!r}: {attribute} is a {type(verifier).__name__}, not a function"
-        )
-    found: Verifier = verifier
-    return found

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from papo.errors import PapoError
 from papo.model.load import decoder_of
 from papo.types import Completion, KeptIds, Problem
 from papo_kernels import token_stats
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from papo.config import RolloutConfig
+
+# Tokens for which random numbers are made at once: most completions need no more.
+_TOKENS_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,29 @@ class SamplingParams:
         return cls(**{f.name: getattr(rollout, f.name) for f in fields(cls)} | changes)
 
 
+def _uniforms(
+    seeds: Sequence[int], copies: int, taken: slice, device: torch.device
+) -> Iterator[Tensor]:
+    """A number in [0, 1) for each row, token after token: float64 [B, 1].
+
+    Each problem has a generator of its own, and each of its copies a column of what that draws. So
+    a completion's numbers depend neither on the other problems of the call nor on how the copies
+    are split among calls. Generators of the CPU give the same numbers for every device.
+
+    Args:
+        seeds: of the call's problems.
+        copies: of each problem, over all calls.
+        taken: those of this call.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    while True:
+        drawn = [
+            torch.rand(_TOKENS_AHEAD, copies, generator=g, dtype=torch.float64)[:, taken]
+            for g in generators
+        ]
+        yield from torch.cat(drawn, dim=1).to(device).unsqueeze(-1)
+
+
 class _Draw(LogitsProcessor):
     """Draws the next token and leaves it the only one with a finite score, for generate's argmax.
 
@@ -60,13 +87,17 @@ class _Draw(LogitsProcessor):
     Args:
         params: how to sample.
         eos_ids: a row that has drawn one of them has ended; what it draws after that is dropped.
+        uniforms: float64 [B, 1] in [0, 1) per step, on the scores' device.
 
     Attributes:
         logp: float32 [B] per step, log-probability (nats) of the drawn tokens in the distribution
             that they were drawn from.
     """
 
-    def __init__(self, params: SamplingParams, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, eos_ids: Sequence[int], uniforms: Iterator[Tensor]
+    ) -> None:
+        self._uniforms = uniforms
         self._temperature = params.temperature
         self._eos = eos_ids
         self._ended: Tensor | None = None
@@ -114,11 +145,10 @@ class _Draw(LogitsProcessor):
     def _drawn(self, scores: Tensor) -> Tensor:
         # In float64, so that rounding leaves every token its probability.
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
         # The factor keeps the product below the total where it rounds up.
-        below = uniform * cumulative[:, -1:] * (1.0 - 2.0**-52)
+        below = next(self._uniforms) * cumulative[:, -1:] * (1.0 - 2.0**-52)
         drawn = torch.searchsorted(cumulative, below, right=True).squeeze(1)
-        # A row of NaN finds no place: the id stays in range, and the loss shows the NaN.
+        # A row of NaN finds no place: the id stays in range, and the log-prob shows the NaN.
         return drawn.clamp(max=scores.shape[1] - 1)
 
 
@@ -161,39 +191,43 @@ class HFSampler:
         problems: Sequence[Problem],
         copies: int,
         params: SamplingParams,
-        seed: int,
+        seeds: Sequence[int],
     ) -> list[Completion]:
         """`copies` completions of every problem, in the problems' order.
 
+        Those of a problem depend on the model, the problem, `copies`, `params` and its seed alone,
+        but for rounding: neither on what came before nor on what else is sampled.
+
         Args:
             model: a causal LM with whole weights.
-            seed: seeds torch's generators, so that samples depend on nothing that came before.
+            seeds: one per problem.
         """
-        torch.manual_seed(seed)
-        return [
-            completion
-            for part, n in self._calls(problems, copies, params.batch_size)
-            for completion in self._generate(model, part, n, params)
-        ]
+        device = next(model.parameters()).device
+        completions: list[Completion] = []
+        for part, taken in self._calls(len(problems), copies, params.batch_size):
+            uniforms = _uniforms(seeds[part], copies, taken, device)
+            draw = _Draw(params, self._eos, uniforms)
+            n = taken.stop - taken.start
+            completions += self._generate(model, problems[part], n, params.max_new_tokens, draw)
+        return completions
 
     @staticmethod
-    def _calls(
-        problems: Sequence[Problem], copies: int, batch_size: int
-    ) -> Iterator[tuple[Sequence[Problem], int]]:
-        """Problems and copies of each generate call; a problem's copies are split only if they must
-        be."""
-        limit = batch_size or max(1, len(problems)) * copies
+    def _calls(problems: int, copies: int, batch_size: int) -> Iterator[tuple[slice, slice]]:
+        """Which problems and copies each generate call samples; a problem's copies are split only
+        if they must be."""
+        limit = batch_size or max(1, problems) * copies
         at_once = max(1, limit // copies)
-        for start in range(0, len(problems), at_once):
+        for start in range(0, problems, at_once):
             for done in range(0, copies, limit):
-                yield problems[start : start + at_once], min(limit, copies - done)
+                yield slice(start, start + at_once), slice(done, min(done + limit, copies))
 
     def _generate(
         self,
         model: PreTrainedModel,
         problems: Sequence[Problem],
         copies: int,
-        params: SamplingParams,
+        max_new_tokens: int,
+        draw: _Draw,
     ) -> list[Completion]:
         device = next(model.parameters()).device
         prompts = [p.prompt_ids for p in problems]
@@ -207,13 +241,12 @@ class HFSampler:
             mask[i, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         cache = self._prefill(model, ids, mask, copies) if self.prefills else None
-        draw = _Draw(params, self._eos)
         generate: Any = model.generate  # not every PreTrainedModel has it
         out = generate(
             input_ids=ids.repeat_interleave(copies, 0),
             attention_mask=mask.repeat_interleave(copies, 0),
             past_key_values=cache,
-            max_new_tokens=params.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=list(self._eos),
             pad_token_id=self._pad,
@@ -221,6 +254,11 @@ class HFSampler:
         )[:, width:]
         # generate may have drawn a few tokens more than it returns.
         logp = torch.stack(draw.logp[: out.shape[1]], dim=1)
+        if logp.isnan().any():
+            raise PapoError(
+                "the policy gives no token a probability (its log-probs are NaN): it has diverged; "
+                "go on from an earlier checkpoint with a lower optim.lr"
+            )
         responses = [self._until_the_end(row) for row in out.tolist()]
         kept = draw.kept([len(ids) for ids in responses])
         return [

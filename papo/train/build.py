@@ -28,30 +28,35 @@ def check_backend(name: str | None) -> None:
         raise PapoError(f"{option}{error}; without it the fastest that can is used") from error
 
 
-def policy(config: TrainConfig) -> Policy:
+def policy(config: TrainConfig) -> tuple[Policy, str]:
     """The model with its head and loss, not yet under an engine; a collective.
+
+    Returns:
+        The policy, and the `papo.model.weights.fingerprint` of its model.
 
     Raises:
         PapoError: the model does not load, or cannot recompute its activations.
     """
     with collectives.failing_together():
-        causal_lm = load_causal_lm(config.model)
+        causal_lm, digest = load_causal_lm(config.model)
     if config.model.activation_checkpointing:
         recompute_activations(causal_lm, dropout=config.model.dropout)
     chunk = config.loss.chunk_mib
-    return Policy(
+    made = Policy(
         causal_lm,
         temperature=config.rollout.temperature,
         dropout=config.model.dropout,
         compute=Compute(config.loss.backend, None if chunk is None else chunk << 20),
         full_logits=config.loss.full_logits,
     )
+    return made, digest
 
 
-def engines(config: TrainConfig) -> tuple[Engine, Engine | None]:
+def engines(config: TrainConfig, trained: Policy) -> tuple[Engine, Engine | None]:
     """The policy's engine and, where the KL term is on, the frozen reference's; a collective."""
     ds_config = config.deepspeed_dict(collectives.world_size())
-    engine = Engine(policy(config), ds_config, config.optim)
+    engine = Engine(trained, ds_config, config.optim)
     if config.loss.kl_coef == 0.0:
         return engine, None
-    return engine, Engine(policy(config).requires_grad_(False), ds_config, None)
+    reference, _ = policy(config)
+    return engine, Engine(reference.requires_grad_(False), ds_config, None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from papo.dist import collectives
-from papo.policy.batch import TrainingSequence
 from papo.policy.update import Update
 from papo.train.stats import Passes, Pieces
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,20 @@ class EntropyMeasurement:
     def of(cls, passes: Passes, pieces: Pieces, tokens: int) -> EntropyMeasurement:
         """For about `tokens` tokens of all ranks, 0 for all of the update's; a collective.
 
+        How many ranks share the update's sequences does not change which of them are measured.
+
         Args:
             pieces: the update's.
         """
         sequences = [s for piece in pieces for s in piece if s.weight > 0]
-        mine = {"tokens": sum(len(s.response_ids) for s in sequences)}
-        share = tokens / max(1.0, collectives.sum_named(mine)["tokens"])
+        mine = [(s.group, i, len(s.response_ids)) for i, s in enumerate(sequences)]
+        everyones = sorted(collectives.gather_lists(mine))
+        share = tokens / max(1, sum(length for _, _, length in everyones))
         if tokens and share < 1:
-            pieces = passes.pieces(spread(sequences, share))
+            chosen = set(spread(everyones, share))
+            pieces = passes.pieces(
+                [s for place, s in zip(mine, sequences, strict=True) if place in chosen]
+            )
         elif not passes.engine.dropout:
             return cls(passes, pieces)
         return cls(passes, pieces, passes.mean_entropy(pieces))
@@ -53,8 +61,8 @@ class EntropyMeasurement:
         return replace(update, measured_delta=self.passes.mean_entropy(self.pieces) - before)
 
 
-def spread(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:
-    """A share of `sequences`, rounded up, at equal distances from the first to the last."""
-    n = len(sequences)
+def spread(items: Sequence[T], share: float) -> list[T]:
+    """A share of `items`, rounded up, at equal distances from the first to the last."""
+    n = len(items)
     count = math.ceil(share * n)
-    return [sequences[(2 * i + 1) * n // (2 * count)] for i in range(count)]
+    return [items[(2 * i + 1) * n // (2 * count)] for i in range(count)]

@@ -14,6 +14,7 @@ from papo.dist import collectives
 from papo.record.recorder import Recorder
 from papo.reward.pool import RewardPool
 from papo.rollout.hf import HFSampler, SamplingParams, greedy
+from papo.train.schedule import seed_of
 from papo.types import Problem, Reward
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Evaluator:
         samples: of each problem.
         with_greedy: whether each problem is also decoded greedily.
         success: the reward from which a completion counts as right.
-        seed: of this rank's samples.
+        seed: of the run.
     """
 
     sampler: HFSampler
@@ -44,7 +45,7 @@ class Evaluator:
     seed: int
 
     def evaluate(self, model: PreTrainedModel, problems: Sequence[Problem]) -> dict[str, float]:
-        """Figures over all ranks' problems; a collective. The ranks sample independently.
+        """Figures over all ranks' problems; a collective.
 
         Masked completions count neither as right nor as wrong: they are left out of every mean, and
         a problem whose samples are all masked is left out of pass@k.
@@ -58,19 +59,21 @@ class Evaluator:
             and `reward_greedy` where asked for, `truncated` (share of sampled completions that ran
             into the limit), `invalid` (masked completions), `problems`.
         """
-        share = list(problems[collectives.rank() :: collectives.world_size()])
+        mine = range(collectives.rank(), len(problems), collectives.world_size())
+        share = [problems[i] for i in mine]
+        seeds = [seed_of(self.seed, "evaluation", i) for i in mine]
         sampled: list[Reward] = []
         decoded: list[Reward] = []
         truncated = 0
         with collectives.failing_together():
             if share:
                 plain = replace(self.params, temperature=1.0, top_p=1.0, top_k=0)
-                drawn = self.sampler.sample(model, share, self.samples, plain, self.seed)
+                drawn = self.sampler.sample(model, share, self.samples, plain, seeds)
                 sampled = self.rewards.score(drawn)
                 truncated = sum(c.truncated for c in drawn)
                 if self.with_greedy:
                     params = greedy(self.params)
-                    once = self.sampler.sample(model, share, 1, params, self.seed)
+                    once = self.sampler.sample(model, share, 1, params, seeds)
                     decoded = self.rewards.score(once)
         groups = (sampled[i : i + self.samples] for i in range(0, len(sampled), self.samples))
         # A problem's best sample stands for it: NaN, masked, where none has a reward.

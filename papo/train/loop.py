@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from papo.config import TrainConfig
-from papo.dist import checkpoint, collectives, engine
-from papo.dist.termination import Termination
+from papo.dist import checkpoint, collectives, group, termination
 from papo.policy.batch import TrainingSequence
 from papo.policy.update import Update
 from papo.record.telemetry import StageClock, memory_metrics, rollout_metrics, update_metrics
 from papo.train import experience
 from papo.train.entropy import EntropyMeasurement
 from papo.train.rounds import SamplingRounds
-from papo.train.schedule import due, learning_rate
+from papo.train.schedule import due, learning_rate, seed_of
 from papo.train.session import Session
 from papo.train.stats import attach
 
 
 def run(config: TrainConfig) -> int:
-    """Train as `config` says; 0 at the end, also after SIGTERM (with a checkpoint).
+    """Train as `config` says; 0 at the end, also after a signal (with a checkpoint).
 
     Raises:
         PapoError: what a user can mend, on every rank.
     """
-    engine.start()
-    try:
-        with Session(config) as session:
-            return Loop(config, session).run()
-    finally:
-        engine.stop()
+    with group.joined(), Session(config) as session:
+        return Loop(config, session).run()
 
 
 class Loop:
@@ -40,7 +37,6 @@ class Loop:
         self.s = session
         self.step = 0
         self.cursor = 0
-        self._termination = Termination()
 
     def run(self) -> int:
         """Resume, train, evaluate, report."""
@@ -49,6 +45,7 @@ class Loop:
         if self.step == 0 and config.evaluation.before:
             s.held_out.evaluate("before", self.step)
         s.progress.start(config.steps, self.step)
+        termination.PROCESS.steps_begin()
         stops = self._stops()
         while not stops and self.step < config.steps:
             self._train_step()
@@ -57,10 +54,11 @@ class Loop:
             stops = self._stops()
             if stops or due(config.checkpoint.every, self.step) or self.step == config.steps:
                 s.state.save(self.step, self.cursor)
+        termination.PROCESS.steps_end(stopped=bool(stops))
         s.progress.close()
         if stops:
             s.recorder.say(
-                f"stopped after step {self.step}: {stops}; --resume auto continues from there"
+                f"stopped after step {self.step}: {stops}; go on from there with --resume auto"
             )
             return 0
         checkpoint.export(Path(config.output_dir) / "final", s.engine, s.tokenizer)
@@ -71,7 +69,7 @@ class Loop:
 
     def _stops(self) -> str:
         """Why a rank has to stop early, empty if none has to; a collective."""
-        return max(collectives.gather_objects(self._termination.reason))
+        return max(collectives.gather_objects(termination.PROCESS.reason))
 
     def _train_step(self) -> None:
         config, s, clock = self.config, self.s, StageClock()
@@ -93,15 +91,20 @@ class Loop:
             "phase/phi": phase,
             "optim/lr": updates[-1].lr,
         }
-        self._observe(updates)
+        fault = s.health.fault(updates, sampled, metrics)
+        if not fault:
+            self._observe(updates)
         metrics |= {**s.prediction.observe(updates), **s.phase.metrics()}
         metrics |= {**memory_metrics(), **clock.metrics(sampled)}
         s.recorder.step(self.step, metrics, sampled)
+        s.health.stop(self.step, fault)
 
     def _updates(
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock
     ) -> list[Update]:
         config, s, count = self.config, self.s, self.config.optim.updates_per_rollout
+        # For the model's dropout, where it is kept.
+        torch.manual_seed(seed_of(config.seed, "dropout", self.step, collectives.rank()))
         measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
             s.row_check.check(sequences)

@@ -172,7 +172,7 @@ def _sample(
     """Completions, and why their log-probs are not the model's own; empty if they are."""
     params = SamplingParams(_NEW_TOKENS, temperature)
     try:
-        completions = sampler.sample(model, problems, _COPIES, params, seed=0)
+        completions = sampler.sample(model, problems, _COPIES, params, range(len(problems)))
         rows = [_alone(model, c, temperature) for c in completions]
     except Exception as error:  # as in Sampled.fault
         return None, _named(error)

@@ -42,17 +42,19 @@ class SamplingRounds:
 
     def next(self) -> list[ScoredGroup]:
         """Sample and score another round; a collective."""
-        config, rollout, rank = self.config, self.config.rollout, collectives.rank()
-        n = rollout.completions_per_prompt
-        share = rollout.prompts_per_step // collectives.world_size()
-        problems = self.problems.batch(self.cursor, rollout.prompts_per_step)
-        self.cursor += rollout.prompts_per_step
-        mine = problems[rank * share : (rank + 1) * share]
-        with self.clock("rollout"):
-            seed = seed_of(config.seed, "rollout", self.step, self.done, rank)
+        config, rollout = self.config, self.config.rollout
+        n, prompts = rollout.completions_per_prompt, rollout.prompts_per_step
+        problems = self.problems.batch(self.cursor, prompts)
+        self.cursor += prompts
+        # Every rank has a share of every part of the round, which mini-batches are made of.
+        mine = range(collectives.rank(), prompts, collectives.world_size())
+        with self.clock("rollout"), collectives.failing_together():
+            seeds = [seed_of(config.seed, "rollout", self.step, self.done, i) for i in mine]
             params = SamplingParams.of(rollout)
-            completions = self.sampler.sample(self.model, mine, n, params, seed)
+            share = [problems[i] for i in mine]
+            completions = self.sampler.sample(self.model, share, n, params, seeds)
         with self.clock("reward"), collectives.failing_together():
             rewards = self.rewards.score(completions)
+        indices = [self.done * prompts + i for i in mine]
         self.done += 1
-        return score_groups(completions, rewards, n, config.advantage, rollout.max_new_tokens)
+        return score_groups(completions, rewards, indices, config.advantage, rollout.max_new_tokens)

@@ -23,7 +23,7 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
 
 
 def seed_of(seed: int, *purpose: object) -> int:
-    """A 63-bit seed made of the run's seed and `purpose` (stage, step, round, rank) alone."""
+    """A 63-bit seed made of the run's seed and `purpose` (stage, step, round, problem) alone."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from papo.data.problems import ProblemSource
+from papo.config import TrainConfig
 from papo.dist import checkpoint, collectives
 from papo.dist.engine import Engine
-from papo.errors import PapoError
+from papo.dist.folders import Retention, discard_after
 from papo.policy.batch import IDLE, Batcher
-from papo.policy.passes import loss_of
+from papo.policy.passes import evaluating, loss_of, stats_of
 from papo.record.recorder import Recorder
+from papo.record.run_folder import CHECKPOINTS
+from papo.train.health import Health
+from papo.train.resume import Origin
 from papo_kernels import Objective
 
 
@@ -23,31 +26,45 @@ class RunState:
     Randomness has no state: the seed and the step determine it.
 
     Attributes:
-        folder: of the run's checkpoints.
-        keep: how many of them.
-        resumed: the checkpoint that the run goes on from, if any.
-        parts: what changes beside the engine, by its name in a checkpoint.
+        origin: the checkpoint that the run goes on from, if any.
+        fingerprints: of the training problems and of the model, `problems` and `model`.
+        parts: what else changes beside the engine, by its name in a checkpoint.
         recorder: has the evaluations so far.
     """
 
-    folder: Path
-    keep: int
-    resumed: Path | None
+    config: TrainConfig
+    origin: Origin
     engine: Engine
     batcher: Batcher
-    problems: ProblemSource
+    fingerprints: Mapping[str, str]
     parts: Mapping[str, checkpoint.Stateful]
+    health: Health
     recorder: Recorder
 
+    @property
+    def folder(self) -> Path:
+        """Of the run's checkpoints."""
+        return Path(self.config.output_dir) / CHECKPOINTS
+
     def save(self, step: int, cursor: int) -> None:
-        """Write the checkpoint of `step`; a collective."""
+        """Write the checkpoint of `step`; a collective.
+
+        Raises:
+            PapoError: it cannot be written, or the policy is no longer one to go on from.
+        """
+        self._check_policy(step)
+        evaluations, options = self.recorder.results.evaluations, self.config.checkpoint
         state = {
             "cursor": cursor,
-            "problems": self.problems.fingerprint,
+            "score": next((e.get("accuracy") for e in evaluations if e["step"] == step), None),
+            "bad_steps": self.health.bad_steps,
+            "config": self.config.model_dump(mode="json"),
+            **self.fingerprints,
             **{name: part.state_dict() for name, part in self.parts.items()},
-            "evaluations": self.recorder.results.evaluations,
+            "evaluations": evaluations,
         }
-        checkpoint.save(self.folder, step, self.engine, state, self.keep)
+        retention = Retention(options.keep, options.keep_best)
+        checkpoint.save(self.folder, step, self.engine, state, retention, options.weights)
 
     def resume(self) -> tuple[int, int]:
         """Load the checkpoint to go on from, if any, and drop what was written after it; a
@@ -57,30 +74,33 @@ class RunState:
             Step and data cursor to go on from.
 
         Raises:
-            PapoError: the checkpoint is of another model or of other problems.
+            PapoError: the checkpoint is of another model.
         """
         step = cursor = 0
-        if self.resumed is not None:
+        resumed, asked = self.origin.folder, self.config.resume
+        if resumed is not None:
             self._create_optimizer_state()
-            state = checkpoint.load(self.resumed, self.engine)
-            self._check_problems(state["problems"])
+            state = checkpoint.load(resumed, self.engine)
             step, cursor = state["step"], state["cursor"]
+            self.health.bad_steps = state["bad_steps"]
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.recorder.results.evaluations = state["evaluations"]
-            self.recorder.say(f"resumed from {self.resumed} after step {step}")
+            self.recorder.say(f"--resume {asked}: going on from {resumed} after step {step}")
+        elif asked == "auto":
+            self.recorder.say(f"--resume auto: no checkpoint in {self.folder}, so from the start")
         if collectives.rank() == 0:
-            checkpoint.discard_after(self.folder, step)
+            discard_after(self.folder, step)
         self.recorder.truncate_after(step)
         return step, cursor
 
-    def _check_problems(self, trained_on: str) -> None:
-        """Refuse other problems than the checkpoint's: its cursor counts in their order."""
-        if trained_on != self.problems.fingerprint:
-            raise PapoError(
-                f"resume: the training problems are not those of {self.resumed} (rows, "
-                "their order, or what reward.on_bad_reference dropped); expected the same data"
-            )
+    def _check_policy(self, step: int) -> None:
+        """Stop where weights are finite, but too large to compute with: a good checkpoint would
+        make room for this one."""
+        with evaluating(self.engine):
+            entropy = stats_of(self.engine, self.batcher.batch([IDLE])).entropy
+        broken = collectives.all_max(float(not entropy.isfinite().all()))
+        self.health.stop(step, "the policy gives no token a probability" if broken else "")
 
     def _create_optimizer_state(self) -> None:
         """Make the optimizer's moments, to be filled, by an idle update at learning rate 0."""

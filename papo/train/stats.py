@@ -3,6 +3,7 @@ the reference policy, and the mean entropy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,7 @@ class Passes:
         return per_sequence
 
     def mean_entropy(self, pieces: Pieces) -> float:
-        """Mean entropy in nats over all ranks' tokens that train, 0 where there are none; a
+        """Mean entropy in nats over all ranks' tokens that train, NaN where there are none; a
         collective."""
         tokens = entropy = torch.zeros((), dtype=torch.float64, device=self.batcher.device)
         with evaluating(self.engine):
@@ -59,7 +60,7 @@ class Passes:
                 tokens = tokens + batch.live.double().sum()
                 entropy = entropy + torch.where(batch.live, each, 0.0).sum()
         sums = collectives.sum_named({"tokens": tokens, "entropy": entropy})
-        return sums["entropy"] / max(1.0, sums["tokens"])
+        return sums["entropy"] / (sums["tokens"] or math.nan)
 
 
 def attach(

@@ -9,6 +9,7 @@ import torch
 
 from papo.config import OptimConfig, TrainConfig, WeightingConfig
 from papo.dist.engine import Engine
+from papo.dist.partition import MASTER
 from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
@@ -136,13 +137,29 @@ def run_masters(stage: int, **offload: str) -> dict[str, bool]:
     causal_lm = tasks.model(False)
     start = {name: p.detach().clone() for name, p in causal_lm.named_parameters()}
     e = engine_of(causal_lm, stage=stage, dtype="bf16", **offload)
-    masters = {name: e.read_state(p)["weight"].clone() for name, p in e.trained_parameters()}
+    masters = {
+        name: e.partition(p).read(MASTER).clone().view(start[name].shape)
+        for name, p in e.trained_parameters()
+    }
     with e.inference_model() as whole:
         compute = {name: p.clone() for name, p in whole.named_parameters()}
     return {
         "off the bfloat16 grid": any((p != p.bfloat16().float()).any() for p in start.values()),
         "masters": all(torch.equal(masters[name], p) for name, p in start.items()),
         "compute": all(torch.equal(compute[name], p.bfloat16()) for name, p in start.items()),
+    }
+
+
+def run_frozen(stage: int, dtype: str) -> dict[str, Any]:
+    """The reference policy of a KL term: its log-probs beside those of the policy it equals."""
+    policy = Policy(tasks.model(True), temperature=1.0).requires_grad_(False)
+    reference = Engine(policy, deepspeed_dict(stage, dtype), None)
+    e = engine_of(tasks.model(True), stage=stage, dtype=dtype)
+    part = sequences(4)
+    got, expected = (passes(x, 4).token_stats(part) for x in (reference, e))
+    return {
+        "same": all(torch.equal(a.logp, b.logp) for a, b in zip(got, expected, strict=True)),
+        "trained": reference.trained_numel,
     }
 
 
@@ -186,7 +203,7 @@ def run_checkpointing(folder: str, on: bool) -> dict[str, Any]:
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
         optim={"lr": 1e-2, "eps": 1e-3},
     )
-    e, _ = build.engines(config)
+    e, _ = build.engines(config, build.policy(config)[0])
     calls: list[int] = []
     layer = e.policy.causal_lm.get_decoder().layers[0]
     layer.self_attn.register_forward_hook(lambda *args: calls.append(1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +76,32 @@ def run_tasks(
     tasks: dict[str, tuple[str, dict[str, Any]]],
     module: str = "tests.distributed.tasks",
 ) -> dict[str, list[Any]]:
-    """Run tasks of `module` one after the other on `world` ranks; each one's result per rank.
-
-    Starting Python, torch and DeepSpeed takes far longer than a task, so a test file starts its
-    ranks once.
-    """
-    results = finish(start(world, ["-m", module, json.dumps(tasks)]))
-    for code, out, err in results:
+    """Run tasks of `module` one after the other on `world` ranks; each one's result per rank."""
+    nursery = _nursery()
+    assert nursery.stdin is not None and nursery.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        print(
+            json.dumps([world, module, json.dumps(tasks), folder]), file=nursery.stdin, flush=True
+        )
+        codes = json.loads(nursery.stdout.readline())
+        printed = [
+            [Path(folder, f"rank{rank}.{name}").read_text() for name in ("out", "err")]
+            for rank in range(world)
+        ]
+    for code, (out, err) in zip(codes, printed, strict=True):
         assert code == 0, f"exit code {code}\n{out}\n{err}"
-    ranks = [json.loads(out.strip().splitlines()[-1]) for _, out, _ in results]
+    ranks = [json.loads(out.strip().splitlines()[-1]) for out, _ in printed]
     return {key: [rank[key] for rank in ranks] for key in tasks}
+
+
+@functools.cache
+def _nursery() -> subprocess.Popen[str]:
+    """One for all tests of this process; it ends when its input does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.nursery"],
+        env=environment(0, 1, 0),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from papo.config import OptimConfig, WeightingConfig
-from papo.dist import collectives, engine
+from papo.dist import collectives, group
 from papo.dist.engine import Engine
 from papo.errors import PapoError
 from papo.policy.batch import Batcher, TrainingSequence
@@ -221,6 +221,20 @@ def run_nothing(stage: int) -> dict[str, Any]:
     }
 
 
+def run_finite(stage: int, dtype: str) -> list[bool]:
+    """What is said of weights and moments before and after an update, and with a NaN in the last
+    moment that rank 0 holds."""
+    e = make_engine(stage, dtype=dtype)
+    said = [e.finite()]
+    one_update(e, sequences(8), 4, Loss(), True)
+    said.append(e.finite())
+    if collectives.rank() == 0:
+        assert e.adamw is not None
+        *_, state = e.adamw.state.values()
+        state["exp_avg_sq"].view(-1)[0] = math.nan
+    return [*said, e.finite()]
+
+
 def run_head_outside_a_gather() -> dict[str, Any]:
     """What a user of ZeRO-3 gets who passes the head's weight by attribute."""
     from papo_kernels import Head, token_stats
@@ -244,6 +258,12 @@ def run_fail_together(failing: int) -> str:
     except PapoError as error:
         return str(error)
     return ""
+
+
+def run_exchange() -> list[str]:
+    """What this rank receives where rank r sends r texts to every rank."""
+    rank, world = collectives.rank(), collectives.world_size()
+    return collectives.exchange([[f"{rank} to {r}"] * rank for r in range(world)])
 
 
 def run_bad_update(stage: int, where: str) -> dict[str, Any]:
@@ -327,12 +347,12 @@ def run_stats(temperature: float) -> dict[str, Any]:
 
 def main(runners: Mapping[str, Any]) -> None:
     """`runners`: the functions `run_<task>` among other names."""
-    engine.start()
+    group.start()
     results = {
         key: runners[f"run_{task}"](**options)
         for key, (task, options) in json.loads(sys.argv[1]).items()
     }
-    engine.stop()
+    group.stop()
     print(json.dumps(results), flush=True)
 
 

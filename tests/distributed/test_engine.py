@@ -19,6 +19,8 @@ OPTIMIZER = {"offload_optimizer": "cpu"}
 BOTH = {**OPTIMIZER, "offload_param": "cpu"}
 OFFLOADS = [(3, "bf16", OPTIMIZER), (3, "bf16", BOTH), (3, "fp32", BOTH), (2, "bf16", OPTIMIZER)]
 
+FROZEN = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
+
 
 def memory_task(dtype: str, tied: bool, count: int, chunk_mib: int = CHUNK_MIB) -> tuple:
     options = {"dtype": dtype, "tied": tied, "count": count, "chunk_mib": chunk_mib}
@@ -38,6 +40,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
     tasks["probe"] = ("probe", {"steps": 16})
     tasks |= {f"masters-{stage}": ("masters", {"stage": stage}) for stage in (0, 1, 2, 3)}
     tasks["masters-3-offloaded"] = ("masters", {"stage": 3, **BOTH})
+    tasks |= {f"frozen-{s}-{d}": ("frozen", {"stage": s, "dtype": d}) for s, d in FROZEN}
     for case, (stage, dtype, offload) in enumerate(OFFLOADS):
         tasks[f"resident-{stage}-{dtype}"] = ("offload", {"stage": stage, "dtype": dtype})
         tasks[f"offload-{case}"] = ("offload", {"stage": stage, "dtype": dtype, **offload})
@@ -105,6 +108,12 @@ def test_masters_keep_the_checkpoints_digits(results, stage) -> None:
         "masters": True,
         "compute": True,
     }
+
+
+@pytest.mark.parametrize(("stage", "dtype"), FROZEN)
+def test_a_frozen_reference_runs_under_every_stage(results, stage, dtype) -> None:
+    """`loss.kl_coef` > 0: an engine that has nothing to train."""
+    assert results[f"frozen-{stage}-{dtype}"] == {"same": True, "trained": 0}
 
 
 @pytest.mark.parametrize("case", range(len(OFFLOADS)))

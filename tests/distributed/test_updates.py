@@ -40,6 +40,7 @@ CASES = [
 
 
 MODEL = ("tied", "aggregation", "frozen")
+STAGES = {0: "fp32", 1: "bf16", 3: "bf16"}
 
 
 def unfused(case: tuple) -> str:
@@ -79,7 +80,12 @@ def of_world(world: int) -> dict:
         for tokens in (0, 9)
     }
     if world == 2:
+        tasks["exchange"] = ("exchange", {})
         tasks |= {f"fails-{rank}": ("fail_together", {"failing": rank}) for rank in (0, 1)}
+        tasks |= {
+            f"finite-{stage}": ("finite", {"stage": stage, "dtype": dtype})
+            for stage, dtype in STAGES.items()
+        }
     if world == 1:
         tasks |= {
             unfused(case): ("unfused", dict(zip(MODEL, case[3:], strict=True))) for case in CASES
@@ -167,6 +173,10 @@ def test_nothing_to_train_on_is_a_loss_of_zero(results) -> None:
             assert got["grad_norm"] == 0.0 and not any(got["sums"].values())
 
 
+def test_each_rank_receives_what_the_others_have_for_it(results) -> None:
+    assert results[2]["exchange"] == [["1 to 0"], ["1 to 1"]]
+
+
 def test_what_fails_on_one_rank_fails_on_all_with_its_text(results) -> None:
     for rank in (0, 1):
         assert results[2][f"fails-{rank}"] == [f"rank {rank} has no disk"] * 2
@@ -214,3 +224,8 @@ def test_entropy_logp_and_polarity_at_the_sampling_temperature(results, temperat
     assert min(got["entropy"]) >= 0 and not any(math.isnan(h) for h in got["entropy"])
     of_the_loss = got["true_entropy"][: sum(got["lengths"][:4])]
     assert got["mean_entropy"] == pytest.approx(statistics.fmean(of_the_loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_rank_sees_what_is_not_finite_in_its_part(results, stage: int) -> None:
+    assert results[2][f"finite-{stage}"] == [[True, True, False], [True, True, True]]

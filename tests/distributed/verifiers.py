@@ -9,3 +9,8 @@ from typing import Any
 def even_length(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
     """1 for a completion with an even number of characters."""
     return float(len(text) % 2 == 0)
+
+
+def even_sum(text: str, answer: str, metadata: Mapping[str, Any]) -> float:
+    """1 where the character codes have an even sum: half of a random model's completions."""
+    return float(sum(map(ord, text)) % 2 == 0)

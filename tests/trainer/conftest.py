@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct, converted once into the user's cache."""
-    from papo.model.load import resolve_model_path
+    from papo.model.files import resolve_model_path
 
     return Path(resolve_model_path("smollm2-135m"))
 

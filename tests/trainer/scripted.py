@@ -39,6 +39,8 @@ def scripted(text, answer, metadata):
         raise NeedsTwoArguments(1, 2)
     if text == "not a number":
         return "seven"
+    if text.startswith("meet "):
+        return _meet(*text.split()[1:])
     if text == "is torch loaded":
         return float("torch" in sys.modules)
     return {"none": None, "nan": math.nan, "inf": math.inf, "huge": 1e39}.get(
@@ -46,20 +48,25 @@ def scripted(text, answer, metadata):
     )
 
 
-def meet(text, answer, metadata):
+def equals(text, answer, metadata):
+    """Whether the text is what the test expects to be seen."""
+    return float(text == metadata["seen"])
+
+
+def trl(prompts, completions, completion_ids, solution):
+    """Whether the arguments have TRL's form, for the prompts `say 1` and, as messages, `say 2`."""
+    (prompt,), (completion,), (answer,) = prompts, completions, solution
+    if answer == "1":
+        said = (prompt, completion) == ("say 1", "1")
+    else:
+        message = {"role": "assistant", "content": "2"}
+        said = (prompt, completion) == ([{"role": "user", "content": "say 2"}], [message])
+    return [float(said and completion_ids == [[7]])]
+
+
+def _meet(here, other):
     """Returns only once two workers are in here at the same time."""
-    here, other = text.split()
     Path(here).touch()
     while not Path(other).exists():
         time.sleep(0.01)
     return 1.0
-
-
-def end_process(verifier):
-    """An initializer that fails."""
-    os._exit(3)
-
-
-def equals(text, answer, metadata):
-    """Whether the text is what the test expects to be seen."""
-    return float(text == metadata["seen"])

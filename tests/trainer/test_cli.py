@@ -13,6 +13,8 @@ import pytest
 from papo import cli
 from papo.cli import config_from, main
 from papo.config import ConfigError
+from papo.dist import termination
+from papo.dist.peers import PeerError
 from papo.errors import PapoError
 from papo.record.progress import Progress, clock_text, step_line
 from tests.trainer.tiny import MINIMAL
@@ -33,10 +35,19 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+def as_one_of(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting, and the root of the log as it was: `main` sets it up for the whole process."""
-    monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.0)
+    """No waiting, no launcher, no model to look for, and the root of the log as it was: `main` sets
+    it up for the whole process."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli.preflight, "check", lambda config: None)
+    monkeypatch.setattr(cli, "SILENT_SECONDS", 0.0)
     monkeypatch.setattr(cli, "_log_to_stderr", lambda level: None)
 
 
@@ -61,6 +72,20 @@ def test_set_overrides_in_order(file: str) -> None:
 )
 def test_resume(file: str, arguments: list[str], resume: str) -> None:
     assert config_from(["--config", file, *arguments]).resume == resume
+
+
+@pytest.mark.parametrize("resume", ["", "a\0b", "x" * 5000])
+def test_resume_is_validated_as_the_option_is(file: str, resume: str) -> None:
+    """An unset shell variable must not start the run over."""
+    for arguments in (["--resume", resume], ["--resume="], ["--set", 'resume=""']):
+        with pytest.raises(ConfigError, match=r"run.yaml: resume=.*: expected "):
+            config_from(["--config", file, *arguments])
+
+
+def test_an_argument_that_is_not_given_replaces_no_option(file: str) -> None:
+    written = ["--set", "resume=auto", "--set", "resume_anyway=true"]
+    config = config_from(["--config", file, *written])
+    assert config.resume == "auto" and config.resume_anyway
 
 
 def test_the_launchers_argument_is_accepted(file: str) -> None:
@@ -102,8 +127,10 @@ def test_an_error_of_the_run_is_told_by_rank_0_and_fails_every_rank(
     def run(config: object) -> int:
         raise PapoError("the disk is full:\nfree some")
 
+    as_one_of(2, monkeypatch)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("papo.train.loop.run", run)
+    monkeypatch.setattr(cli.peers, "met", True)
     capsys.readouterr()  # what importing DeepSpeed says
     assert main(["--config", file]) == 1
     out, err = capsys.readouterr()
@@ -115,29 +142,105 @@ def test_the_other_ranks_leave_after_rank_0_has_spoken(
 ) -> None:
     """The launcher kills rank 0 with the rest when it sees another one fail first."""
     waited: list[float] = []
-    monkeypatch.setattr(cli, "_GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(cli, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(cli.time, "sleep", waited.append)
+    as_one_of(2, monkeypatch)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["--config", file, "--set", "steps=0"]) == 1
     assert waited == [2.0]
 
 
-def test_a_bug_keeps_its_traceback(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rank", "local", "launched", "told"),
+    [("0", "0", False, 1), ("1", "1", False, 0), ("8", "0", False, 1), ("9", "1", True, 1)],
+)
+def test_before_the_ranks_have_met_each_machine_tells_what_it_lacks(
+    file: str, monkeypatch, capsys, rank: str, local: str, launched: bool, told: int
+) -> None:
+    """And a rank that the launcher leaves alive after another would have told the same."""
+    as_one_of(16, monkeypatch)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    launcher = object() if launched else None
+    monkeypatch.setattr(termination.PROCESS, "_launcher", launcher)
+    assert main(["--config", file, "--set", "steps=0"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("error: ") == told and ("steps=0" in err) == bool(told)
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_an_unforeseen_error_is_a_line_and_its_traceback_a_file(
+    has_folder: bool,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the run's folder, or where there is none in the temporary one."""
+
     def run(config: object) -> int:
-        raise RuntimeError("a bug")
+        raise RuntimeError("a \x1b[31mbug\x00 of \udcff\nmany lines")
+
+    folders = {True: tmp_path / "run", False: tmp_path / "temporary"}
+    folders[has_folder].mkdir()
+    monkeypatch.setattr("papo.train.loop.run", run)
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    capsys.readouterr()
+    assert main(["--config", file, "--set", f"output_dir={tmp_path / 'run'}"]) == 1
+    (written,) = folders[has_folder].iterdir()
+    assert capsys.readouterr().err == (
+        "error: unexpected RuntimeError: a \\x1b[31mbug\\x00 of \\udcff; "
+        f"the traceback is in {written}\n"
+    )
+    assert "Traceback" in written.read_text() and "in run" in written.read_text()
+
+
+def test_a_lost_peer_ends_the_process_in_one_line(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, since destroying the process group would wait for the peer."""
+    left: list[tuple[int, str]] = []
+
+    def run(config: object) -> int:
+        raise PeerError("rank 1 is gone", speaks=True)
 
     monkeypatch.setattr("papo.train.loop.run", run)
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["--config", file])
+    monkeypatch.setattr(termination.PROCESS, "leave", lambda *how: left.append(how))
+    monkeypatch.setattr(termination.PROCESS, "leave_silently", lambda status: None)
+    main(["--config", file])
+    assert left == [(1, "error: rank 1 is gone")]
 
 
-def test_ctrl_c_is_130(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("papo.train.loop.run", run)
-    assert main(["--config", file]) == 130
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (
+            {"RANK": "first"},
+            "RANK='first' beside WORLD_SIZE=1: expected a whole number from 0 to 0",
+        ),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2' beside WORLD_SIZE=2"),
+        ({"RANK": "\N{SUPERSCRIPT TWO}", "WORLD_SIZE": "4"}, "expected a whole number from 0 to 3"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number from 1"),
+        ({"WORLD_SIZE": "9" * 5000}, "expected a whole number from 1"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"WORLD_SIZE": "2"}, "MASTER_PORT is not set, but WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000': expected"),
+    ],
+)
+def test_a_bad_variable_of_the_launcher_is_one_line(
+    file: str,
+    variables: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", file]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line
 
 
 def test_a_bad_option_ends_the_process_before_torch_is_loaded(file: str) -> None:
@@ -164,6 +267,11 @@ def test_a_step_is_a_line_with_what_was_promised() -> None:
     assert step_line(3, 20, FIGURES, 65.2) == (
         "step 3/20  reward 0.500  entropy 2.250  phase -0.50  1234 tok/s  ETA 1:05"
     )
+
+
+def test_a_mean_over_nothing_is_a_dash() -> None:
+    figures = {**FIGURES, "reward/mean": math.nan, "entropy/mean": math.nan}
+    assert step_line(3, 20, figures, 65.2).startswith("step 3/20  reward -  entropy -  phase ")
 
 
 @pytest.mark.parametrize(("r", "shown"), [(0.916, "dH r +0.92  "), (-0.5, "dH r -0.50  ")])

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from papo.config import PRESETS, ConfigError, LossConfig, TrainConfig, load_config
+from papo.config import (
+    PRESETS,
+    ConfigError,
+    LossConfig,
+    RewardConfig,
+    TrainConfig,
+    load_config,
+)
 from papo.config.page import reference_page
 from papo.config.text import known_keys, sections_of
 from papo.policy.objective import objective_of
@@ -90,7 +97,7 @@ def test_one_completion_per_prompt_is_refused(load):
         ("optim.lr=.inf", "optim.lr=inf: expected a finite number"),
         ("optim.betas=[0.9, 1.0]", "optim.betas[1]=1.0: expected less than 1"),
         ("optim.betas=[0.9]", "optim.betas[1] is missing"),
-        ("rollout.temperature=0", "rollout.temperature=0: expected greater than 0"),
+        ("rollout.temperature=0", "rollout.temperature=0: expected greater than or equal to 1e-18"),
         ("rollout.top_p=0", "rollout.top_p=0: expected greater than 0"),
         ("loss.dual_clip=1", "loss.dual_clip=1: expected greater than 1"),
         ("loss.dual_clip=.inf", "loss.dual_clip=inf: expected a finite number"),
@@ -110,7 +117,6 @@ def test_one_completion_per_prompt_is_refused(load):
         ),
         ("loss.entropy_coef=.nan", "loss.entropy_coef=nan: expected a finite number"),
         ("optim.lr=1e", "optim.lr='1e': expected number"),
-        ("name=2024-13-45", "not valid YAML: month must be in 1..12"),
         ("loss.backend=gpu", "loss.backend='gpu': expected 'reference', 'cpu', 'triton' or 'cuda'"),
         ("method=ppo", "method='ppo': expected 'papo', 'grpo' or 'dapo'"),
         ("phase.target=-1", "phase.target=-1: expected 'warmup' or greater than 0"),
@@ -151,12 +157,26 @@ def test_impossible_deepspeed_options_are_refused(load, overrides, expected):
 
 
 def test_verifier_of_another_source_is_refused(load):
-    line = refusal(
-        load, "data={source: jsonl, train_path: x.jsonl}", "reward.verifier=reasoning_gym"
-    )
-    assert (
-        "reward.verifier='reasoning_gym': expected data.source=reasoning_gym, got 'jsonl'" in line
-    )
+    source = "data={source: jsonl, train_path: x.jsonl}"
+    why = "reasoning_gym expects data.source=reasoning_gym, got 'jsonl'"
+    line = refusal(load, source, "reward.verifier=reasoning_gym")
+    assert f"reward.verifier='reasoning_gym': {why}" in line
+    line = refusal(load, source, "reward.verifier=[my_rewards:f, reasoning_gym]")
+    assert f"reward.verifier=['my_rewards:f', 'reasoning_gym']: {why}" in line
+
+
+def test_auto_is_the_data_sources_own_verifier():
+    reward = RewardConfig(verifier=["exact", "auto"])
+    assert reward.chosen("jsonl") == ["exact", "math_verify"]
+    assert reward.chosen("reasoning_gym") == ["exact", "reasoning_gym"]
+
+
+@pytest.mark.parametrize(
+    "names", ["[exact, exact]", "[my:f, exact, my:f]", "[auto, reasoning_gym]"]
+)
+def test_a_verifier_that_is_named_twice_is_refused(load, names):
+    line = refusal(load, f"reward.verifier={names}")
+    assert "reward.verifier=[" in line and "is there twice" in line
 
 
 def test_several_errors_are_still_one_line(load):
@@ -164,7 +184,7 @@ def test_several_errors_are_still_one_line(load):
 
 
 def test_missing_file_and_bad_yaml_say_where(tmp_path, load):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: no such file"):
         load_config(tmp_path / "nowhere.yaml")
     assert "run.yaml line 3: not valid YAML" in refusal(load, text="name: a\nsteps: 3\n: [\n")
     assert "key 'steps' is given twice" in refusal(load, text=MINIMAL + "steps: 4\n")

@@ -13,6 +13,7 @@ from papo.dist import collectives
 from papo.errors import PapoError
 from papo.rollout import SamplingParams
 from papo.train.evaluate import Evaluator
+from papo.train.schedule import seed_of
 from papo.types import Completion, Problem, Reward
 
 PROBLEMS = [Problem(uid, (), "", {}, (1,)) for uid in range(3)]
@@ -36,7 +37,7 @@ class Sampler:
     """Gives the completions above and remembers how it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[int], int, SamplingParams, int]] = []
+        self.asked: list[tuple[list[int], int, SamplingParams, list[int]]] = []
 
     def sample(
         self,
@@ -44,10 +45,10 @@ class Sampler:
         problems: Sequence[Problem],
         copies: int,
         params: SamplingParams,
-        seed: int,
+        seeds: Sequence[int],
     ) -> list[Completion]:
         assert model == "model"
-        self.asked.append(([p.uid for p in problems], copies, params, seed))
+        self.asked.append(([p.uid for p in problems], copies, params, list(seeds)))
         texts = [
             (p, text)
             for p in problems
@@ -131,9 +132,10 @@ def test_where_nothing_has_a_reward_there_is_no_accuracy_either() -> None:
 
 def test_samples_are_drawn_from_the_policy_itself_whatever_the_rollouts_settings() -> None:
     _, sampler = run()
+    seeds = [seed_of(7, "evaluation", i) for i in range(3)]
     assert sampler.asked == [
-        ([0, 1, 2], 4, SamplingParams(24, temperature=1.0, batch_size=5), 7),
-        ([0, 1, 2], 1, SamplingParams(24, temperature=0.0, batch_size=5), 7),
+        ([0, 1, 2], 4, SamplingParams(24, temperature=1.0, batch_size=5), seeds),
+        ([0, 1, 2], 1, SamplingParams(24, temperature=0.0, batch_size=5), seeds),
     ]
 
 
@@ -153,7 +155,9 @@ def test_no_problems_is_zero_not_a_division_by_it() -> None:
 def test_ranks_share_the_problems_and_the_sums(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four ranks, one without a problem: each samples its own, the sums make the figures of all."""
+    """Four ranks, one without a problem: each samples its own with the seeds that one rank would
+    use, the sums make the figures of all.
+    """
     parts: list[dict[str, float]] = []
     monkeypatch.setattr(collectives, "world_size", lambda: 4)
     monkeypatch.setattr(collectives, "gather_objects", lambda value: [value])
@@ -161,7 +165,9 @@ def test_ranks_share_the_problems_and_the_sums(
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(collectives, "sum_named", lambda sums: parts.append(sums) or sums)
         _, sampler = run()
-        assert [uids for uids, *_ in sampler.asked] == ([[rank]] * 2 if rank < 3 else [])
+        own = ([rank], [seed_of(7, "evaluation", rank)])
+        asked = [(uids, seeds) for uids, _, _, seeds in sampler.asked]
+        assert asked == ([own] * 2 if rank < 3 else [])
     everyones = {name: sum(part[name] for part in parts) for name in parts[0]}
     monkeypatch.setattr(collectives, "sum_named", lambda sums: everyones)
     assert run()[0] == pytest.approx(ALL)

@@ -250,13 +250,13 @@ def test_gsm8k_row(tmp_path):
 @pytest.mark.parametrize("form", [from_file, from_parquet])
 def test_verl_row(tmp_path, form):
     (example,) = form(tmp_path / "x", [VERL], answer_field="reward_model.ground_truth")
-    assert example == Example(USER, "72", {k: v for k, v in VERL.items() if k != "prompt"})
+    assert example == Example(USER, "72", {k: v for k, v in VERL.items() if k != "prompt"}, True)
 
 
 @pytest.mark.parametrize("form", [from_file, from_parquet])
 def test_trl_conversational_row(tmp_path, form):
     (example,) = form(tmp_path / "x", [TRL], answer_field="solution")
-    assert example == Example(tuple(TRL["prompt"]), "72", {})
+    assert example == Example(tuple(TRL["prompt"]), "72", {}, True)
 
 
 def test_a_key_with_a_dot_wins_over_a_nested_one(tmp_path):

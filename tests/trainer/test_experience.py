@@ -1,6 +1,5 @@
 """Scoring groups, dynamic sampling and the cut into mini-batches."""
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,17 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from papo.dist import collectives
 from papo.errors import PapoError
 from papo.policy.advantage import ScoredGroup, score_groups
-from papo.train import experience
 from papo.train.experience import (
-    _fair_share,
+    Collected,
     collect,
     mini_batches,
+    takers_of,
     to_sequences,
     with_token_weights,
 )
 from papo.types import Completion, Problem, Reward
+from tests.trainer.ranks import on_ranks
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,17 @@ def completions(groups: int, n: int, length: int = 4, truncated: bool = False) -
     ]
 
 
-def scored(values: list[list[float]], advantage: Advantage = Advantage(), **kwargs):
+def scored(
+    values: list[list[float]],
+    advantage: Advantage = Advantage(),
+    first: int = 0,
+    step: int = 1,
+    **kwargs,
+) -> list[ScoredGroup]:
+    indices = range(first, first + step * len(values), step)
     flat = [Reward(v, "invalid" if math.isnan(v) else "ok") for row in values for v in row]
     return score_groups(
-        completions(len(values), len(values[0]), **kwargs), flat, len(values[0]), advantage, 8
+        completions(len(values), len(values[0]), **kwargs), flat, indices, advantage, 8
     )
 
 
@@ -121,20 +129,25 @@ MIXED, FLAT = [1.0, 0.0], [0.0, 0.0]
 
 
 class Rounds:
-    """Rounds with these rewards, one after the other."""
+    """Rounds with these rewards on this rank, one after the other."""
 
     def __init__(self, rewards: Iterable[list[list[float]]]) -> None:
         self._rewards = iter(rewards)
+        self._sampled = 0
 
     def next(self) -> list[ScoredGroup]:
-        return scored(next(self._rewards))
+        world = collectives.world_size()
+        first = self._sampled * world + collectives.rank()
+        found = scored(next(self._rewards), first=first, step=world)
+        self._sampled += len(found)
+        return found
 
 
 def test_dynamic_sampling_fills_up_and_keeps_what_it_sampled() -> None:
     rounds = [[MIXED, FLAT], [FLAT, FLAT], [MIXED, MIXED]]
     got = collect(Rounds(rounds), 2, Dynamic())
-    assert got.rounds == 3 and len(got.groups) == 2 and len(got.sampled) == 6
-    assert not any(g.zero_spread for g in got.groups)
+    assert got.rounds == 3 and [g.index for g in got.sampled] == list(range(6))
+    assert [g.index for g in got.groups] == [0, 4]
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("train_smaller", 1), ("skip", 0)])
@@ -151,21 +164,29 @@ def test_exhausted_budget_can_be_an_error() -> None:
         collect(Rounds([[FLAT, FLAT]] * 3), 2, Dynamic(on_exhausted="error"))
 
 
-def test_rounds_depend_on_all_ranks(monkeypatch) -> None:
-    """This rank has enough at once; the other never has any: it samples on as long as the other
-    does.
-    """
-    monkeypatch.setattr(experience.collectives, "gather_objects", lambda value: [value, 0])
-    monkeypatch.setattr(experience.collectives, "rank", lambda: 0)
-    got = collect(Rounds(itertools.repeat([MIXED])), 4, Dynamic(max_rounds=3))
-    assert got.rounds == 3 and len(got.groups) == 3
+def test_rounds_depend_on_all_ranks() -> None:
+    """A rank that has enough at once samples on as long as the other has too little."""
+
+    def work() -> Collected:
+        each = [MIXED] if collectives.rank() == 0 else [FLAT]
+        return collect(Rounds([each] * 3), 4, Dynamic(max_rounds=3))
+
+    rich, poor = on_ranks(2, work)
+    assert (rich.rounds, poor.rounds) == (3, 3)
+    assert [[g.index for g in r.sampled] for r in (rich, poor)] == [[0, 2, 4], [1, 3, 5]]
+    # The second group has moved, so that neither waits long for the other.
+    assert [[g.index for g in r.groups] for r in (rich, poor)] == [[0, 4], [2]]
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 20))
-def test_fair_share_keeps_exactly_what_is_wanted(counts: list[int], wanted: int) -> None:
-    keep = _fair_share(counts, wanted)
-    assert sum(keep) == min(sum(counts), wanted)
-    assert all(0 <= k <= c for k, c in zip(keep, counts, strict=True))
+@given(st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1)))))
+def test_of_as_many_groups_as_there_are_ranks_each_takes_one(case: tuple[int, list[int]]) -> None:
+    world, holders = case
+    takers = takers_of(holders, world)
+    assert len(takers) == len(holders)
+    for start in range(0, len(holders), world):
+        held, taken = holders[start : start + world], takers[start : start + world]
+        assert len(set(taken)) == len(taken) and set(taken) <= set(range(world))
+        assert all(taken[held.index(rank)] == rank for rank in set(held))
 
 
 @given(st.integers(1, 7), st.integers(1, 4))

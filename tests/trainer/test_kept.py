@@ -31,9 +31,9 @@ def sampled(cut: dict[str, float]) -> tuple[Policy, MicroBatch, MicroBatch]:
     problems = [Problem(0, (), "", {}, (5, 6, 7)), Problem(1, (), "", {}, (8,))]
     sampler = HFSampler(SimpleNamespace(decode=lambda ids, **_: str(ids)), [EOS], EOS)
     params = SamplingParams(10, TEMPERATURE, **cut)
-    completions = sampler.sample(model, problems, 4, params, seed=1)
+    completions = sampler.sample(model, problems, 4, params, [1, 2])
     rewards = [Reward(float(i % 3 == 0), "ok") for i in range(len(completions))]
-    groups = score_groups(completions, rewards, 4, AdvantageConfig(), 10)
+    groups = score_groups(completions, rewards, range(2), AdvantageConfig(), 10)
     sequences = with_token_weights(to_sequences(groups), LossConfig())
     policy = Policy(model, temperature=TEMPERATURE)
     shared, apart = (collate(sequences, pad_id=EOS, max_row_tokens=n) for n in (2048, 0))

@@ -20,7 +20,9 @@ from transformers import LlamaForCausalLM
 from papo.config import ModelConfig
 from papo.errors import PapoError
 from papo.model import smollm2
-from papo.model.load import eos_ids, load_causal_lm, load_tokenizer, resolve_model_path
+from papo.model.files import resolve_model_path
+from papo.model.load import eos_ids, load_causal_lm, load_model_config, load_tokenizer
+from papo.model.weights import fingerprint
 from tests.trainer.families import build
 
 
@@ -34,7 +36,7 @@ def test_smollm2_is_an_ordinary_folder(smollm2_path):
 
 def test_smollm2_loads_tied_with_its_end_token(smollm2_path):
     config = ModelConfig(path="smollm2-135m")
-    model, tokenizer = load_causal_lm(config), load_tokenizer(config)
+    (model, _), tokenizer = load_causal_lm(config), load_tokenizer(config)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.dtype == torch.float32  # as stored: the master weights start with every digit
@@ -46,7 +48,7 @@ def test_smollm2_loads_tied_with_its_end_token(smollm2_path):
 
 def test_smollm2_knows_english(smollm2_path):
     config = ModelConfig(path="smollm2-135m", dtype="fp32")
-    model, tokenizer = load_causal_lm(config), load_tokenizer(config)
+    (model, _), tokenizer = load_causal_lm(config), load_tokenizer(config)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         best = model(ids).logits[0, -1].argmax()
@@ -126,13 +128,13 @@ def test_package_not_installed(monkeypatch):
 
 
 def test_folder_loads_in_float32_or_as_stored(tiny_model_path, tiny_untied_model_path):
-    model = load_causal_lm(
+    model, _ = load_causal_lm(
         ModelConfig(path=str(tiny_model_path), dtype="fp32", attn_implementation="eager")
     )
     assert model.dtype == torch.float32
     assert model.config._attn_implementation == "eager"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    untied = load_causal_lm(ModelConfig(path=str(tiny_untied_model_path)))
+    untied, _ = load_causal_lm(ModelConfig(path=str(tiny_untied_model_path)))
     assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
 
 
@@ -164,7 +166,7 @@ def test_hub_id_is_left_to_the_hub():
 def test_pickled_weights_are_refused(tiny_model_path, tmp_path):
     """Only safetensors are read: a pickle can run code."""
     shutil.copy(tiny_model_path / "config.json", tmp_path)
-    model = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
+    model, _ = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(PapoError, match="the model does not load: ") as caught:
         load_causal_lm(ModelConfig(path=str(tmp_path)))
@@ -192,6 +194,34 @@ def test_remote_code_stays_off_unless_asked(tiny_model_path, tmp_path):
 def test_eos_ids_join_model_and_tokenizer(given, expected):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
     assert eos_ids(model, SimpleNamespace(eos_token_id=2)) == expected
+
+
+@pytest.mark.parametrize("given", ["2", ["2"], [[2]], 2.5, -1, {"a": 1}])
+def test_end_tokens_that_are_no_ids_are_one_line(given):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=given))
+    with pytest.raises(PapoError, match="in the model's generation config: expected token ids"):
+        eos_ids(model, SimpleNamespace(eos_token_id=2))
+
+
+class Panic(BaseException):
+    """As the tokenizers' Rust raises it: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("a\nb"), RecursionError(), KeyError("\0"), MemoryError()])
+def test_whatever_transformers_raises_is_one_line(tiny_model_path, monkeypatch, error):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    config = ModelConfig(path=str(tiny_model_path))
+    for name, load in (
+        ("AutoTokenizer", load_tokenizer),
+        ("AutoConfig", load_model_config),
+        ("AutoModelForCausalLM", load_causal_lm),
+    ):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", fail)
+        with pytest.raises(PapoError, match="does not load: ") as caught:
+            load(config)
+        assert str(caught.value).isprintable()
 
 
 def test_model_without_end_token_is_refused():
@@ -280,7 +310,7 @@ def test_what_is_tied_or_computed_may_be_missing(tiny_model_path, tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
-    model = load_causal_lm(altered(tiny_model_path, tmp_path, change))
+    model, _ = load_causal_lm(altered(tiny_model_path, tmp_path, change))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -316,6 +346,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_model_path, tmp_pa
 
     with pytest.raises(PapoError, match=rf"NaN or infinity in {re.escape(UP)};"):
         load_causal_lm(altered(tiny_model_path, tmp_path, change))
+
+
+def test_the_weights_are_read_once_for_what_is_checked_and_kept(tiny_model_path, monkeypatch):
+    """Gigabytes: their extremes tell whether they are finite, and which model it is."""
+    aminmax, read = torch.aminmax, []
+    monkeypatch.setattr(torch, "aminmax", lambda t: read.append(t.numel()) or aminmax(t))
+    model, digest = load_causal_lm(ModelConfig(path=str(tiny_model_path)))
+    assert sum(read) == sum(p.numel() for p in model.parameters())
+    assert digest == fingerprint(model)
 
 
 def test_an_attention_that_the_model_does_not_have_is_one_line(tmp_path):

@@ -151,7 +151,7 @@ def test_marks_of_thinking_stay_in_the_text_where_they_are_special_tokens():
     model = small_llama(0, vocab_size=len(tokenizer)).eval()
     problem = Problem(0, QUESTION, "4", {}, tuple(tokenizer("2+2?")["input_ids"]))
     sampler = HFSampler(tokenizer, [tokenizer.eos_token_id], tokenizer.eos_token_id)
-    found = sampler.sample(model, [problem], 32, SamplingParams(24), seed=0)
+    found = sampler.sample(model, [problem], 32, SamplingParams(24), [0])
     marks = {tokenizer.convert_tokens_to_ids(t): t for t in ("<think>", "</think>")}
     sampled = [[marks[i] for i in c.response_ids if i in marks] for c in found]
     assert any(sampled)
@@ -168,7 +168,7 @@ def test_special_tokens_in_a_completions_text_are_an_option():
     texts = {}
     for skip in (True, False):
         sampler = HFSampler(tokenizer, [end], end, skip_special_tokens=skip)
-        found = sampler.sample(model, [problem], 32, SamplingParams(24), seed=0)
+        found = sampler.sample(model, [problem], 32, SamplingParams(24), [0])
         texts[skip] = [c.text for c in found]
     assert any(not c.truncated for c in found)
     assert any(START in text for text in texts[False])

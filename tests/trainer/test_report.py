@@ -103,7 +103,8 @@ def test_an_evaluation_of_the_same_label_replaces_the_earlier_one(tmp_path: Path
 def test_a_finished_run_has_table_summary_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gaps: dict[str, Any] = {"entropy/mean": None, "phase/phi": 0.5, "entropy/predicted_delta": 1e-3}
+    gaps: dict[str, Any] = {"entropy/mean": None, "reward/mean": None, "phase/phi": 0.5}
+    gaps["entropy/predicted_delta"] = 1e-3
     rows = [step_row(1), {"step": 1, "eval/accuracy": 0.1}, step_row(2, **gaps), step_row(3)]
     report(tmp_path).finish(write_rows(tmp_path, rows))
     made = json.loads((tmp_path / "summary.json").read_text())

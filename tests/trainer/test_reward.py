@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,20 +17,20 @@ from types import SimpleNamespace
 import pytest
 
 from papo.errors import PapoError
-from papo.reward import judge, verifiers
-from papo.reward import pool as reward
+from papo.reward import judge, verifiers, workers
+from papo.reward.functions import load_verifier
 from papo.reward.judge import Judge, Task, Verdict
 from papo.reward.pool import RewardPool
-from papo.reward.verifiers import choose_verifier, load_verifier
+from papo.reward.processes import family
 from papo.types import Completion, Problem
-from tests.trainer.scripted import end_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(**changes):
     values = {"workers": 2, "timeout_s": 20.0, "extract": "none", "threshold": 0.99}
-    return SimpleNamespace(**{**values, **changes})
+    limits = {"memory_mib": 4096, "weights": None}
+    return SimpleNamespace(**{**values, **limits, **changes})
 
 
 def completion(text, answer="1", **metadata):
@@ -151,12 +151,6 @@ def test_exception_scores_zero(text):
     assert verdict(text, verifier=SCRIPTED) == (0.0, "error")
 
 
-def test_choose_verifier():
-    assert choose_verifier("auto", "reasoning_gym") == "reasoning_gym"
-    assert choose_verifier("auto", "jsonl") == "math_verify"
-    assert choose_verifier("exact", "jsonl") == "exact"
-
-
 @pytest.mark.parametrize(
     ("name", "mentions"),
     [
@@ -179,7 +173,14 @@ def test_unknown_verifier_is_one_line(name, mentions):
 
 @pytest.fixture(scope="module")
 def pool():
-    with RewardPool(config(), SCRIPTED) as shared:
+    with RewardPool(config(), [SCRIPTED]) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Two verifiers, the second of which counts half."""
+    with RewardPool(config(weights=[1.0, 0.5]), [SCRIPTED, "exact"]) as shared:
         yield shared
 
 
@@ -214,9 +215,10 @@ def references(*answers):
     return [Problem(i, (), answer, {"value": 1.0}, (1,)) for i, answer in enumerate(answers)]
 
 
-def test_bad_references_come_with_their_reasons(pool):
+def test_bad_references_come_with_their_reasons(pool, monkeypatch):
     """In the workers, where what a reference makes of its verifier ends nothing but its own task.
     They are no completions: they are in no count."""
+    monkeypatch.setattr(Judge, "is_built_in", True)
     before = pool.counts.copy()
     bad = pool.bad_references(references("x", "raise", "die", "none", "x"))
     assert [(b.uid, b.answer) for b in bad] == [(1, "raise"), (2, "die"), (3, "none")]
@@ -236,22 +238,23 @@ def test_equal_references_are_read_once(pool, monkeypatch):
     """By a verifier that compares texts; reasoning-gym's has an entry for every problem."""
     asked = []
 
-    def answered(tasks):
+    def answered(tasks, seconds):
         asked.append(len(tasks))
-        return {key: Verdict(float(t.answer == "5"), "ok") for key, t in tasks.items()}
+        return {key: Verdict(float(t.answer == "5"), "ok") for key, (_, t) in tasks.items()}
 
-    monkeypatch.setattr(pool, "_verdicts", answered)
+    monkeypatch.setattr(pool._workers, "run", answered)
     for name in ("exact", "reasoning_gym"):
-        monkeypatch.setattr(pool, "_judge", replace(pool._judge, verifier=name))
+        monkeypatch.setattr(pool, "_judges", [replace(pool._judges[0], verifier=name)])
         bad = pool.bad_references(references("5", "x", "5", "x"))
         assert [(b.uid, b.answer) for b in bad] == [(1, "x"), (3, "x")]
     assert asked == [2, 4]
 
 
-def test_a_users_function_is_not_asked_about_references(pool, monkeypatch):
-    assert not pool.knows_references
-    monkeypatch.setattr(pool, "_judge", replace(pool._judge, verifier="exact"))
-    assert pool.knows_references
+def test_only_built_in_verifiers_are_asked_about_references(pool, both):
+    assert not pool.knows_references and pool.bad_references(references("raise")) == []
+    assert both.knows_references
+    (bad,) = both.bad_references(references("die", "1", ""))
+    assert (bad.uid, bad.why) == (2, "it is empty")
 
 
 def test_a_users_function_gets_the_thinking_too_unless_it_asks_for_a_part():
@@ -264,12 +267,25 @@ def test_a_users_function_gets_the_thinking_too_unless_it_asks_for_a_part():
     assert verdict(" 1,234 ", verifier=EQUALS, seen="1,234") == (1.0, "ok")
 
 
-def test_a_prompt_that_opens_the_thinking_is_known_to_the_workers(pool, monkeypatch):
-    monkeypatch.setattr(pool, "_judge", replace(pool._judge, verifier="exact"))
+def test_a_prompt_that_opens_the_thinking_is_known_to_the_workers(both, monkeypatch):
     batch = [completion("1"), completion("2</think>1"), completion("1</think>2")]
     for thinks, expected in ((False, [1.0, 1.0, 0.0]), (True, [0.0, 1.0, 0.0])):
-        monkeypatch.setattr(pool, "thinks", thinks)
-        assert [r.value for r in pool.score(batch)] == expected
+        monkeypatch.setattr(both, "thinks", thinks)
+        assert [r.parts["exact"] for r in both.score(batch)] == expected
+
+
+def test_the_reward_is_the_weighted_sum_of_what_is_a_number(both):
+    """A verifier that fails counts 0 and costs the other's value nothing; one that returns None is
+    left out."""
+    before = both.counts.copy()
+    texts = ["x", "1", "none", "raise", "die", "huge"]
+    rewards = both.score([completion(t, answer="1", value=2.0) for t in texts[:2]])
+    assert outcome(rewards) == [(2.0, "ok"), (2.5, "ok")]
+    assert rewards[1].parts == {SCRIPTED: 2.0, "exact": 1.0}
+    rewards = both.score([completion(t, answer=t) for t in texts[2:]])
+    assert outcome(rewards) == [(0.5, "ok"), (0.5, "error"), (0.5, "error"), (0.5, "ok")]
+    assert math.isnan(rewards[0].parts[SCRIPTED]) and rewards[1].parts[SCRIPTED] == 0.0
+    assert both.counts - before == {"ok": 8, "error": 2, "invalid": 2}
 
 
 def test_unpicklable_metadata_is_an_error(pool):
@@ -291,76 +307,44 @@ def test_workers_do_not_import_torch(pool):
 
 @pytest.mark.parametrize(
     "imports",
-    ["import papo.reward.pool", "import runpy; runpy.run_path('train.py', run_name='worker')"],
+    ["import papo.reward.pool", "import papo.reward.worker"],
 )
 def test_what_workers_import_does_not_import_torch(imports):
-    """A spawned worker imports the reward stage and the trainer's main file."""
     code = f"import sys; {imports}; assert 'papo' in sys.modules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path):
+def test_hung_verifiers_are_killed_and_leave_every_worker_alive(tmp_path, monkeypatch):
     """More hung verifiers than workers, some stuck in C code."""
     rules = config(timeout_s=0.3)
-    with RewardPool(rules, SCRIPTED) as pool:
+    with RewardPool(rules, [SCRIPTED]) as pool:
         rewards = pool.score([completion(t) for t in ("hang", "hang in C", "hang", "hang in C")])
         assert outcome(rewards) == [(0.0, "timeout")] * 4
         assert pool.counts == {"timeout": 4}
+        monkeypatch.setattr(Judge, "is_built_in", True)
         (bad,) = pool.bad_references(references("hang", "x"))
         assert (bad.uid, bad.why) == (0, "no verdict within 0.3 s")
         rules.timeout_s = 20.0
-        pool._judge = replace(pool._judge, verifier="tests.trainer.scripted:meet")
         a, b = tmp_path / "a", tmp_path / "b"
-        rewards = pool.score([completion(f"{a} {b}"), completion(f"{b} {a}")])
+        rewards = pool.score([completion(f"meet {a} {b}"), completion(f"meet {b} {a}")])
         assert outcome(rewards) == [(1.0, "ok")] * 2
 
 
-def test_killed_idle_worker_is_replaced():
-    before = {p.pid for p in multiprocessing.active_children()}
-    with RewardPool(config(), SCRIPTED) as pool:
-        pool.score([completion("x")] * 4)
-        workers = {p.pid for p in multiprocessing.active_children()} - before
-        assert len(workers) == 2
-        for pid in workers:
+def members(pool):
+    """The processes of a pool's workers."""
+    return [pid for worker in pool._workers._workers for pid in family(worker._marker)]
+
+
+def test_killed_idle_worker_is_replaced(pool):
+    pool.score([completion("x")] * 4)
+    for pid in members(pool):
+        with contextlib.suppress(ProcessLookupError):  # one's end is the end of the others
             os.kill(pid, signal.SIGKILL)
-        assert outcome(pool.score([completion("x", value=1.0)] * 3)) == [(1.0, "ok")] * 3
+    assert outcome(pool.score([completion("x", value=1.0)] * 3)) == [(1.0, "ok")] * 3
 
 
 def test_workers_that_cannot_start_stop_the_run(monkeypatch):
-    monkeypatch.setattr(reward, "_prepare_worker", end_process)
-    with RewardPool(config(workers=1), SCRIPTED) as pool, pytest.raises(PapoError, match="workers"):
+    monkeypatch.setattr(workers, "_MAIN", "raise SystemExit(3)")
+    with RewardPool(config(workers=1), ["exact"]) as pool, pytest.raises(PapoError) as caught:
         pool.score([completion("x")])
-
-
-@pytest.mark.parametrize("text", ["hang", "hang in C"])
-def test_workers_leave_with_a_killed_trainer(text, tmp_path):
-    """Nobody is left to hold the trainer's pipes: reading them ends."""
-    script = tmp_path / "trainer.py"
-    script.write_text(
-        f"""
-import os, pathlib, signal, threading, time
-import test_reward as t
-
-MARK = {str(tmp_path / "mark")!r}
-
-if __name__ == "__main__":
-    pool = t.RewardPool(t.config(timeout_s=1.0), t.SCRIPTED)
-    batch = [t.completion({text!r}, mark=MARK)]
-    threading.Thread(target=pool.score, args=(batch,), daemon=True).start()
-    while not pathlib.Path(MARK).exists():
-        time.sleep(0.01)
-    print("up", flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    )
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.stdout == "up\n"
-    assert done.returncode == -signal.SIGKILL
+    assert "failed to start 3 times in a row: the worker died with exit code 3" in str(caught.value)

@@ -1,11 +1,16 @@
 """Sampling: shared prompts, recorded log-probs, where completions end."""
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from papo.errors import PapoError
 from papo.rollout import HFSampler, SamplingParams
-from papo.rollout.hf import greedy
+from papo.rollout.hf import _TOKENS_AHEAD, _uniforms, greedy
 from papo.types import Completion, Problem
 from tests.trainer.tiny import small_llama
 
@@ -35,7 +40,8 @@ def problems() -> list[Problem]:
 
 def sample(model, copies: int, params: SamplingParams, seed: int = 0) -> list[Completion]:
     sampler = HFSampler(Tokenizer(), [EOS], EOS)
-    return sampler.sample(model, problems(), copies, params, seed)
+    seeds = range(seed, seed + len(PROMPTS))
+    return sampler.sample(model, problems(), copies, params, seeds)
 
 
 def true_logp(model, completion: Completion, params: SamplingParams) -> torch.Tensor:
@@ -61,8 +67,6 @@ def test_sampler_logp_is_the_models_at_the_temperature(model, batch_size, params
     """Prompts of other lengths in the same call and shared prefixes leave it unchanged, and with
     top-k and top-p it is that of the distribution they leave.
     """
-    from dataclasses import replace
-
     completions = sample(model, 4, replace(params, batch_size=batch_size))
     assert [c.problem.uid for c in completions] == [g for g in range(4) for _ in range(4)]
     for c in completions:
@@ -109,8 +113,62 @@ def test_greedy_equals_step_by_step_argmax(model) -> None:
             ids.append(token)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_policy_that_has_diverged_is_one_line(temperature: float) -> None:
+    """The token that is drawn, or has the largest of NaN logits, is one like any other."""
+    broken = small_llama(3, vocab_size=V, eos_token_id=EOS, pad_token_id=EOS).eval()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(1e38)
+        broken.model.norm.weight.fill_(1e38)
+    with pytest.raises(PapoError, match=r"^the policy gives no token a probability .*diverged"):
+        sample(broken, 2, SamplingParams(max_new_tokens=2, temperature=temperature))
+
+
 def test_same_seed_same_samples_whatever_came_before(model) -> None:
     first = sample(model, 3, SamplingParams(6), seed=11)
     torch.rand(100)
     assert sample(model, 3, SamplingParams(6), seed=11) == first
     assert sample(model, 3, SamplingParams(6), seed=12) != first
+
+
+LONG = _TOKENS_AHEAD + 6
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(LONG, 1.3), SamplingParams(8, 1.3, top_p=0.9, top_k=20)]
+)
+def test_what_shares_a_call_changes_nothing_that_is_drawn(model, params) -> None:
+    """Neither the other problems, which are another rank's where there are two, nor how many
+    sequences a call may hold: 0 are all at once, 6 are two problems, 2 split a problem's copies.
+    """
+    sampler, seeds = HFSampler(Tokenizer(), [EOS], EOS), [11, 5, 11, 7]
+    whole = sampler.sample(model, problems(), 3, params, seeds)
+    assert max(len(c.response_ids) for c in whole) == params.max_new_tokens
+    for ranks, batch_size in ((1, 6), (2, 2), (3, 0)):
+        cut = replace(params, batch_size=batch_size)
+        shares = [
+            sampler.sample(model, problems()[rank::ranks], 3, cut, seeds[rank::ranks])
+            for rank in range(ranks)
+        ]
+        found = [c for g in range(4) for c in shares[g % ranks][g // ranks * 3 :][:3]]
+        for a, b in zip(found, whole, strict=True):
+            assert (a.problem, a.response_ids) == (b.problem, b.response_ids)
+            assert a.sampler_logp == pytest.approx(b.sampler_logp, abs=1e-4)
+            assert (a.kept is None) == (b.kept is None)
+            if a.kept is not None and b.kept is not None:
+                assert torch.equal(a.kept.ids, b.kept.ids)
+
+
+def test_each_copy_and_token_has_a_number_of_its_own() -> None:
+    """Equal seeds give equal numbers, whichever of the copies a call takes."""
+    device = torch.device("cpu")
+    whole = uniforms(_uniforms([3, 4], 4, slice(0, 4), device))
+    assert whole.dtype == torch.float64 and whole.min() >= 0.0 and whole.max() < 1.0
+    assert len(whole.unique()) == whole.numel() == 2 * _TOKENS_AHEAD * 8
+    part = uniforms(_uniforms([4], 4, slice(1, 3), device))
+    assert torch.equal(part, whole[:, 5:7])
+
+
+def uniforms(numbers: Iterator[torch.Tensor]) -> torch.Tensor:
+    """[T, B] of two blocks."""
+    return torch.stack(list(itertools.islice(numbers, 2 * _TOKENS_AHEAD))).squeeze(-1)

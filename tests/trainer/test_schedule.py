@@ -32,11 +32,11 @@ def test_learning_rate(schedule: str, expected) -> None:
 
 def test_seeds_depend_on_every_part_of_their_purpose_and_nothing_else() -> None:
     purposes = [
-        (s, p, k, r)
+        (s, p, k, i)
         for s in (0, 1)
         for p in ("rollout", "evaluation")
         for k in (0, 1, 12)
-        for r in (0, 1, 2)
+        for i in (0, 1, 2)
     ]
     seeds = {seed_of(*purpose) for purpose in purposes}
     assert len(seeds) == len(purposes)

@@ -237,12 +237,13 @@ def test_with_dropout_the_entropy_before_is_measured_without_it() -> None:
     assert measured.before == passes(engine).mean_entropy(pieces)
 
 
-def test_without_a_token_that_trains_the_entropy_is_0() -> None:
-    """Whatever the entropy of a token that does not train is, NaN included."""
-    engine = SimpleNamespace(
-        train=lambda mode: None, forward=lambda batch: (torch.full((4,), torch.nan),) * 4
-    )
-    assert passes(engine).mean_entropy([sequences(1, 4)[1:]]) == 0.0
+def test_the_mean_entropy_is_of_the_tokens_that_train() -> None:
+    """Whatever the entropy of another is, NaN included; without one there is no mean."""
+    nats = torch.tensor([0.25, 0.75, *[torch.nan] * 4])
+    engine = SimpleNamespace(train=lambda mode: None, forward=lambda batch: (nats,) * 4)
+    assert passes(engine).mean_entropy([sequences(2, 4)]) == 0.5
+    nats = nats[2:]
+    assert math.isnan(passes(engine).mean_entropy([sequences(2, 4)[1:]]))
 
 
 def test_an_update_that_is_not_measured_has_no_change() -> None:

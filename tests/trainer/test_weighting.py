@@ -119,7 +119,8 @@ def test_branch_sums_add_up_over_micro_batches_and_ignore_masked_tokens() -> Non
     ]
     assert branch_sums(*ruined) == whole
     nothing = branch_sums(*(row[:0] for row in rows))
-    assert set(BranchSums.of(collectives.sum_named(nothing)).metrics().values()) == {0.0}
+    shares = BranchSums.of(collectives.sum_named(nothing)).metrics().values()
+    assert all(map(math.isnan, shares))  # a share of nothing
 
 
 @pytest.mark.parametrize("phase", [-0.8, 0.8])

@@ -69,6 +69,7 @@ def build_model(folder: str | Path, *, tied: bool = True, seed: int = 0) -> Path
             intermediate_size=128,
             max_position_embeddings=512,
             tie_word_embeddings=tied,
+            attention_dropout=0.1,  # acts with model.dropout alone
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -33,7 +33,7 @@ def prepare(lock: FolderLock, config: TrainConfig, resumed: Path | None) -> Path
     try:
         if _holds_another_run(folder, config.resume, resumed):
             earlier = lock.move_aside()
-        # It goes on by no other checkpoint's leave than the one that a command line names.
+        # A run that is started from this file begins anew, unless its command line says otherwise.
         plain = config.model_copy(update={"resume": "never", "resume_anyway": False})
         plain.dump_yaml(folder / "config.yaml")
     except (OSError, ValueError) as error:  # ValueError: "." has no name to move to

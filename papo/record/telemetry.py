@@ -70,6 +70,7 @@ def rollout_metrics(
     rewards = [r for g in sampled for r in g.rewards]
     finite = [r.value for r in rewards if math.isfinite(r.value)]
     completions = [c for g in sampled for c in g.completions]
+    parts = _parts(rewards)
     sums = collectives.sum_named(
         {
             "scored": len(finite),
@@ -82,6 +83,8 @@ def rollout_metrics(
             "tokens": sum(len(c.response_ids) for c in completions),
             "truncated": sum(c.truncated for c in completions),
             **{s: sum(r.status == s for r in rewards) for s in ("error", "timeout", "invalid")},
+            **{f"{name} given": math.fsum(values) for name, values in parts.items()},
+            **{f"{name} count": len(values) for name, values in parts.items()},
         }
     )
     scored, count = sums["scored"] or math.nan, sums["completions"]
@@ -98,26 +101,20 @@ def rollout_metrics(
         "response/length": sums["tokens"] / count,
         "response/truncated": sums["truncated"] / count,
         "rollout/rounds": rounds,
-        **_verifier_means(rewards),
+        **{
+            VERIFIER_MEAN + name: sums[f"{name} given"] / (sums[f"{name} count"] or math.nan)
+            for name in parts
+        },
     }
 
 
-def _verifier_means(rewards: Sequence[Reward]) -> dict[str, float]:
-    """What each of several verifiers gave, before its weight; a collective."""
-    mine: dict[str, tuple[float, int]] = {}
-    for name in rewards[0].parts if rewards else ():
-        values = [r.parts[name] for r in rewards if math.isfinite(r.parts[name])]
-        mine[name] = (math.fsum(values), len(values))
-    everyone = collectives.gather_objects(mine)
-    names = dict.fromkeys(name for part in everyone for name in part)
+def _parts(rewards: Sequence[Reward]) -> dict[str, list[float]]:
+    """The numbers that each of several verifiers gave, before its weight; empty for a single one.
+    Every rank has the same names."""
+    names = rewards[0].parts if rewards else {}
     if len(names) < 2:
         return {}
-    sums = {name: [part[name] for part in everyone if name in part] for name in names}
-    return {
-        VERIFIER_MEAN + name: math.fsum(s for s, _ in found)
-        / (sum(n for _, n in found) or math.nan)
-        for name, found in sums.items()
-    }
+    return {n: [r.parts[n] for r in rewards if math.isfinite(r.parts[n])] for n in names}
 
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:

@@ -38,9 +38,11 @@ class Progress:
         from rich import progress as rich
 
         columns = (rich.BarColumn(bar_width=24), rich.TextColumn("{task.description}"))
-        self._bar = rich.Progress(*columns)
-        self._bar.start()
-        self._bar.add_task(f"step {done}/{total}", total=total, completed=done)
+        bar = rich.Progress(*columns)
+        with showing():
+            bar.start()
+            bar.add_task(f"step {done}/{total}", total=total, completed=done)
+            self._bar = bar
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
@@ -50,11 +52,11 @@ class Progress:
         if not self._enabled:
             return
         line = step_line(step, self._total, metrics, self._eta(step))
-        if self._bar is None:
-            with showing():
+        with showing():
+            if self._bar is None:
                 print(line, flush=True)
-        else:
-            self._bar.update(self._bar.task_ids[0], completed=step, description=line)
+            else:
+                self._bar.update(self._bar.task_ids[0], completed=step, description=line)
 
     def _eta(self, step: int) -> float:
         """Seconds left, from the median of the last steps: evaluations and checkpoints fall between

@@ -34,5 +34,5 @@ open(sys.argv[1], "w").write("done")
         os.read(ours, 5)
         os.close(ours)
         _, err = process.communicate()
-    assert process.returncode == 0 and "Traceback" not in err
+    assert process.returncode == 0 and "Traceback" not in err, err
     assert (tmp_path / "mark").read_text() == "done"

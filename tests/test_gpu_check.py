@@ -199,10 +199,32 @@ def test_the_smoke_stage_loads_its_own_build(rehearsed):
 
 
 def test_the_limits_of_a_call_add_up_to_its_budget(monkeypatch, tmp_path):
-    assert stages.BUDGETS == {1: 270, 2: 300}
+    assert stages.BUDGETS == {0: 570, 1: 270, 2: 300}
     for call, plan in planned(monkeypatch, tmp_path).items():
         assert sum(map(group_limit, groups(plan))) <= stages.BUDGETS[call]
         assert len({stage.name for stage in plan}) == len(plan)
+
+
+def test_stages_are_chosen_by_name_or_kind(monkeypatch, tmp_path):
+    plan = [stage for part in planned(monkeypatch, tmp_path).values() for stage in part]
+    names = [stage.name for stage in stages.only(plan, ("sweep", "tests-cuda"))]
+    assert names == ["sweep-cuda", "sweep-triton", "tests-cuda"]
+    with pytest.raises(ValueError, match=r"--stages: expected some of .*sweep-cuda.*; got 'swe'"):
+        stages.only(plan, ("swe",))
+
+
+def test_a_build_counts_where_it_is_of_these_sources_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "target_folder", lambda variant, work: work / variant)
+    suffix = build._made_of("")["suffix"]
+    stamp, library = build._stamp("normal", tmp_path), tmp_path / "normal" / f"_C{suffix}"
+    for path in (stamp, library):
+        path.parent.mkdir()
+    files.save_json(stamp, {**build._made_of("90a-real"), "exit": 0, "kernels": []})
+    shutil.copy(next((ROOT / "papo_kernels").glob(f"_C{suffix}")), library)
+    assert build.built_before("normal", "90a-real", tmp_path)["exit"] == 0
+    assert not build.built_before("normal", "80-real", tmp_path)
+    library.write_bytes(b"no library")
+    assert not build.built_before("normal", "90a-real", tmp_path)
 
 
 def test_a_late_stage_gets_less_and_an_elastic_one_what_is_left_over():

@@ -245,7 +245,7 @@ def test_a_rehearsal_stays_off_the_folder_of_measurements(monkeypatch):
     for options in ([], ["--rehearse"]):
         monkeypatch.setattr(sys, "argv", ["gpu_check", "--call", "2", *options])
         assert check.main() == 0
-    (_, work, out, _, results), (_, other_work, other_out, *none) = seen
+    (_, work, out, _, results, _), (_, other_work, other_out, *none, _) = seen
     assert results == ROOT / "benchmarks" / "results" and not any(none)
     assert work != other_work and out != other_out and work not in other_work.parents
 

@@ -269,16 +269,20 @@ PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+// A wait sleeps for at most so many nanoseconds, and is woken when the phase ends. Without this hint
+// it gives up after a few cycles, and is tried again so often that half of all instructions were
+// these tries.
+constexpr uint32_t kSleep = 10'000'000;
 // Waits for some time, and tells whether the phase of this parity is over. Then what was released
 // to it within the block is acquired.
 PAPO_DEVICE bool try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
       "{.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
       "selp.b32 %0, 1, 0, p;}"
       : "=r"(over)
-      : "r"(barrier), "r"(parity)
+      : "r"(barrier), "r"(parity), "r"(kSleep)
       : "memory");
   return over != 0;
 }
@@ -287,10 +291,10 @@ PAPO_DEVICE bool try_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
       "{.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2, %3;\n"
       "selp.b32 %0, 1, 0, p;}"
       : "=r"(over)
-      : "r"(barrier), "r"(parity)
+      : "r"(barrier), "r"(parity), "r"(kSleep)
       : "memory");
   return over != 0;
 }

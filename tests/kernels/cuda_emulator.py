@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-Icsrc/include", "-Icsrc/cuda", "-Itests/cpp"),
+    # nvcc fuses a product and a sum wherever it can.
+    *("-ffp-contract=fast", "-fexpensive-optimizations"),
+    *(["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
 
 I32, I64, F64, PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_size_t

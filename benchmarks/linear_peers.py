@@ -96,7 +96,7 @@ def _liger_grpo(targets: Tensor, sequences: int) -> Iterator[tuple[str, LinearLo
         out = loss(h.view(*ids.shape, -1), w, ids, mask, advantages)[0]
         return out * len(targets)
 
-    yield "Liger LigerFusedLinearGRPOLoss", run
+    yield "Liger LigerFusedLinearGRPOLoss, compiled", run
 
 
 def linear_cases(

@@ -44,7 +44,7 @@ CHOICES = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("--call", type=int, choices=(1, 2), help="one of the two; both in turn")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), help="one of the three; all in turn")
     parser.add_argument("--out", type=Path, help="for what is written, at most 8 files")
     parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
     parser.add_argument("--rehearse", action="store_true", help="every stage, without a GPU")
@@ -66,7 +66,7 @@ def main() -> int:
         os.environ.pop(name, None)
     # cmake and ninja may be this interpreter's, without its being activated.
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
-    calls = (args.call,) if args.call else (1, 2)
+    calls = (args.call,) if args.call else (1, 2, 3)
     if not args.rehearse:
         out = args.out or WORK / "out"
         results = ROOT / RESULTS if args.out is None else None
@@ -98,8 +98,10 @@ def run_call(
     runner.rename(f"gpu-check-{short_name(device['name'])}-{today}")
     if call == 1:
         planned = stages.first_call(device["capability"], work)
-    else:
+    elif call == 2:
         planned = stages.second_call(device["capability"], work, wheels, runner.stages)
+    else:
+        planned = stages.third_call(device["capability"])
     runner.run(stages.rehearsed(planned) if rehearsal.active() else planned, finished)
     text = runner.attempt("table", table.text, runner.record)
     if text is None:

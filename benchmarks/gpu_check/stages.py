@@ -1,4 +1,4 @@
-"""What the two calls run, in which order and within which limits.
+"""What the calls run, in which order and within which limits.
 
 What tells most comes first. A group's limit is kept for it whatever the groups before it do; the
 limits of a call add up to its budget.
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import rehearsal
+from benchmarks.gpu_check import rehearsal, training
 from benchmarks.gpu_check.counted import CASES as COUNTED
 from benchmarks.gpu_check.facts import beside_nvcc
 from benchmarks.gpu_check.runner import Stage, worker_command
 from benchmarks.gpu_check.target import FAMILIES
 
-BUDGETS = {1: 270.0, 2: 300.0}  # seconds
+BUDGETS = {1: 270.0, 2: 300.0, 3: 280.0}  # seconds
 PATIENCE = 8  # of a rehearsal, in which nothing is measured, as a factor on limits and budgets
 SMOKE_TESTS = "tests/kernels/test_gpu.py"
 TRITON_TESTS = "*/test_triton_*.py"
@@ -79,6 +79,18 @@ def second_call(
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
     peers = Stage("peers", 60, arguments, elastic=True)
     return [build, *_sanitizers(), *tests, peers]
+
+
+def third_call(capability: str) -> list[Stage]:
+    """The trainer, where what it imports and the embedded model are installed."""
+    build = Stage("build-for-training", 40, ("build", capability, "normal"), vital=True)
+    jobs = []
+    for job, seconds in (("smollm2", 125), ("qwen2", 95)):
+        absent = training.why_absent(job)
+        work = ("training", job)
+        name = f"training-{job}"
+        jobs.append(Stage(name, seconds, work, elastic=True, required=not absent, absent=absent))
+    return [build, *jobs]
 
 
 def healthy(stages: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
-"""Where an update's GPU time went, from a trace of torch.profiler: every kernel belongs to the
-innermost range that its launch lies in, on the launch's own thread."""
+"""Where an update's GPU time went, from a trace of torch.profiler: a kernel belongs to the marked
+range that its launch lies in."""
 
 from __future__ import annotations
 
@@ -17,28 +17,26 @@ PARTS = {
 REST = "the rest of the model"
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
-MOST_KERNELS = 12
+MOST_KERNELS = 30
 
 
 class _Ranges:
-    """The marked ranges of each thread, which do not overlap on one thread."""
+    """The marked ranges. No two overlap, whatever their threads: a thread that asks for a backward
+    pass waits for the one that makes it."""
 
     def __init__(self, events: list[dict[str, Any]]) -> None:
-        self._by_thread: dict[Any, list[tuple[float, float, str]]] = {}
-        for event in events:
-            if event.get("cat") == "user_annotation" and event["name"] in PARTS:
-                span = event["ts"], event["ts"] + event["dur"], PARTS[event["name"]]
-                self._by_thread.setdefault((event["pid"], event["tid"]), []).append(span)
-        for spans in self._by_thread.values():
-            spans.sort()
+        self._spans = sorted(
+            (event["ts"], event["ts"] + event["dur"], PARTS[event["name"]])
+            for event in events
+            if event.get("cat") == "user_annotation" and event["name"] in PARTS
+        )
 
     def part_of(self, launch: dict[str, Any] | None) -> str:
         """The part that a launch belongs to."""
         if launch is None:
             return REST
-        spans = self._by_thread.get((launch["pid"], launch["tid"]), [])
-        i = bisect_right(spans, (launch["ts"], float("inf"), "")) - 1
-        return spans[i][2] if i >= 0 and launch["ts"] <= spans[i][1] else REST
+        i = bisect_right(self._spans, (launch["ts"], float("inf"), "")) - 1
+        return self._spans[i][2] if i >= 0 and launch["ts"] <= self._spans[i][1] else REST
 
 
 def digest(trace: dict[str, Any]) -> dict[str, Any]:

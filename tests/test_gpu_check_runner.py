@@ -177,6 +177,7 @@ def call(monkeypatch, tmp_path):
         monkeypatch.setattr(stages, "probe", lambda: Stage("probe", 20, command=script))
         monkeypatch.setattr(stages, "first_call", passing)
         monkeypatch.setattr(stages, "second_call", passing)
+        monkeypatch.setattr(stages, "third_call", passing)
         monkeypatch.setattr(facts, "sources", lambda: digest)
         for folder in ("work", "out", "results"):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -198,10 +199,11 @@ def test_only_a_record_of_a_device_is_a_result(call, tmp_path):
         assert json.loads(path.read_text())["stages"]["probe"]["result"]["device"]
 
 
-def test_the_second_call_adds_to_what_the_same_code_gave_on_the_same_device(call):
+def test_a_later_call_adds_to_what_the_same_code_gave_on_the_same_device(call):
     call(1, "NVIDIA H200")
     assert set(call(2, "NVIDIA H200")[1]) == {"probe", "stage-1", "stage-2"}
     assert set(call(2, "NVIDIA H100")[1]) == {"probe", "stage-2"}
+    assert set(call(3, "NVIDIA H100")[1]) == {"probe", "stage-2", "stage-3"}
     call(1, "NVIDIA H200")
     assert set(call(2, "NVIDIA H200", digest="other")[1]) == {"probe", "stage-2"}
 

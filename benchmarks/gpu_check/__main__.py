@@ -44,9 +44,9 @@ CHOICES = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("--call", type=int, choices=(1, 2), help="one of the two; both in turn")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), help="one of the three; all in turn")
     parser.add_argument(
-        "--stages", type=names_of, default=(), help="of both calls, only these: build,sweep"
+        "--stages", type=names_of, default=(), help="of all calls, only these: build,sweep"
     )
     parser.add_argument("--out", type=Path, help="for what is written, at most 8 files")
     parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
@@ -54,9 +54,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.stages:
         try:
-            stages.only(
-                [*stages.first_call("", WORK), *stages.second_call("", WORK, None, {})], args.stages
-            )
+            stages.only(stages.of_call(0, "", WORK, None, {}), args.stages)
         except ValueError as error:
             parser.error(str(error))
     if args.wheels and not args.wheels.is_dir():
@@ -81,7 +79,7 @@ def main() -> int:
         os.environ.pop(name, None)
     # cmake and ninja may be this interpreter's, without its being activated.
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
-    calls = (args.call,) if args.call else ((0,) if args.stages else (1, 2))
+    calls = (args.call,) if args.call else ((0,) if args.stages else (1, 2, 3))
     if not args.rehearse:
         out = args.out or WORK / "out"
         results = ROOT / RESULTS if args.out is None else None
@@ -100,7 +98,7 @@ def run_call(
     results: Path | None = None,
     chosen: tuple[str, ...] = (),
 ) -> int:
-    """One call; 1 where a required stage failed. Call 0 is `chosen` stages of both. With a device
+    """One call; 1 where a required stage failed. Call 0 is `chosen` stages of all. With a device
     the record is copied to `results` too."""
     if call == 1 or not same_sources(work):
         clear(work)
@@ -116,10 +114,7 @@ def run_call(
     if earlier and earlier["name"] != device["name"]:
         runner.record["stages"] = {"probe": runner.stages["probe"]}
     runner.rename(f"gpu-check-{short_name(device['name'])}-{today}")
-    capability = device["capability"]
-    planned = stages.first_call(capability, work) if call in (0, 1) else []
-    if call in (0, 2):
-        planned += stages.second_call(capability, work, wheels, runner.stages)
+    planned = stages.of_call(call, device["capability"], work, wheels, runner.stages)
     if chosen:
         planned = stages.only(planned, chosen)
     runner.run(stages.rehearsed(planned) if rehearsal.active() else planned, finished)

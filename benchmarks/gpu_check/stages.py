@@ -1,4 +1,4 @@
-"""What the two calls run, in which order and within which limits.
+"""What the calls run, in which order and within which limits.
 
 What tells most comes first. A group's limit is kept for it whatever the groups before it do; the
 limits of a call add up to its budget.
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import rehearsal
+from benchmarks.gpu_check import rehearsal, training
 from benchmarks.gpu_check.counted import CASES as COUNTED
 from benchmarks.gpu_check.facts import beside_nvcc
 from benchmarks.gpu_check.runner import Stage, worker_command
 from benchmarks.gpu_check.target import FAMILIES
 
-BUDGETS = {0: 570.0, 1: 270.0, 2: 300.0}  # seconds; call 0: chosen stages of both
+BUDGETS = {0: 570.0, 1: 270.0, 2: 300.0, 3: 280.0}  # seconds; call 0: chosen stages of all
 PATIENCE = 8  # of a rehearsal, in which nothing is measured, as a factor on limits and budgets
 SMOKE_TESTS = "tests/kernels/test_gpu.py"
 TRITON_TESTS = "*/test_triton_*.py"
@@ -81,6 +81,30 @@ def second_call(
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
     peers = Stage("peers", 60, arguments, elastic=True)
     return [build, *_sanitizers(), *tests, peers]
+
+
+def third_call(capability: str) -> list[Stage]:
+    """The trainer, where what it imports and the embedded model are installed."""
+    build = Stage("build-for-training", 40, ("build", capability, "normal"), vital=True)
+    jobs = []
+    for job, seconds in (("smollm2", 125), ("qwen2", 95)):
+        absent = training.why_absent(job)
+        work = ("training", job)
+        name = f"training-{job}"
+        jobs.append(Stage(name, seconds, work, elastic=True, required=not absent, absent=absent))
+    return [build, *jobs]
+
+
+def of_call(
+    call: int, capability: str, work: Path, wheels: Path | None, outcomes: dict[str, Any]
+) -> list[Stage]:
+    """The stages of one call, or of all of them for call 0. `outcomes`: of earlier calls."""
+    calls = (
+        lambda: first_call(capability, work),
+        lambda: second_call(capability, work, wheels, outcomes),
+        lambda: third_call(capability),
+    )
+    return [stage for i, make in enumerate(calls, 1) if call in (0, i) for stage in make()]
 
 
 def only(planned: Sequence[Stage], chosen: Sequence[str]) -> list[Stage]:

@@ -1,18 +1,20 @@
 // Rows that stay on chip: the logits are read once, and a gradient is written once.
 //
 // A cluster of blocks shares a row. Each block's slice is copied into buffers in shared memory,
-// where it stays until its gradient has been written. In a block three roles run side by side:
+// where it stays until its gradient has been written. In a block four roles run side by side:
 //   copy      one warp: fills free buffers with slices of the next rows
-//   compute   tile.warps warps: form a row's sums and later, from the same buffers, its gradient
+//   sum       tile.warps warps: form the sums of the block's slice
 //   finish    one warp: merges the sums of the block and of the cluster, writes the row's outputs,
 //             and forms the coefficients of its gradient, in every block from the same numbers
+//   write     tile.warps warps: form the gradient from the same buffers; none without a gradient
 // They hand over through barriers in shared memory:
-//   full[buffer]    copy -> compute      the bytes have landed
-//   empty[buffer]   compute -> copy      every warp is done with them
-//   partial[2]      compute -> finish    every warp has left its sums of a row
-//   exchange[2]     finish -> finish     every block of the cluster has sent its sums of a row
-//   plan[2]         finish -> compute    the coefficients of a row are there
-// Rows alternate between the two of a pair. docs/kernels.md says why two are enough.
+//   full[buffer]    copy -> sum, write     the bytes have landed
+//   empty[buffer]   write -> copy          every warp is done with them; sum -> copy: no gradient
+//   partial[row]    sum -> finish          every warp has left its sums of a row
+//   exchange[2]     finish -> finish       every block of the cluster has sent its sums of a row
+//   plan[row]       finish -> write, sum   the coefficients of a row are there
+// There are as many of `partial` and `plan` as the ring holds rows, and rows take them in turn. So
+// do they the two of `exchange`. docs/kernels.md says why that is enough.
 #include "buffers.cuh"
 #include "launch.cuh"
 #include "write_gradient.cuh"
@@ -30,7 +32,8 @@ class ResidentRows {
   PAPO_DEVICE explicit ResidentRows(const RowsCall& call)
       : call_(call),
         tile_(call.tile),
-        layout_(make_layout(tile_.cluster, tile_.warps, tile_.ring, tile_.stage_bytes)),
+        layout_(make_layout(tile_.cluster, tile_.warps, tile_.rows(), tile_.ring,
+                            tile_.stage_bytes)),
         shared_(machine::shared_base()),
         rank_(tile_.cluster > 1 ? machine::cluster_rank() : 0),
         warp_(machine::broadcast(machine::thread_index() / 32, 0)),
@@ -42,11 +45,13 @@ class ResidentRows {
     if (machine::thread_index() == 0) init_barriers();
     machine::cluster_sync();
     if (warp_ < tile_.warps) {
-      compute();
+      sum_rows();
     } else if (warp_ == tile_.warps) {
-      copy();
-    } else {
+      copy_rows();
+    } else if (warp_ == tile_.warps + 1) {
       finish_rows();
+    } else {
+      write_rows();
     }
     // Blocks need not wait for each other at the end: once its finish warp is done, a block has
     // every message that its peers send it.
@@ -60,11 +65,13 @@ class ResidentRows {
   }
   PAPO_DEVICE uint32_t full(int buffer) const { return barrier(buffer); }
   PAPO_DEVICE uint32_t empty(int buffer) const { return barrier(tile_.ring + buffer); }
-  PAPO_DEVICE uint32_t partial(int k) const { return barrier(2 * tile_.ring + (k & 1)); }
-  PAPO_DEVICE uint32_t exchange(int k) const { return barrier(2 * tile_.ring + 2 + (k & 1)); }
-  PAPO_DEVICE uint32_t plan(int k) const { return barrier(2 * tile_.ring + 4 + (k & 1)); }
-  // Row k is the (k / 2)-th row to use its barrier of a pair.
-  static PAPO_DEVICE uint32_t parity(int k) { return static_cast<uint32_t>(k >> 1) & 1u; }
+  PAPO_DEVICE uint32_t partial(int place) const { return barrier(2 * tile_.ring + place); }
+  PAPO_DEVICE uint32_t plan(int place) const {
+    return barrier(2 * tile_.ring + tile_.rows() + place);
+  }
+  PAPO_DEVICE uint32_t exchange(int k) const {
+    return barrier(2 * tile_.ring + 2 * tile_.rows() + (k & 1));
+  }
 
   PAPO_DEVICE uint32_t message_bytes() const {
     return static_cast<uint32_t>(tile_.cluster * kCtaMessageBytes);
@@ -75,10 +82,12 @@ class ResidentRows {
       machine::barrier_init(full(i), 1);
       machine::barrier_init(empty(i), tile_.warps);
     }
+    for (int place = 0; place < tile_.rows(); ++place) {
+      machine::barrier_init(partial(place), tile_.warps);
+      machine::barrier_init(plan(place), 1);
+    }
     for (int k = 0; k < 2; ++k) {
-      machine::barrier_init(partial(k), tile_.warps);
       machine::barrier_init(exchange(k), 1);
-      machine::barrier_init(plan(k), 1);
       // Armed one use ahead, so that no message of a peer comes before it is expected.
       machine::barrier_arrive_expect(exchange(k), message_bytes());
     }
@@ -90,16 +99,16 @@ class ResidentRows {
   PAPO_DEVICE uint32_t buffer_address(int buffer) const {
     return shared_ + static_cast<uint32_t>(buffer * tile_.stage_bytes);
   }
-  PAPO_DEVICE uint32_t warp_message(int k, int warp) const {
-    const int index = (k & 1) * tile_.warps + warp;
+  PAPO_DEVICE uint32_t warp_message(int place, int warp) const {
+    const int index = place * tile_.warps + warp;
     return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
   }
   PAPO_DEVICE uint32_t cta_message(int k, int rank) const {
     const int index = (k & 1) * tile_.cluster + rank;
     return shared_ + static_cast<uint32_t>(layout_.exchange + index * kCtaMessageBytes);
   }
-  PAPO_DEVICE uint32_t plan_address(int k) const {
-    return shared_ + static_cast<uint32_t>(layout_.plan + (k & 1) * kPlanBytes);
+  PAPO_DEVICE uint32_t plan_address(int place) const {
+    return shared_ + static_cast<uint32_t>(layout_.plan + place * kPlanBytes);
   }
 
   PAPO_DEVICE RowQueue<kOwn> rows() const {
@@ -122,7 +131,7 @@ class ResidentRows {
 
   // ---- copy ------------------------------------------------------------------------------------
 
-  PAPO_DEVICE void copy() const {
+  PAPO_DEVICE void copy_rows() const {
     RowQueue<kOwn> queue = rows();
     Cursor at;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
@@ -143,27 +152,19 @@ class ResidentRows {
     }
   }
 
-  // ---- compute ---------------------------------------------------------------------------------
+  // ---- sum -------------------------------------------------------------------------------------
 
-  PAPO_DEVICE void compute() const {
+  PAPO_DEVICE void sum_rows() const {
     RowQueue<kOwn> queue = rows();
-    Cursor scanned, finished;
-    // With room for two rows, a row is summed before the gradient of the previous row is written.
-    // Meanwhile the finish warp finishes the previous row.
-    const bool ahead = tile_.ahead || !call_.wants_gradient();
-    Job pending = Job::none();
+    Cursor at, turn;
     bool masked = false;
-    for (int k = 0;; ++k) {
-      const Job job = queue.next_active();
-      if (job.row >= 0) scan(job, k, scanned, masked);
-      const Job due = ahead ? pending : job;
-      if (due.row >= 0) finish(due, ahead ? k - 1 : k, finished);
-      if (job.row < 0) break;
-      pending = job;
+    for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
+      scan(job, turn, at, masked);
+      turn.advance(tile_.rows());
     }
   }
 
-  PAPO_DEVICE void scan(const Job& job, int k, Cursor& at, bool& masked) const {
+  PAPO_DEVICE void scan(const Job& job, const Cursor& turn, Cursor& at, bool& masked) const {
     const Scaling& scaling = scaling_of<kOwn>(call_, job);
     WarpScan<In> sums(scaling);
     const Cursor begin = at;
@@ -180,9 +181,13 @@ class ResidentRows {
     };
     const TeamWarp mine = {warp_, lane_, log_threads_};
     scan_slice(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
-    sums.leave(warp_message(k, warp_), lane_, sampled(job, stage));
+    if (!call_.wants_gradient()) {
+      // No writer holds the buffers back: the last row with this message must have been finished.
+      machine::barrier_wait(plan(turn.buffer), turn.parity ^ 1u, "plan");
+    }
+    sums.leave(warp_message(turn.buffer, warp_), lane_, sampled(job, stage));
     machine::warp_sync();
-    if (lane_ == 0) machine::barrier_arrive(partial(k));
+    if (lane_ == 0) machine::barrier_arrive(partial(turn.buffer));
     if (call_.wants_gradient()) return;
     for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
   }
@@ -198,13 +203,24 @@ class ResidentRows {
     return call_.scaling.capped(stage(s).row.element(place - s * tile_.stage));
   }
 
-  PAPO_DEVICE void finish(const Job& job, int k, Cursor& at) const {
-    machine::barrier_wait(plan(k), parity(k), "plan");
-    if (!call_.wants_gradient()) return;
-    const ElementGrad g = load_plan(plan_address(k));
+  // ---- write -----------------------------------------------------------------------------------
+
+  PAPO_DEVICE void write_rows() const {
+    RowQueue<kOwn> queue = rows();
+    Cursor at, turn;
+    for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
+      machine::barrier_wait(plan(turn.buffer), turn.parity, "plan");
+      write(job, load_plan(plan_address(turn.buffer)), at);
+      turn.advance(tile_.rows());
+    }
+  }
+
+  PAPO_DEVICE void write(const Job& job, const ElementGrad& g, Cursor& at) const {
     const Scaling& scaling = scaling_of<kOwn>(call_, job);
-    const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
+    const int writer = warp_ - tile_.warps - kServiceWarps;
+    const Share share = {32 * writer + lane_, 32 * tile_.warps};
     for (int s = 0; s < tile_.stages; ++s) {
+      machine::barrier_wait(full(at.buffer), at.parity, "full");
       const Span stage = stage_of(s);
       const int target = job.column >= 0 ? job.column - stage.begin : -1;
       if (stage.count > 0) {
@@ -223,6 +239,7 @@ class ResidentRows {
   PAPO_DEVICE void finish_rows() const {
     RowQueue<kOwn> queue = rows();
     const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
+    Cursor turn;
     int k = 0;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
@@ -233,18 +250,18 @@ class ResidentRows {
       const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
       const bool writes = rank_ == owner && lane_ == 0;
       const RowInputs in = load_inputs<kOwn>(call_, job.row);
-      machine::barrier_wait(partial(k), parity(k), "partial");
-      RowScan scan = merge_lanes(
-          load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), in.inv_temperature),
-          tile_.warps);
+      machine::barrier_wait(partial(turn.buffer), turn.parity, "partial");
+      const uint32_t message = warp_message(turn.buffer, lane_ & (tile_.warps - 1));
+      RowScan scan = merge_lanes(load_warp_message(message, in.inv_temperature), tile_.warps);
       if (tile_.cluster > 1) exchange_parts(scan, k);
       if (rank_ == owner || call_.wants_gradient()) {
         if (tile_.cluster > 1) scan = merge_cluster(k);
         const ElementGrad g = finish_row<kOwn>(call_, job, scan, in, &weighting, writes);
-        if (lane_ == 0) store_plan(plan_address(k), g);
+        if (lane_ == 0) store_plan(plan_address(turn.buffer), g);
       }
       machine::warp_sync();
-      if (lane_ == 0) machine::barrier_arrive(plan(k));
+      if (lane_ == 0) machine::barrier_arrive(plan(turn.buffer));
+      turn.advance(tile_.rows());
       ++k;
     }
   }
@@ -257,7 +274,8 @@ class ResidentRows {
       machine::send(to + 16, lane_, scan.state.T, scan.state.Z2, exchange(k));
       machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
     }
-    machine::barrier_wait_cluster(exchange(k), parity(k), "exchange");
+    const uint32_t parity = static_cast<uint32_t>(k >> 1) & 1u;
+    machine::barrier_wait_cluster(exchange(k), parity, "exchange");
     // Armed for row k + 2. No peer sends its part of that row before it has ours of row k + 1.
     if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
   }
@@ -297,8 +315,11 @@ auto kernel_of(const RowsCall& call) {
                                  : resident_kernel<In, Out, false>;
 }
 
-LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
-  return {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
+LaunchShape shape_of(const RowsCall& call, const DeviceLimits& limits) {
+  const Tile& tile = call.tile;
+  const int64_t threads =
+      call.wants_gradient() ? writing_threads(tile.warps) : 32 * (tile.warps + kServiceWarps);
+  return {0, static_cast<int>(threads), tile.cluster,
           exclusive_bytes(limits, tile.blocks, tile.shared_bytes)};
 }
 
@@ -308,7 +329,7 @@ Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const La
                       int* clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
     *clusters = resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
-                                  shape_of(call.tile, limits), launch.device, kClusterPtx);
+                                  shape_of(call, limits), launch.device, kClusterPtx);
     return Status::success();
   });
 }
@@ -316,7 +337,7 @@ Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const La
 Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                        int clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    LaunchShape shape = shape_of(call.tile, limits);
+    LaunchShape shape = shape_of(call, limits);
     shape.blocks = even_grid(call.logits.rows, clusters) * call.tile.cluster;
     return launch_kernel(kernel_of<decltype(in), decltype(out)>(call), shape, launch.stream, call);
   });

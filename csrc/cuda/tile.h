@@ -11,15 +11,14 @@ namespace papo {
 namespace cuda {
 
 constexpr int kWordBytes = 16;
-// How many compute warps a derived tile gives a block at most:
+// How many warps that sum a derived tile gives a block at most:
 constexpr int kWholeWarps = 8;   // one that has a multiprocessor to itself
 constexpr int kPairedWarps = 4;  // one that shares a multiprocessor
 constexpr int kStreamWarps = 8;  // one that reads rows from global memory
 // How many a block can have:
-constexpr int kMaxWarps = 16;      // one of a cluster
+constexpr int kMaxWarps = 8;       // one of a cluster, which has as many again that write gradients
 constexpr int kMaxStatsWarps = 8;  // one that takes all slices of a row
-constexpr int kServiceWarps = 2;   // beside the compute warps: one copies, one finishes rows
-constexpr int kResidentThreads = 32 * (kMaxWarps + kServiceWarps);
+constexpr int kServiceWarps = 2;   // beside these: one copies, one finishes rows
 constexpr int kStatsThreads = 32 * (kMaxStatsWarps + kServiceWarps);
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRing = 8;
@@ -95,7 +94,7 @@ struct DeviceLimits {
 // and logp has the same bits in all of them.
 struct Tile {
   int cluster;  // blocks that share a row, a slice each; 0: rows are read from global memory
-  int warps;    // compute warps of a slice
+  int warps;    // that sum a slice; as many write its gradient
   int slice;    // columns of a slice
   int stage;    // columns of a buffer
   int stages;   // buffers that a slice fills
@@ -103,7 +102,10 @@ struct Tile {
   int blocks;   // on a multiprocessor
   int stage_bytes;
   int shared_bytes;
-  bool ahead;  // a row is summed before the gradient of the previous row is written
+
+  // Slices that the ring holds at a time: a row is summed while the gradients of those before it
+  // are still to be written.
+  PAPO_HD int rows() const { return ring / stages; }
 };
 
 // How a block takes all slices of a row in turn, where no gradient is wanted. Each of its teams of
@@ -151,12 +153,12 @@ PAPO_HD int log2_of(int x) {
   return n;
 }
 
-// Offsets in the shared memory of a block of a cluster.
+// Offsets in the shared memory of a block of a cluster whose ring holds `rows` slices.
 struct SharedLayout {
   int exchange;  // [2][cluster] CtaMessage
-  int partial;   // [2][warps] WarpMessage
-  int plan;      // [2] ElementGrad
-  int barriers;  // full[ring], empty[ring], partial[2], exchange[2], plan[2]
+  int partial;   // [rows][warps] WarpMessage
+  int plan;      // [rows] ElementGrad
+  int barriers;  // full[ring], empty[ring], partial[rows], plan[rows], exchange[2]
   int bytes;
 };
 
@@ -165,13 +167,13 @@ constexpr int kWarpMessageBytes = 32;
 constexpr int kPlanBytes = 32;
 constexpr int kBarrierBytes = 8;
 
-PAPO_HD SharedLayout make_layout(int cluster, int warps, int ring, int stage_bytes) {
+PAPO_HD SharedLayout make_layout(int cluster, int warps, int rows, int ring, int stage_bytes) {
   SharedLayout s;
   s.exchange = ring * stage_bytes;
   s.partial = s.exchange + 2 * cluster * kCtaMessageBytes;
-  s.plan = s.partial + 2 * warps * kWarpMessageBytes;
-  s.barriers = s.plan + 2 * kPlanBytes;
-  s.bytes = s.barriers + (2 * ring + 6) * kBarrierBytes;
+  s.plan = s.partial + rows * warps * kWarpMessageBytes;
+  s.barriers = s.plan + rows * kPlanBytes;
+  s.bytes = s.barriers + (2 * ring + 2 * rows + 2) * kBarrierBytes;
   return s;
 }
 
@@ -205,6 +207,9 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
 
 // ---- the choice ---------------------------------------------------------------------------------
 
+// The threads of a block that sums with so many warps and writes gradients with as many.
+PAPO_HD int64_t writing_threads(int64_t warps) { return 32 * (2 * warps + kServiceWarps); }
+constexpr int kResidentThreads = 32 * (2 * kMaxWarps + kServiceWarps);
 constexpr int kRegisters = 65536;     // of a multiprocessor
 constexpr int kOnChipRegisters = 96;  // that a thread has at most where rows stay on chip
 
@@ -244,8 +249,7 @@ inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps
   t.ring = ring;
   t.blocks = blocks;
   t.stage_bytes = static_cast<int>(bytes);
-  t.shared_bytes = make_layout(cluster, warps, ring, t.stage_bytes).bytes;
-  t.ahead = ring > 2 * stages;
+  t.shared_bytes = make_layout(cluster, warps, t.rows(), ring, t.stage_bytes).bytes;
   return t;
 }
 
@@ -281,7 +285,7 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
 
 // The same tile with as many blocks on a multiprocessor as fit. Short rows leave room for more.
 inline Tile crowded(Tile t, const DeviceLimits& device) {
-  const int threads = 32 * (t.warps + kServiceWarps);
+  const int64_t threads = writing_threads(t.warps);
   const auto fits = [&](int blocks) {
     return t.shared_bytes <= shared_budget(device, blocks) &&
            blocks * threads * kOnChipRegisters <= kRegisters;

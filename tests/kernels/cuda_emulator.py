@@ -165,7 +165,6 @@ Tile = _struct(
             "shared_bytes",
         )
     ),
-    ("ahead", ctypes.c_bool),
 )
 StatsTile = _struct(
     "StatsTile", *((name, I32) for name in ("teams", "ring", "blocks", "rounds", "shared_bytes"))
@@ -175,9 +174,9 @@ Chosen = _struct("Chosen", ("tile", Tile), ("stats", StatsTile), ("error", ctype
 H100 = DeviceLimits(132, 232448, 233472, 16)
 # Made-up devices, as arguments of `emulated`. The small ones spread short rows over clusters.
 DEVICES: dict[str, dict[str, int]] = {
-    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
+    # Blocks of 12 KB hold three rows: sums run ahead of gradients.
     "ahead": {},
-    # Two buffers fit at most: sums and gradient of a row follow each other.
+    # Two buffers fit at most: a row's sums wait for the gradient of the row before.
     "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
     # As on sm_80: rows are streamed.
     "no_clusters": {"max_cluster": 0},

@@ -351,16 +351,16 @@ PAPO_DEVICE void cluster_sync() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
-// Writes two doubles to shared memory of block `rank`, at the same address `target`, a multiple of
-// 16. Their 16 bytes count toward that block's barrier.
-PAPO_DEVICE void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
+// Writes a word to shared memory of block `rank`, at the same address `target`, a multiple of 16.
+// Its 16 bytes count toward that block's barrier.
+PAPO_DEVICE void send(uint32_t target, int rank, const Word& w, uint32_t barrier) {
   asm volatile(
       "{.reg .b32 there, bar;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mapa.shared::cluster.u32 bar, %4, %1;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [there], {%2, %3}, "
-      "[bar];}" ::"r"(target),
-      "r"(rank), "d"(a), "d"(b), "r"(barrier)
+      "mapa.shared::cluster.u32 bar, %6, %1;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], "
+      "{%2, %3, %4, %5}, [bar];}" ::"r"(target),
+      "r"(rank), "r"(w.r[0]), "r"(w.r[1]), "r"(w.r[2]), "r"(w.r[3]), "r"(barrier)
       : "memory");
 }
 #endif  // PAPO_HAS_CLUSTERS

@@ -4,17 +4,16 @@
 // where it stays until its gradient has been written. In a block four roles run side by side:
 //   copy      one warp: fills free buffers with slices of the next rows
 //   sum       tile.warps warps: form the sums of the block's slice
-//   finish    one warp: merges the sums of the block and of the cluster, writes the row's outputs,
-//             and forms the coefficients of its gradient, in every block from the same numbers
+//   finish    one warp: merges the sums of all blocks, writes the row's outputs, and forms the
+//             coefficients of its gradient. The blocks of a cluster take turns
 //   write     tile.warps warps: form the gradient from the same buffers; none without a gradient
 // They hand over through barriers in shared memory:
-//   full[buffer]    copy -> sum, write     the bytes have landed
-//   empty[buffer]   write -> copy          every warp is done with them; sum -> copy: no gradient
-//   partial[row]    sum -> finish          every warp has left its sums of a row
-//   exchange[2]     finish -> finish       every block of the cluster has sent its sums of a row
-//   plan[row]       finish -> write, sum   the coefficients of a row are there
-// There are as many of `partial` and `plan` as the ring holds rows, and rows take them in turn. So
-// do they the two of `exchange`. docs/kernels.md says why that is enough.
+//   full[buffer]     copy -> sum, write    the bytes have landed
+//   empty[buffer]    write -> copy         every warp is done with them; sum -> copy: no gradient
+//   messages[turn]   sum -> finish         every warp of the cluster has sent its sums of a row
+//   plan[row]        finish -> write, sum  the coefficients of a row have been sent to every block
+// There are as many of `plan` as the ring holds rows, and of `messages` as many as these give each
+// block turns. docs/kernels.md says why that is enough.
 #include "buffers.cuh"
 #include "launch.cuh"
 #include "write_gradient.cuh"
@@ -53,8 +52,8 @@ class ResidentRows {
     } else {
       write_rows();
     }
-    // Blocks need not wait for each other at the end: once its finish warp is done, a block has
-    // every message that its peers send it.
+    // Blocks need not wait for each other at the end: by then a block has every message and every
+    // plan that its peers send it.
   }
 
  private:
@@ -65,16 +64,16 @@ class ResidentRows {
   }
   PAPO_DEVICE uint32_t full(int buffer) const { return barrier(buffer); }
   PAPO_DEVICE uint32_t empty(int buffer) const { return barrier(tile_.ring + buffer); }
-  PAPO_DEVICE uint32_t partial(int place) const { return barrier(2 * tile_.ring + place); }
-  PAPO_DEVICE uint32_t plan(int place) const {
-    return barrier(2 * tile_.ring + tile_.rows() + place);
-  }
-  PAPO_DEVICE uint32_t exchange(int k) const {
-    return barrier(2 * tile_.ring + 2 * tile_.rows() + (k & 1));
+  PAPO_DEVICE uint32_t plan(int row) const { return barrier(2 * tile_.ring + row); }
+  PAPO_DEVICE uint32_t messages(int turn) const {
+    return barrier(2 * tile_.ring + tile_.rows() + turn);
   }
 
-  PAPO_DEVICE uint32_t message_bytes() const {
-    return static_cast<uint32_t>(tile_.cluster * kCtaMessageBytes);
+  PAPO_DEVICE int row_messages() const { return tile_.cluster * tile_.warps; }
+  // Messages of a row may come before they are expected, but not before this block has arrived.
+  PAPO_DEVICE void expect_messages(int turn) const {
+    machine::barrier_arrive_expect(messages(turn),
+                                   static_cast<uint32_t>(row_messages() * kMessageBytes));
   }
 
   PAPO_DEVICE void init_barriers() const {
@@ -82,14 +81,10 @@ class ResidentRows {
       machine::barrier_init(full(i), 1);
       machine::barrier_init(empty(i), tile_.warps);
     }
-    for (int place = 0; place < tile_.rows(); ++place) {
-      machine::barrier_init(partial(place), tile_.warps);
-      machine::barrier_init(plan(place), 1);
-    }
-    for (int k = 0; k < 2; ++k) {
-      machine::barrier_init(exchange(k), 1);
-      // Armed one use ahead, so that no message of a peer comes before it is expected.
-      machine::barrier_arrive_expect(exchange(k), message_bytes());
+    for (int row = 0; row < tile_.rows(); ++row) machine::barrier_init(plan(row), 1);
+    for (int turn = 0; turn < turns(); ++turn) {
+      machine::barrier_init(messages(turn), 1);
+      expect_messages(turn);
     }
     machine::barrier_init_fence();
   }
@@ -99,16 +94,27 @@ class ResidentRows {
   PAPO_DEVICE uint32_t buffer_address(int buffer) const {
     return shared_ + static_cast<uint32_t>(buffer * tile_.stage_bytes);
   }
-  PAPO_DEVICE uint32_t warp_message(int place, int warp) const {
-    const int index = place * tile_.warps + warp;
-    return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
+  PAPO_DEVICE uint32_t message_address(int turn, int i) const {
+    const int index = turn * row_messages() + i;
+    return shared_ + static_cast<uint32_t>(layout_.messages + index * kMessageBytes);
   }
-  PAPO_DEVICE uint32_t cta_message(int k, int rank) const {
-    const int index = (k & 1) * tile_.cluster + rank;
-    return shared_ + static_cast<uint32_t>(layout_.exchange + index * kCtaMessageBytes);
+  PAPO_DEVICE uint32_t plan_address(int row) const {
+    return shared_ + static_cast<uint32_t>(layout_.plan + row * kPlanBytes);
   }
-  PAPO_DEVICE uint32_t plan_address(int place) const {
-    return shared_ + static_cast<uint32_t>(layout_.plan + place * kPlanBytes);
+  PAPO_DEVICE int turns() const { return turns_of(tile_.cluster, tile_.rows()); }
+
+  // Where the rows are, in the order in which all roles meet them: the place of a row among `plan`,
+  // the block that finishes it, and the place of its messages there.
+  struct Turn {
+    Cursor row, turn;
+    int owner = 0;
+  };
+  PAPO_DEVICE void advance(Turn& at) const {
+    at.row.advance(tile_.rows());
+    if (++at.owner == tile_.cluster) {
+      at.owner = 0;
+      at.turn.advance(turns());
+    }
   }
 
   PAPO_DEVICE RowQueue<kOwn> rows() const {
@@ -156,38 +162,55 @@ class ResidentRows {
 
   PAPO_DEVICE void sum_rows() const {
     RowQueue<kOwn> queue = rows();
-    Cursor at, turn;
+    Cursor buffers;
+    Turn at;
     bool masked = false;
     for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
-      scan(job, turn, at, masked);
-      turn.advance(tile_.rows());
+      scan(job, at, buffers, masked);
+      advance(at);
+    }
+    if (call_.wants_gradient()) return;
+    // No plan may come to a block that has left.
+    for (int i = 0; i < tile_.rows(); ++i) {
+      wait_for_former_plan(at);
+      advance(at);
     }
   }
 
-  PAPO_DEVICE void scan(const Job& job, const Cursor& turn, Cursor& at, bool& masked) const {
+  // Until the row that had this place before has been finished.
+  PAPO_DEVICE void wait_for_former_plan(const Turn& at) const {
+    machine::barrier_wait_cluster(plan(at.row.buffer), at.row.parity ^ 1u, "plan");
+  }
+
+  PAPO_DEVICE void scan(const Job& job, const Turn& at, Cursor& buffers, bool& masked) const {
     const Scaling& scaling = scaling_of<kOwn>(call_, job);
     WarpScan<In> sums(scaling);
-    const Cursor begin = at;
+    const Cursor begin = buffers;
     const auto buffer = [&](int s) {
       const int i = begin.buffer + s;
       return i < tile_.ring ? i : i - tile_.ring;
     };
     const auto wait = [&](int) {
-      machine::barrier_wait(full(at.buffer), at.parity, "full");
-      at.advance(tile_.ring);
+      machine::barrier_wait(full(buffers.buffer), buffers.parity, "full");
+      buffers.advance(tile_.ring);
     };
     const auto stage = [&](int s) {
       return Stage<In>{staged(buffer(s), job.row), stage_of(s).count};
     };
     const TeamWarp mine = {warp_, lane_, log_threads_};
     scan_slice(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
-    if (!call_.wants_gradient()) {
-      // No writer holds the buffers back: the last row with this message must have been finished.
-      machine::barrier_wait(plan(turn.buffer), turn.parity ^ 1u, "plan");
+    const WarpMessage message = sums.message(lane_, sampled(job, stage));
+    // With a gradient, writers have held back the buffers until then.
+    if (!call_.wants_gradient()) wait_for_former_plan(at);
+    if (warp_ == 0 && lane_ == 0) {
+      machine::barrier_arrive_expect(plan(at.row.buffer), kPlanBytes);
     }
-    sums.leave(warp_message(turn.buffer, warp_), lane_, sampled(job, stage));
     machine::warp_sync();
-    if (lane_ == 0) machine::barrier_arrive(partial(turn.buffer));
+    if (lane_ < 2) {
+      const uint32_t to = message_address(at.turn.buffer, rank_ * tile_.warps + warp_);
+      machine::send(to + static_cast<uint32_t>(lane_ * kWordBytes), at.owner,
+                    lane_ == 0 ? message.first : message.second, messages(at.turn.buffer));
+    }
     if (call_.wants_gradient()) return;
     for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
   }
@@ -207,11 +230,11 @@ class ResidentRows {
 
   PAPO_DEVICE void write_rows() const {
     RowQueue<kOwn> queue = rows();
-    Cursor at, turn;
+    Cursor buffers, row;
     for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
-      machine::barrier_wait(plan(turn.buffer), turn.parity, "plan");
-      write(job, load_plan(plan_address(turn.buffer)), at);
-      turn.advance(tile_.rows());
+      machine::barrier_wait_cluster(plan(row.buffer), row.parity, "plan");
+      write(job, load_plan(plan_address(row.buffer)), buffers);
+      row.advance(tile_.rows());
     }
   }
 
@@ -239,51 +262,34 @@ class ResidentRows {
   PAPO_DEVICE void finish_rows() const {
     RowQueue<kOwn> queue = rows();
     const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
-    Cursor turn;
-    int k = 0;
+    Turn at;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
         if (rank_ == 0 && lane_ == 0) write_nothing(call_, job.row);
         continue;
       }
-      // Every block needs the coefficients of a gradient. Without a gradient the blocks take turns.
-      const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
-      const bool writes = rank_ == owner && lane_ == 0;
-      const RowInputs in = load_inputs<kOwn>(call_, job.row);
-      machine::barrier_wait(partial(turn.buffer), turn.parity, "partial");
-      const uint32_t message = warp_message(turn.buffer, lane_ & (tile_.warps - 1));
-      RowScan scan = merge_lanes(load_warp_message(message, in.inv_temperature), tile_.warps);
-      if (tile_.cluster > 1) exchange_parts(scan, k);
-      if (rank_ == owner || call_.wants_gradient()) {
-        if (tile_.cluster > 1) scan = merge_cluster(k);
-        const ElementGrad g = finish_row<kOwn>(call_, job, scan, in, &weighting, writes);
-        if (lane_ == 0) store_plan(plan_address(turn.buffer), g);
-      }
-      machine::warp_sync();
-      if (lane_ == 0) machine::barrier_arrive(plan(turn.buffer));
-      turn.advance(tile_.rows());
-      ++k;
+      if (at.owner == rank_) finish(job, at, weighting);
+      advance(at);
     }
   }
 
-  // Lane r sends this block's part to block r. Returns once the parts of all blocks are here.
-  PAPO_DEVICE void exchange_parts(const RowScan& scan, int k) const {
-    const uint32_t to = cta_message(k, rank_);
+  PAPO_DEVICE void finish(const Job& job, const Turn& at,
+                          const WeightingValues<float>& weighting) const {
+    const int turn = at.turn.buffer;
+    const RowInputs in = load_inputs<kOwn>(call_, job.row);
+    machine::barrier_wait_cluster(messages(turn), at.turn.parity, "messages");
+    const RowScan scan =
+        merge_messages(message_address(turn, 0), row_messages(), in.inv_temperature, lane_);
+    machine::warp_sync();
+    // Before the plan is sent, without which no block sends its messages of a later turn.
+    if (lane_ == 0) expect_messages(turn);
+    const PlanWords plan_words = pack(finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0));
+    machine::warp_sync();
     if (lane_ < tile_.cluster) {
-      machine::send(to, lane_, scan.state.max, scan.state.Z, exchange(k));
-      machine::send(to + 16, lane_, scan.state.T, scan.state.Z2, exchange(k));
-      machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
+      const uint32_t to = plan_address(at.row.buffer);
+      machine::send(to, lane_, plan_words.first, plan(at.row.buffer));
+      machine::send(to + kWordBytes, lane_, plan_words.second, plan(at.row.buffer));
     }
-    const uint32_t parity = static_cast<uint32_t>(k >> 1) & 1u;
-    machine::barrier_wait_cluster(exchange(k), parity, "exchange");
-    // Armed for row k + 2. No peer sends its part of that row before it has ours of row k + 1.
-    if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
-  }
-
-  PAPO_DEVICE RowScan merge_cluster(int k) const {
-    const uint32_t from = cta_message(k, lane_ & (tile_.cluster - 1));
-    const auto at = [&](uint32_t i) { return machine::load_shared_double(from + 8 * i); };
-    return merge_lanes({{at(0), at(1), at(2), at(3), at(4)}, at(5)}, tile_.cluster);
   }
 
   const RowsCall& call_;

@@ -83,6 +83,13 @@ struct Scaling {
 
 PAPO_DEVICE Pair both(float x) { return {x, x}; }
 
+// What a warp has found in its words of a row:
+//   the maximum m and o, as above | the sums of all elements but one at the maximum | the softcapped
+//   logit of the sampled token | 1 if such an element was left out, or 0
+struct WarpMessage {
+  Word first, second;
+};
+
 // ---- over a lane's words ----------------------------------------------------------------------
 
 struct LaneSums {
@@ -256,21 +263,16 @@ class WarpScan {
 
   // ---- a warp's message
 
-  // Leaves the warp's message at `address`. `sampled` is the softcapped logit of the sampled token
-  // if this warp has it, and -inf otherwise.
-  PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) {
+  // What the warp has found, the same in every lane. `sampled` is the softcapped logit of the
+  // sampled token if this warp has it, and -inf otherwise.
+  PAPO_DEVICE WarpMessage message(int lane, float sampled) {
     const float top = take_out_maximum(lane);
-    int which;
-    const float total = warp_total(lane, which);
-    if ((lane & 7) == 0) {
-      machine::store_shared_32(address + 8 + 4 * which, machine::as_bits(total));
-    }
-    if (lane == 0) {
-      machine::store_shared_32(address, machine::as_bits(m_));
-      machine::store_shared_32(address + 4, machine::as_bits(o_));
-      machine::store_shared_32(address + 24, machine::as_bits(sampled));
-      machine::store_shared_32(address + 28, machine::as_bits(top));
-    }
+    const float total = warp_total(lane);
+    const auto of_lane = [total](int from) {
+      return machine::as_bits(machine::broadcast(total, from));
+    };
+    return {{{machine::as_bits(m_), machine::as_bits(o_), of_lane(0), of_lane(16)}},
+            {{of_lane(8), of_lane(24), machine::as_bits(sampled), machine::as_bits(top)}}};
   }
 
  private:
@@ -311,9 +313,10 @@ class WarpScan {
     return from >= 0 ? 1.0f : 0.0f;
   }
 
-  // Leaves each lane one of the warp's four totals: number `which` of Z, T, Z2, T2. In the first
-  // two steps a lane keeps half of what it has. That takes a third of the shuffles of four sums.
-  PAPO_DEVICE float warp_total(int lane, int& which) const {
+  // Leaves each lane one of the warp's four totals, eight lanes the same: of Z, Z2, T, T2. In the
+  // first two steps a lane keeps half of what it has. That takes a third of the shuffles of four
+  // sums.
+  PAPO_DEVICE float warp_total(int lane) const {
     const float Z = sums_.Z.lo + sums_.Z.hi;
     const float T1 = sums_.T.lo + sums_.T.hi;
     const float Z2 = sums_.Z2.lo + sums_.Z2.hi;
@@ -325,7 +328,6 @@ class WarpScan {
     float c = (second ? b : a) + machine::shuffle_xor(second ? a : b, 8);
 #pragma unroll
     for (int mask = 4; mask > 0; mask /= 2) c += machine::shuffle_xor(c, mask);
-    which = (upper ? 1 : 0) + (second ? 2 : 0);
     return c;
   }
 
@@ -337,8 +339,15 @@ class WarpScan {
 
 // ---- over warps and blocks --------------------------------------------------------------------
 
-// The message that WarpScan::leave wrote, in nats.
-PAPO_DEVICE RowScan load_warp_message(uint32_t address, double inv_temperature) {
+PAPO_DEVICE void store_message(uint32_t address, const WarpMessage& message, int lane) {
+  if (lane < 2) {
+    machine::store_shared(address + static_cast<uint32_t>(lane * kWordBytes),
+                          lane == 0 ? message.first : message.second);
+  }
+}
+
+// A message that lies in shared memory, in nats.
+PAPO_DEVICE RowScan load_message(uint32_t address, double inv_temperature) {
   const Word first = machine::load_shared(address);
   const Word second = machine::load_shared(address + kWordBytes);
   const float m = machine::as_float(first.r[0]);
@@ -387,11 +396,26 @@ PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
   return scan;
 }
 
-// The part of lane `lane`. Each lane may name another.
-PAPO_DEVICE RowScan from_lane(const RowScan& scan, int lane) {
-  const auto get = [lane](double x) { return machine::broadcast(x, lane); };
-  const RowState<double>& s = scan.state;
-  return {{get(s.max), get(s.Z), get(s.T), get(s.Z2), get(s.T2)}, get(scan.target_u)};
+// Two parts of a row, as merge_lanes merges them.
+PAPO_DEVICE RowScan merge_two(const RowScan& a, const RowScan& b) {
+  const double top = b.state.max > a.state.max ? b.state.max : a.state.max;
+  const RowState<double> x = a.state.rescaled(top, exp_of_distance);
+  const RowState<double> y = b.state.rescaled(top, exp_of_distance);
+  const bool theirs = b.target_u > a.target_u || b.target_u != b.target_u;
+  return {{top, x.Z + y.Z, x.T + y.T, x.Z2 + y.Z2, x.T2 + y.T2},
+          theirs ? b.target_u : a.target_u};
+}
+
+// A row from its `count` messages, a power of two, which lie one behind the other.
+PAPO_DEVICE RowScan merge_messages(uint32_t messages, int count, double inv_temperature, int lane) {
+  const auto load = [&](int i) {
+    return load_message(messages + static_cast<uint32_t>(i * kMessageBytes), inv_temperature);
+  };
+  const int lanes = count < 32 ? count : 32;
+  RowScan scan = load(lane & (lanes - 1));
+#pragma unroll 1
+  for (int i = 32; i < count; i += 32) scan = merge_two(scan, load(i + lane));
+  return merge_lanes(scan, lanes);
 }
 
 }  // namespace cuda

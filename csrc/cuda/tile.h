@@ -153,41 +153,43 @@ PAPO_HD int log2_of(int x) {
   return n;
 }
 
-// Offsets in the shared memory of a block of a cluster whose ring holds `rows` slices.
+// Offsets in the shared memory of a block of a cluster.
 struct SharedLayout {
-  int exchange;  // [2][cluster] CtaMessage
-  int partial;   // [rows][warps] WarpMessage
+  int messages;  // [turns][cluster][warps] WarpMessage, of the rows that this block finishes
   int plan;      // [rows] ElementGrad
-  int barriers;  // full[ring], empty[ring], partial[rows], plan[rows], exchange[2]
+  int barriers;  // full[ring], empty[ring], plan[rows], messages[turns]
   int bytes;
 };
 
-constexpr int kCtaMessageBytes = 48;
-constexpr int kWarpMessageBytes = 32;
+constexpr int kMessageBytes = 32;
 constexpr int kPlanBytes = 32;
 constexpr int kBarrierBytes = 8;
 
+// The blocks of a cluster finish its rows in turn: how many of the `rows` that a ring holds are one
+// block's, at most.
+PAPO_HD int turns_of(int cluster, int rows) { return (rows + cluster - 1) / cluster; }
+
 PAPO_HD SharedLayout make_layout(int cluster, int warps, int rows, int ring, int stage_bytes) {
+  const int turns = turns_of(cluster, rows);
   SharedLayout s;
-  s.exchange = ring * stage_bytes;
-  s.partial = s.exchange + 2 * cluster * kCtaMessageBytes;
-  s.plan = s.partial + rows * warps * kWarpMessageBytes;
+  s.messages = ring * stage_bytes;
+  s.plan = s.messages + turns * cluster * warps * kMessageBytes;
   s.barriers = s.plan + rows * kPlanBytes;
-  s.bytes = s.barriers + (2 * ring + 2 * rows + 2) * kBarrierBytes;
+  s.bytes = s.barriers + (2 * ring + rows + turns) * kBarrierBytes;
   return s;
 }
 
 // The same for a block that takes all slices of its rows.
 struct StatsLayout {
-  int partial;   // [slices][warps] WarpMessage
+  int messages;  // [slices][warps] WarpMessage
   int barriers;  // full[ring], empty[ring], partial, taken
   int bytes;
 };
 
 PAPO_HD StatsLayout make_stats_layout(int slices, int warps, int ring, int stage_bytes) {
   StatsLayout s;
-  s.partial = ring * stage_bytes;
-  s.barriers = s.partial + slices * warps * kWarpMessageBytes;
+  s.messages = ring * stage_bytes;
+  s.barriers = s.messages + slices * warps * kMessageBytes;
   s.bytes = s.barriers + (2 * ring + 2) * kBarrierBytes;
   return s;
 }

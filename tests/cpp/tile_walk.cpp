@@ -173,7 +173,7 @@ void check_resident(const Tile& t, int64_t columns, int bytes, const DeviceLimit
   CHECK(t.stage_bytes % 16 == 0 && t.stage_bytes >= buffer_bytes(t.stage, bytes), "stage");
   CHECK(t.stage_bytes <= kMostStageBytes, "a barrier counts no more bytes than that");
   const SharedLayout s = make_layout(t.cluster, t.warps, t.rows(), t.ring, t.stage_bytes);
-  CHECK(s.exchange % 16 == 0 && s.partial % 16 == 0 && s.plan % 16 == 0, "words");
+  CHECK(s.messages % 16 == 0 && s.plan % 16 == 0, "words");
   CHECK(s.barriers % 8 == 0 && s.bytes == t.shared_bytes, "layout");
   int64_t next = 0;
   for (int rank = 0; rank < t.cluster; ++rank) {
@@ -209,7 +209,7 @@ void check_stats(const StatsTile& s, const Tile& t, const DeviceLimits& device) 
   CHECK(s.ring > s.teams && s.ring <= kMaxRing && t.stages == 1, "ring %d", s.ring);
   CHECK(s.shared_bytes <= shared_budget(device, s.blocks), "shared %d", s.shared_bytes);
   const StatsLayout l = make_stats_layout(t.cluster, t.warps, s.ring, t.stage_bytes);
-  CHECK(l.partial % 16 == 0 && l.barriers % 8 == 0 && l.bytes == s.shared_bytes, "layout");
+  CHECK(l.messages % 16 == 0 && l.barriers % 8 == 0 && l.bytes == s.shared_bytes, "layout");
 }
 
 void check_tiles() {

@@ -69,9 +69,12 @@ class ResidentRows {
     return barrier(2 * tile_.ring + tile_.rows() + turn);
   }
 
+  // A block alone is no cluster: there is no sending, and each warp arrives for itself.
+  PAPO_DEVICE bool alone() const { return tile_.cluster == 1; }
   PAPO_DEVICE int row_messages() const { return tile_.cluster * tile_.warps; }
-  // Messages of a row may come before they are expected, but not before this block has arrived.
+  // The phase of a turn's messages ends when these have come, and not before this call.
   PAPO_DEVICE void expect_messages(int turn) const {
+    if (alone()) return;
     machine::barrier_arrive_expect(messages(turn),
                                    static_cast<uint32_t>(row_messages() * kMessageBytes));
   }
@@ -83,7 +86,7 @@ class ResidentRows {
     }
     for (int row = 0; row < tile_.rows(); ++row) machine::barrier_init(plan(row), 1);
     for (int turn = 0; turn < turns(); ++turn) {
-      machine::barrier_init(messages(turn), 1);
+      machine::barrier_init(messages(turn), alone() ? tile_.warps : 1);
       expect_messages(turn);
     }
     machine::barrier_init_fence();
@@ -202,17 +205,29 @@ class ResidentRows {
     const WarpMessage message = sums.message(lane_, sampled(job, stage));
     // With a gradient, writers have held back the buffers until then.
     if (!call_.wants_gradient()) wait_for_former_plan(at);
+    send(message, at);
+    if (call_.wants_gradient()) return;
+    for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
+  }
+
+  // To the block that finishes the row.
+  PAPO_DEVICE void send(const WarpMessage& message, const Turn& at) const {
+    const int turn = at.turn.buffer;
+    const uint32_t to = message_address(turn, rank_ * tile_.warps + warp_);
+    if (alone()) {
+      store_message(to, message, lane_);
+      machine::warp_sync();
+      if (lane_ == 0) machine::barrier_arrive(messages(turn));
+      return;
+    }
     if (warp_ == 0 && lane_ == 0) {
       machine::barrier_arrive_expect(plan(at.row.buffer), kPlanBytes);
     }
     machine::warp_sync();
     if (lane_ < 2) {
-      const uint32_t to = message_address(at.turn.buffer, rank_ * tile_.warps + warp_);
       machine::send(to + static_cast<uint32_t>(lane_ * kWordBytes), at.owner,
-                    lane_ == 0 ? message.first : message.second, messages(at.turn.buffer));
+                    lane_ == 0 ? message.first : message.second, messages(turn));
     }
-    if (call_.wants_gradient()) return;
-    for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
   }
 
   // Warp 0 gets the softcapped logit of the sampled token if it is in this block's slice, or -inf.
@@ -283,12 +298,23 @@ class ResidentRows {
     machine::warp_sync();
     // Before the plan is sent, without which no block sends its messages of a later turn.
     if (lane_ == 0) expect_messages(turn);
-    const PlanWords plan_words = pack(finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0));
+    send_plan(finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0), at.row.buffer);
+  }
+
+  // To all blocks.
+  PAPO_DEVICE void send_plan(const ElementGrad& g, int row) const {
+    const uint32_t to = plan_address(row);
+    if (alone()) {
+      if (lane_ == 0) store_plan(to, g);
+      machine::warp_sync();
+      if (lane_ == 0) machine::barrier_arrive(plan(row));
+      return;
+    }
+    const PlanWords words = pack(g);
     machine::warp_sync();
     if (lane_ < tile_.cluster) {
-      const uint32_t to = plan_address(at.row.buffer);
-      machine::send(to, lane_, plan_words.first, plan(at.row.buffer));
-      machine::send(to + kWordBytes, lane_, plan_words.second, plan(at.row.buffer));
+      machine::send(to, lane_, words.first, plan(row));
+      machine::send(to + kWordBytes, lane_, words.second, plan(row));
     }
   }
 

@@ -24,7 +24,6 @@ constexpr int kMaxCluster = 16;
 constexpr int kMaxRing = 8;
 // Words of a thread, below which another warp is not worth what it does once a row.
 constexpr int kUsefulWords = 8;
-constexpr int kScanWords = 4;    // words of a thread that are summed together, on chip
 constexpr int kStreamBatch = 4;  // the same, from global memory
 // The fewest rows for each block that takes all slices. With fewer rows some blocks would be idle
 // at the end, where a cluster shares the last row.

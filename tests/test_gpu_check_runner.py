@@ -128,6 +128,7 @@ def test_stages_together_run_at_the_same_time(tmp_path):
 # A stage whose processes would outlast the one that runs it.
 INTERRUPTIBLE = """
 import sys
+import sysconfig
 from pathlib import Path
 from benchmarks.gpu_check.runner import Runner, Stage, heed_signals
 heed_signals()
@@ -281,9 +282,13 @@ def test_a_tool_that_hangs_when_asked_for_its_options_is_left(monkeypatch, tmp_p
     assert stages._help(str(tool)) == ""
 
 
-def test_paths_of_the_machine_are_left_out():
+def test_paths_of_the_machine_are_left_out(monkeypatch):
     text = f"$ {sys.executable} -m x\n{ROOT}/a.py:1 -I{ROOT}/b {ROOT}-other in {ROOT}"
     assert portable(text) == f"$ python -m x\n./a.py:1 -I./b {ROOT}-other in ."
+    monkeypatch.setattr(sys, "base_prefix", "/opt/python")
+    monkeypatch.setattr(sys, "prefix", "/opt/python/.venv")
+    text = "/opt/python/.venv/lib/a.py /opt/python/lib/b.py /usr/lib/c.py"
+    assert portable(text) == "PREFIX/lib/a.py BASE/lib/b.py /usr/lib/c.py"
 
 
 def test_outcomes_are_wrapped():

@@ -31,6 +31,10 @@ HELP_SECONDS = 5
 COUNTERS_SECONDS = {"resident-loss": 14, "resident-stats": 14, "triton-stats": 12}
 # A sanitizer knows allocations: within a block of torch's cache it would see no error.
 UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+# Inductor compiles a program for every set of vector instructions that the CPU has, some 10 s each
+# beside other tests, before it compiles the one kernel on the CPU that a graph of ours has: the
+# numbers of a call.
+UNPROBED = (("TORCHINDUCTOR_VEC_ISA_OK", "0"),)
 
 
 def probe() -> Stage:
@@ -181,16 +185,17 @@ def _help(tool: str) -> str:
 def _tests(name: str, seconds: float, work: Path, arguments: Sequence[str]) -> Stage:
     """pytest, in several processes if there is xdist; a test that hangs shows where it does."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.failures"]
-    options += ["-o", "faulthandler_timeout=30"]
+    options += ["-o", "faulthandler_timeout=60"]
     if rehearsal.active():
         options += rehearsal.pytest_arguments(work)
     else:
         if importlib.util.find_spec("pytest_timeout"):
-            options += ["--timeout", "40", "--timeout-method", "thread"]
+            options += ["--timeout", "75", "--timeout-method", "thread"]
         if importlib.util.find_spec("xdist"):
             options += ["-n", str(min(8, os.cpu_count() or 1))]
         options += arguments
-    return Stage(name, seconds, command=(sys.executable, "-m", "pytest", *options), elastic=True)
+    command = (sys.executable, "-m", "pytest", *options)
+    return Stage(name, seconds, command=command, environment=UNPROBED, elastic=True)
 
 
 def rehearsed(stages: Sequence[Stage]) -> list[Stage]:

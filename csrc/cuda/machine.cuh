@@ -64,6 +64,7 @@ PAPO_DEVICE float exp2_fast(float x) {
 
 // a b, rounded before it is added to anything. Otherwise nvcc would fuse the two.
 PAPO_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+PAPO_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 
 // The larger and the smaller of the two. Unlike fmaxf and fminf they are NaN where either is NaN.
 PAPO_DEVICE float max_nan(float a, float b) {

@@ -357,7 +357,10 @@ PAPO_DEVICE RowScan load_message(uint32_t address, double inv_temperature) {
   const double Z2 = machine::as_float(second.r[0]);
   const double T2 = machine::as_float(second.r[1]);
   RowScan scan;
-  scan.target_u = machine::as_float(second.r[2]) * inv_temperature;
+  // Rounded alike in every kernel: the difference of these two is 0 for the maximum itself, and one
+  // kernel's logp is another's to the bit.
+  const double sampled = machine::as_float(second.r[2]);
+  scan.target_u = machine::product(sampled, inv_temperature);
   if (Z != Z) {
     scan.state = RowState<double>::bad();
   } else if (m == -infinity<float>()) {
@@ -366,7 +369,8 @@ PAPO_DEVICE RowScan load_message(uint32_t address, double inv_temperature) {
     // y was (x - m) unit + o.
     const double top = machine::as_float(second.r[3]);
     const double k = exp2_near_zero(-o);
-    scan.state = {m * inv_temperature, top + k * Z, k * (T - o * Z) * kLn2, top + k * k * Z2,
+    const double u = machine::product(static_cast<double>(m), inv_temperature);
+    scan.state = {u, top + k * Z, k * (T - o * Z) * kLn2, top + k * k * Z2,
                   k * k * (T2 - o * Z2) * kLn2};
   }
   return scan;

@@ -37,8 +37,9 @@ inline float exp2_fast(float x) {
   const uint32_t hash = as_bits(x) * 2654435761u >> 16;
   return as_float(as_bits(y) + hash % 5u - 2u);
 }
-inline float product(float a, float b) {
-  float y = a * b;
+template <typename T>
+T product(T a, T b) {
+  T y = a * b;
   asm("" : "+m"(y));  // or the compiler, which contracts as nvcc does, fuses it with an addition
   return y;
 }

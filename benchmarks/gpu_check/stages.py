@@ -83,7 +83,7 @@ def second_call(
     # Triton's wait for their compiler most of the time.
     tests[1] = tests[1]._replace(together=True)
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
-    peers = Stage("peers", 60, arguments, elastic=True)
+    peers = Stage("peers", 70, arguments)
     return [build, *_sanitizers(), *tests, peers]
 
 

@@ -225,8 +225,8 @@ class ResidentRows {
     }
     machine::warp_sync();
     if (lane_ < 2) {
-      machine::send(to + static_cast<uint32_t>(lane_ * kWordBytes), at.owner,
-                    lane_ == 0 ? message.first : message.second, messages(turn));
+      machine::send(to + static_cast<uint32_t>(lane_ * kWordBytes), at.owner, message.word(lane_),
+                    messages(turn));
     }
   }
 

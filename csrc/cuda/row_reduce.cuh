@@ -88,6 +88,14 @@ PAPO_DEVICE Pair both(float x) { return {x, x}; }
 //   logit of the sampled token | 1 if such an element was left out, or 0
 struct WarpMessage {
   Word first, second;
+
+  // One of the two, register by register: nvcc would choose between their addresses, on the stack.
+  PAPO_DEVICE Word word(int i) const {
+    Word w;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) w.r[k] = i == 0 ? first.r[k] : second.r[k];
+    return w;
+  }
 };
 
 // ---- over a lane's words ----------------------------------------------------------------------
@@ -341,8 +349,7 @@ class WarpScan {
 
 PAPO_DEVICE void store_message(uint32_t address, const WarpMessage& message, int lane) {
   if (lane < 2) {
-    machine::store_shared(address + static_cast<uint32_t>(lane * kWordBytes),
-                          lane == 0 ? message.first : message.second);
+    machine::store_shared(address + static_cast<uint32_t>(lane * kWordBytes), message.word(lane));
   }
 }
 

@@ -21,17 +21,18 @@ def read_special(ins: Instruction) -> Any:
 
 
 def to_uniform(ins: Instruction) -> Any:
-    """The first active lane's value; a predicate, if there is one, says which lanes have the same."""
-    *same, target = ins.operands[:-1]
+    """The first active lane's value. A predicate, if there is one, says which lanes have another:
+    a loop around the instruction ends when none has."""
+    *other, target = ins.operands[:-1]
     put, get = put_bits(target), bits(ins.operands[-1])
-    put_same = put_predicate(same[0]) if same else None
+    put_other = put_predicate(other[0]) if other else None
 
     def run(w: Warp, m: Any) -> None:
         values = np.broadcast_to(get(w), (32,))
         first = values[0 if m is None else int(np.argmax(m))]
         put(w, first, None)
-        if put_same is not None:
-            put_same(w, values == first, m)
+        if put_other is not None:
+            put_other(w, values != first, m)
 
     return run
 

@@ -295,7 +295,6 @@ class ResidentRows {
     machine::barrier_wait_cluster(messages(turn), at.turn.parity, "messages");
     const RowScan scan =
         merge_messages(message_address(turn, 0), row_messages(), in.inv_temperature, lane_);
-    machine::warp_sync();
     // Before the plan is sent, without which no block sends its messages of a later turn.
     if (lane_ == 0) expect_messages(turn);
     send_plan(finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0), at.row.buffer);

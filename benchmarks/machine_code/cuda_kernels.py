@@ -26,7 +26,7 @@ MOST_REGISTERS = {
     "outputs": 80,
     "scale": 48,
 }
-# By the loads of a word, and whether it is raised. "off": of rows that start off a 16-byte boundary.
+# By the loads of a word, and whether it is raised. "off": rows start off a 16-byte boundary.
 LOOPS_OF_SUMS = {
     (1, False): "sums",
     (1, True): "sums, masked",

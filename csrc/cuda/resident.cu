@@ -16,6 +16,7 @@
 // block turns. docs/kernels.md says why that is enough.
 #include "buffers.cuh"
 #include "launch.cuh"
+#include "row_merge.cuh"
 #include "write_gradient.cuh"
 #include "slice_scan.cuh"
 

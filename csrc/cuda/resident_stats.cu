@@ -13,6 +13,7 @@
 //   taken           finish -> compute    those sums have been read
 #include "buffers.cuh"
 #include "launch.cuh"
+#include "row_merge.cuh"
 #include "row_finish.cuh"
 #include "slice_scan.cuh"
 

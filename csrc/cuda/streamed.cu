@@ -2,6 +2,7 @@
 // gradient if one is wanted. For GPUs without clusters, and for rows that a cluster's shared memory
 // cannot hold.
 #include "launch.cuh"
+#include "row_merge.cuh"
 #include "write_gradient.cuh"
 
 namespace papo {

@@ -202,7 +202,9 @@ class ResidentRows {
       return Stage<In>{staged(buffer(s), job.row), stage_of(s).count};
     };
     const TeamWarp mine = {warp_, lane_, log_threads_};
-    scan_slice(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
+    // 8 elements at a time.
+    constexpr Batch kBatch = In::kBytes == 2 ? Batch::kOne : Batch::kTwo;
+    scan_slice<kBatch>(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
     const WarpMessage message = sums.message(lane_, sampled(job, stage));
     // With a gradient, writers have held back the buffers until then.
     if (!call_.wants_gradient()) wait_for_former_plan(at);
@@ -349,10 +351,10 @@ auto kernel_of(const RowsCall& call) {
 
 LaunchShape shape_of(const RowsCall& call, const DeviceLimits& limits) {
   const Tile& tile = call.tile;
-  const int64_t threads =
-      call.wants_gradient() ? writing_threads(tile.warps) : 32 * (tile.warps + kServiceWarps);
+  const bool writes = call.wants_gradient();
+  const int64_t threads = writes ? writing_threads(tile.warps) : summing_threads(tile.warps);
   return {0, static_cast<int>(threads), tile.cluster,
-          exclusive_bytes(limits, tile.blocks, tile.shared_bytes)};
+          exclusive_bytes(limits, writes ? tile.blocks : tile.summing, tile.shared_bytes)};
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ class StatsRows {
                              columns.count};
     const auto here = [](int) {};
     const auto only = [&](int) { return stage; };
-    scan_slice(sums, 1, here, only, mine, scaling.low_bits, masked);
+    scan_slice<Batch::kTwo>(sums, 1, here, only, mine, scaling.low_bits, masked);
     const int place = job.column - columns.begin;
     float sampled = -infinity<float>();
     if (mine.warp == 0 && job.column >= 0 && place >= 0 && place < columns.count) {

@@ -23,7 +23,7 @@ constexpr int kStatsThreads = 32 * (kMaxStatsWarps + kServiceWarps);
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRing = 8;
 // Words of a thread, below which another warp is not worth what it does once a row.
-constexpr int kUsefulWords = 8;
+constexpr int kUsefulWords = 16;
 constexpr int kStreamBatch = 4;  // the same, from global memory
 // The fewest rows for each block that takes all slices. With fewer rows some blocks would be idle
 // at the end, where a cluster shares the last row.
@@ -99,6 +99,7 @@ struct Tile {
   int stages;   // buffers that a slice fills
   int ring;     // buffers that a block has
   int blocks;   // on a multiprocessor
+  int summing;  // blocks on a multiprocessor where no gradient is wanted
   int stage_bytes;
   int shared_bytes;
 
@@ -210,6 +211,8 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
 
 // The threads of a block that sums with so many warps and writes gradients with as many.
 PAPO_HD int64_t writing_threads(int64_t warps) { return 32 * (2 * warps + kServiceWarps); }
+// The same without a gradient.
+PAPO_HD int64_t summing_threads(int64_t warps) { return 32 * (warps + kServiceWarps); }
 constexpr int kResidentThreads = 32 * (2 * kMaxWarps + kServiceWarps);
 constexpr int kRegisters = 65536;     // of a multiprocessor
 constexpr int kOnChipRegisters = 96;  // that a thread has at most where rows stay on chip
@@ -248,7 +251,7 @@ inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps
   t.stage = static_cast<int>(stage);
   t.stages = stages;
   t.ring = ring;
-  t.blocks = blocks;
+  t.blocks = t.summing = blocks;
   t.stage_bytes = static_cast<int>(bytes);
   t.shared_bytes = make_layout(cluster, warps, t.rows(), ring, t.stage_bytes).bytes;
   return t;
@@ -286,12 +289,15 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
 
 // The same tile with as many blocks on a multiprocessor as fit. Short rows leave room for more.
 inline Tile crowded(Tile t, const DeviceLimits& device) {
-  const int64_t threads = writing_threads(t.warps);
-  const auto fits = [&](int blocks) {
-    return t.shared_bytes <= shared_budget(device, blocks) &&
-           blocks * threads * kOnChipRegisters <= kRegisters;
+  const auto more = [&](int blocks, int64_t threads) {
+    while (t.shared_bytes <= shared_budget(device, blocks + 1) &&
+           (blocks + 1) * threads * kOnChipRegisters <= kRegisters) {
+      ++blocks;
+    }
+    return blocks;
   };
-  while (fits(t.blocks + 1)) ++t.blocks;
+  t.blocks = more(t.blocks, writing_threads(t.warps));
+  t.summing = more(t.blocks, summing_threads(t.warps));
   return t;
 }
 

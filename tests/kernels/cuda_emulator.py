@@ -161,6 +161,7 @@ Tile = _struct(
             "stages",
             "ring",
             "blocks",
+            "summing",
             "stage_bytes",
             "shared_bytes",
         )

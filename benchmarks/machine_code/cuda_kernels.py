@@ -154,7 +154,7 @@ def loop_name(r: Round) -> str:
     if r.exponentials == 0 or r.float_maxima:
         return ""
     if r.stores == 0:
-        return LOOPS_OF_SUMS.get((r.loads, r.maxima > 0), "")
+        return LOOPS_OF_SUMS.get((8 * r.loads // r.exponentials, r.maxima > 0), "")
     if r.stores < r.loads:  # off a 16-byte boundary
         return ""
     return LOOPS_OF_GRADIENTS[r.maxima > 0]

@@ -216,20 +216,6 @@ def test_stages_are_chosen_by_name_or_kind(monkeypatch, tmp_path):
         stages.only(plan, ("swe",))
 
 
-def test_a_build_counts_where_it_is_of_these_sources_and_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "target_folder", lambda variant, work: work / variant)
-    suffix = build._made_of("")["suffix"]
-    stamp, library = build._stamp("normal", tmp_path), tmp_path / "normal" / f"_C{suffix}"
-    for path in (stamp, library):
-        path.parent.mkdir()
-    files.save_json(stamp, {**build._made_of("90a-real"), "exit": 0, "kernels": []})
-    shutil.copy(next((ROOT / "papo_kernels").glob(f"_C{suffix}")), library)
-    assert build.built_before("normal", "90a-real", tmp_path)["exit"] == 0
-    assert not build.built_before("normal", "80-real", tmp_path)
-    library.write_bytes(b"no library")
-    assert not build.built_before("normal", "90a-real", tmp_path)
-
-
 def test_a_late_stage_gets_less_and_an_elastic_one_what_is_left_over():
     rigid, elastic = Stage("a", 10), Stage("b", 10, elastic=True)
     vital = Stage("c", 10, vital=True)

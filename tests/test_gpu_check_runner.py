@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import __main__ as check
-from benchmarks.gpu_check import facts, rehearsal, runner, stages, table
+from benchmarks.gpu_check import build, facts, rehearsal, runner, stages, table
 from benchmarks.gpu_check.files import portable
 from benchmarks.gpu_check.runner import INTERRUPTED, STOPPED, Runner, Stage
+from benchmarks.harness import save_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -298,3 +300,17 @@ def test_outcomes_are_wrapped():
     assert all(len(line) <= table.WIDTH for line in lines)
     for i in range(30):
         assert f"stage-{i:02} FAILED ({STOPPED}) 1 s" in "\n".join(lines)
+
+
+def test_a_build_counts_where_it_is_of_these_sources_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "target_folder", lambda variant, work: work / variant)
+    suffix = build._made_of("")["suffix"]
+    stamp, library = build._stamp("normal", tmp_path), tmp_path / "normal" / f"_C{suffix}"
+    for path in (stamp, library):
+        path.parent.mkdir()
+    save_json(stamp, {**build._made_of("90a-real"), "exit": 0, "kernels": []})
+    shutil.copy(next((ROOT / "papo_kernels").glob(f"_C{suffix}")), library)
+    assert build.built_before("normal", "90a-real", tmp_path)["exit"] == 0
+    assert not build.built_before("normal", "80-real", tmp_path)
+    library.write_bytes(b"no library")
+    assert not build.built_before("normal", "90a-real", tmp_path)

@@ -146,10 +146,10 @@ def test_forcing_is_undone(rehearsing, monkeypatch):
     tuning.forced.cache_clear()
 
 
+@pytest.mark.needs("triton")
 def test_every_candidate_of_triton_is_compiled_before_it_is_timed():
     """At each number of columns: with these the table's configuration changes, and with it what a
     candidate leaves open."""
-    pytest.importorskip("triton")
     children = warm.jobs()
     compiled = {(job.shape.vocab, job.config) for jobs in children for job in jobs}
     for shape in sweep.swept_shapes():

@@ -308,9 +308,27 @@ def test_a_build_counts_where_it_is_of_these_sources_and_loads(tmp_path, monkeyp
     stamp, library = build._stamp("normal", tmp_path), tmp_path / "normal" / f"_C{suffix}"
     for path in (stamp, library):
         path.parent.mkdir()
-    save_json(stamp, {**build._made_of("90a-real"), "exit": 0, "kernels": []})
     shutil.copy(next((ROOT / "papo_kernels").glob(f"_C{suffix}")), library)
+
+    def stamped() -> None:
+        made = {**build._made_of("90a-real"), "library": build._digest(library)}
+        save_json(stamp, {**made, "exit": 0, "kernels": []})
+
+    stamped()
     assert build.built_before("normal", "90a-real", tmp_path)["exit"] == 0
     assert not build.built_before("normal", "80-real", tmp_path)
-    library.write_bytes(b"no library")
+    library.write_bytes(library.read_bytes() + b"another build")
     assert not build.built_before("normal", "90a-real", tmp_path)
+    library.write_bytes(b"no library")
+    stamped()
+    assert not build.built_before("normal", "90a-real", tmp_path)
+
+
+def test_a_record_of_other_sources_is_kept(tmp_path):
+    out, results = tmp_path / "out", tmp_path / "results"
+    for folder in (out, results):
+        folder.mkdir()
+    for digest in ("first", "second", "second"):
+        save_json(out / "gpu-check.json", {"environment": {"sources": digest}})
+        check.publish(out / "gpu-check.json", results)
+    assert {path.name for path in results.iterdir()} == {"gpu-check.json", "gpu-check-first.json"}

@@ -21,6 +21,7 @@ from benchmarks.gpu_check.build import hold_back_extension
 hold_back_extension()
 
 from benchmarks.gpu_check import facts, rehearsal, stages, table, winners  # noqa: E402
+from benchmarks.gpu_check.files import read  # noqa: E402
 from benchmarks.gpu_check.runner import (  # noqa: E402
     Runner,
     clear,
@@ -125,10 +126,20 @@ def run_call(
     (out / "gpu-check.txt").write_text(text)
     print(text)
     if results is not None:
-        shutil.copy(out / f"{runner.name}.json", results)
+        publish(out / f"{runner.name}.json", results)
     if rehearsal.active():
         return int(not rehearsal.as_planned(runner.stages))
     return int(not all(stage["ok"] or not stage["required"] for stage in runner.stages.values()))
+
+
+def publish(record: Path, results: Path) -> None:
+    """Copies a record to `results`. One of the same day that is of other sources is kept, under a
+    name with their digest."""
+    target = results / record.name
+    before = read(target).get("environment", {}).get("sources", "")
+    if before and before != read(record)["environment"]["sources"]:
+        target.rename(results / f"{record.stem}-{before}.json")
+    shutil.copy(record, target)
 
 
 def same_sources(work: Path) -> bool:

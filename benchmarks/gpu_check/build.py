@@ -4,6 +4,7 @@ whose waits trap after a number of tries and name the barrier.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -65,6 +66,8 @@ def run(notes: Notes, capability: str, *variants: str) -> int:
         else:
             missing.append(variant)
     failed = 0
+    for variant in missing:
+        _stamp(variant, work).unlink(missing_ok=True)
     for variant, process in _begun(missing, architecture, work).items():
         code = process.wait()
         text = _log(variant, work).read_text(errors="replace")
@@ -77,7 +80,8 @@ def run(notes: Notes, capability: str, *variants: str) -> int:
         else:
             stamp = _stamp(variant, work)
             stamp.parent.mkdir(exist_ok=True)
-            save_json(stamp, {**_made_of(architecture), **result})
+            digest = _digest(_library(variant, work))
+            save_json(stamp, {**_made_of(architecture), "library": digest, **result})
     return failed
 
 
@@ -107,21 +111,33 @@ def _stamp(variant: str, work: Path) -> Path:
     return work / f"build-{variant}" / "built.json"
 
 
+def _library(variant: str, work: Path) -> Path:
+    return target_folder(variant, work) / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content; empty where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def _made_of(architecture: str) -> dict[str, str]:
     """What a build is of: another of these is another build."""
     return {
         "sources": facts.sources(folders=facts.NATIVE),
         "architecture": architecture,
         "suffix": str(sysconfig.get_config_var("EXT_SUFFIX")),
+        "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", ""),
     }
 
 
 def built_before(variant: str, architecture: str, work: Path) -> dict[str, Any]:
     """What is known of a variant that is there already, perhaps brought from another machine; empty
-    where it is not of these sources, or this machine cannot load it."""
-    found, wanted = read(_stamp(variant, work)), _made_of(architecture)
-    path = target_folder(variant, work) / f"_C{wanted['suffix']}"
-    if any(found.get(key) != value for key, value in wanted.items()) or not path.exists():
+    where it is not of these sources, another program has replaced it, or this machine cannot load
+    it."""
+    path = _library(variant, work)
+    found = read(_stamp(variant, work))
+    wanted = {**_made_of(architecture), "library": _digest(path)}
+    if not path.is_file() or any(found.get(key) != value for key, value in wanted.items()):
         return {}
     load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
     tried = subprocess.run([sys.executable, "-c", load, str(path)], stderr=subprocess.DEVNULL)

@@ -74,7 +74,7 @@ def run(notes: Notes, job: str) -> int:
         overrides = []
     overrides += [f"steps={STEPS[job]}", f"output_dir={folder / 'run'}"]
     command += [part for text in overrides for part in ("--set", text)]
-    print("$", *command, flush=True)
+    print("$", Path(command[0]).name, *command[1:], flush=True)
     begun = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=variables)
     while process.poll() is None:

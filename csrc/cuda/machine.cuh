@@ -272,8 +272,12 @@ PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
 }
 // A wait sleeps for at most so many nanoseconds, and is woken when the phase ends. Without this hint
 // it gives up after a few cycles, and is tried again so often that half of all instructions were
-// these tries.
+// these tries. A build that counts its tries does not sleep.
+#if defined(PAPO_SPIN_LIMIT)
+constexpr uint32_t kSleep = 0;
+#else
 constexpr uint32_t kSleep = 10'000'000;
+#endif
 // Waits for some time, and tells whether the phase of this parity is over. Then what was released
 // to it within the block is acquired.
 PAPO_DEVICE bool try_wait(uint32_t barrier, uint32_t parity) {

@@ -349,9 +349,7 @@ auto kernel_of(const RowsCall& call) {
                                  : resident_kernel<In, Out, false>;
 }
 
-LaunchShape shape_of(const RowsCall& call, const DeviceLimits& limits) {
-  const Tile& tile = call.tile;
-  const bool writes = call.wants_gradient();
+LaunchShape shape_of(const Tile& tile, bool writes, const DeviceLimits& limits) {
   const int64_t threads = writes ? writing_threads(tile.warps) : summing_threads(tile.warps);
   return {0, static_cast<int>(threads), tile.cluster,
           exclusive_bytes(limits, writes ? tile.blocks : tile.summing, tile.shared_bytes)};
@@ -362,8 +360,14 @@ LaunchShape shape_of(const RowsCall& call, const DeviceLimits& limits) {
 Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                       int* clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    *clusters = resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
-                                  shape_of(call, limits), launch.device, kClusterPtx);
+    const auto count = [&](bool writes) {
+      return resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
+                               shape_of(call.tile, writes, limits), launch.device, kClusterPtx);
+    };
+    // Where no block that writes gradients fits, rows are not on chip without one either: their sums
+    // would have other bits.
+    *clusters = count(true);
+    if (*clusters > 0 && !call.wants_gradient()) *clusters = count(false);
     return Status::success();
   });
 }
@@ -371,7 +375,7 @@ Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const La
 Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                        int clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    LaunchShape shape = shape_of(call, limits);
+    LaunchShape shape = shape_of(call.tile, call.wants_gradient(), limits);
     shape.blocks = even_grid(call.logits.rows, clusters) * call.tile.cluster;
     return launch_kernel(kernel_of<decltype(in), decltype(out)>(call), shape, launch.stream, call);
   });

@@ -188,9 +188,12 @@ def release_extension(smoke: bool) -> None:
     if sys.modules.get(EXTENSION) is not None:
         raise RuntimeError(f"{EXTENSION} is already loaded")
     sys.modules.pop(EXTENSION, None)
-    path = smoke_extension(work_folder()) if smoke else None
-    if path is None:
-        return
+    if smoke and (path := smoke_extension(work_folder())) is not None:
+        load_extension(path)
+
+
+def load_extension(path: Path) -> None:
+    """Makes the package use the extension in this file."""
     spec = importlib.util.spec_from_file_location(EXTENSION, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

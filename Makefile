@@ -6,8 +6,8 @@
 # make peers    the tests of Liger, TRL, verl and OpenRLHF on the kernels, in an environment of their own
 # make campaigns  damaged checkpoints, killed runs and evil verifiers by the hundred; tests/campaigns/README.md
 # make drawings   draw docs/images again; needs Python alone
-# make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1 or CALL=2 for one half,
-#                 OUT=... for what it writes, WHEELS=... a folder of the peers' wheels
+# make gpu-check  the checks that need a CUDA device, with PYTHON as it is (no .venv); CALL=1, 2 or 3 (training) for a
+#                 part, STAGES=sweep,ncu for stages of all, OUT=... for what it writes, WHEELS=... the peers' wheels
 #
 # PEERS=...   where `make peers` puts its environment and the peers' files; those that are there are not fetched again
 # PYTHON=...  the interpreter .venv is made from        VENV=...    where
@@ -82,8 +82,8 @@ drawings:
 	$(PYTHON) -m docs.drawings
 
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(if $(CALL),--call $(CALL)) $(if $(OUT),--out $(OUT)) \
-		$(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) -m benchmarks.gpu_check $(if $(CALL),--call $(CALL)) $(if $(STAGES),--stages $(STAGES)) \
+		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf $(VENV) build runs

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import linear_peers, peers
 from benchmarks.gpu_workload import GPU, LinearWorkload, Workload, able_backends, rates
 from benchmarks.harness import (
     Case,
@@ -32,6 +32,7 @@ from benchmarks.shapes import (
     GPU_LINEAR_SHAPES,
     GPU_MAIN,
     GPU_SHAPES,
+    GPU_TIMED,
     LinearShape,
     Shape,
 )
@@ -82,7 +83,8 @@ class Bench:
         cases = [Case("copy", work.restore)]
         for backend in self.backends:
             cases += own_cases(work, backend)
-        cases += peers.logits_cases(work.logits, work.targets, shape in self.compiled)
+        compiled = shape in self.compiled
+        cases += peers.logits_cases(work.logits, work.targets, work.old_logp, compiled)
         measured = measure(cases, self.rounds, self.stopwatch)
         torch.compiler.reset()
         figures: dict[str, Any] = {}
@@ -99,8 +101,10 @@ class Bench:
             Case("three bare products", work.products),
             Case("papo policy_loss", work.loss),
         ]
-        cases += peers.linear_cases(work.hidden, work.weight, work.targets)
+        compiled = shape == GPU_LINEAR_SHAPES[0]
+        cases += linear_peers.linear_cases(work.hidden, work.weight, work.targets, compiled)
         measured = measure(cases, max(5, self.rounds // 4), self.stopwatch)
+        torch.compiler.reset()
         figures = {
             case.name: {
                 **case.spread,
@@ -169,10 +173,9 @@ def able() -> list[str]:
 
 def ordered() -> list[Shape | LinearShape]:
     """The main shapes first, so that a run that is stopped has them."""
-    first, *more = GPU_SHAPES
-    rest = [shape for shape in more if shape not in GPU_COMPILED]
-    compiled = [shape for shape in GPU_COMPILED if shape != first]
-    return [first, GPU_LINEAR_SHAPES[0], *compiled, *GPU_LINEAR_SHAPES[1:], *rest]
+    first, *more = GPU_TIMED
+    rest = [shape for shape in GPU_SHAPES if shape not in GPU_TIMED]
+    return [first, GPU_LINEAR_SHAPES[0], *more, *GPU_LINEAR_SHAPES[1:], *rest]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import peers
+from benchmarks import linear_peers
 from benchmarks.harness import Case, environment, time_interleaved, write_json
 from benchmarks.shapes import LinearShape
 from papo_kernels import Compute, Head, policy_loss, token_stats
@@ -95,7 +95,7 @@ def make_cases(work: Workload) -> list[Case]:
         cases.append(Case(f"{OURS}, half logits", half))
         half = functools.partial(work.stats, work.shape.dtype)
         cases.append(Case("papo token_stats fwd, half logits", half))
-    cases += peers.linear_cases(work.hidden, work.weight, work.targets)
+    cases += linear_peers.linear_cases(work.hidden, work.weight, work.targets)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         cases.append(Case("torch F.linear_cross_entropy chunked (loss only)", _chunked(work)))
     return cases

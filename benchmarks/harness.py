@@ -26,11 +26,13 @@ BUSY_CYCLES = 2_000_000  # of a GPU: about 1 ms
 
 @dataclass
 class Case:
-    """Something to time: ``prepare`` is untimed and runs before every ``run``."""
+    """Something to time: ``prepare`` is untimed and runs before every ``run``; ``check`` raises if
+    what ``run`` returned is wrong, and the case is then not timed."""
 
     name: str
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None = None
+    check: Callable[[Any], None] | None = None
     times: list[float] = field(default_factory=list)
     mhz: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
@@ -147,18 +149,22 @@ def measure(
 def _survives(case: Case, warmup: int) -> bool:
     """Warms a case up and notes its peak of memory beyond what it starts with."""
     on_gpu = torch.cuda.is_available()
+    result = None
     try:
         for _ in range(warmup):
+            result = None  # of the run before, which is no part of this one's peak
             if case.prepare is not None:
                 case.prepare()
             if on_gpu:
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-            case.run()
+            result = case.run()
             if on_gpu:
                 torch.cuda.synchronize()
                 case.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        if case.check is not None:
+            case.check(result)
     except Exception as error:
         case.failure = one_line(error)
         return False

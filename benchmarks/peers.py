@@ -1,16 +1,20 @@
-"""What others offer for the same work, as benchmark cases.
+"""What others offer for the same work from logits, as benchmark cases.
 
-A peer that cannot be imported, because it is absent or for any other reason, gives none; the reason
-is in ``unavailable``.
+`linear_peers` has those that start from hidden states. What a case returns is checked before it is
+timed. A peer that cannot be imported, because it is absent or for any other reason, gives none; the
+reason is in ``unavailable``.
 
-Their APIs as of TRL 1.16, Liger-Kernel 0.8.5, QuACK 0.6.5 and cut-cross-entropy 25.1. None of them
-computes the polarity; what each does compute is in its case's name.
+Their APIs as of TRL 1.16, Liger-Kernel 0.8.5, QuACK 0.6.5, cut-cross-entropy 25.1 and verl 0.9.1.
+None of them computes the polarity; what each does compute is in its case's name.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import sys
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Case, one_line
+from benchmarks.reference import LogitsReference, logp_entropy, nll_sum
+from benchmarks.reference import stats_sum as exact_sum
 
 # The error by module, of the peers that were asked for and could not be imported.
 unavailable: dict[str, str] = {}
@@ -46,7 +52,7 @@ def use_wheels(wheels: Path, into: Path) -> list[str]:
     return unpacked
 
 
-def _imported(module: str, name: str) -> Any:
+def imported(module: str, name: str) -> Any:
     """A module's attribute, or None. Packages raise all kinds of errors on import: for a missing
     driver, another package's version, a compiler."""
     try:
@@ -54,6 +60,18 @@ def _imported(module: str, name: str) -> Any:
     except Exception as error:
         unavailable[module] = one_line(error)
         return None
+
+
+def bare_packages(*names: str) -> None:
+    """Makes these packages importable without what their `__init__` imports: verl's asks for Ray,
+    which its kernels do not use. The outer package comes first."""
+    for name in names:
+        if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
+            return
+        package = types.ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations or ())
+        package.__spec__ = spec
+        sys.modules[name] = package
 
 
 def _forward_backward(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Callable[[], Any]:
@@ -65,53 +83,69 @@ def _forward_backward(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Calla
     return run
 
 
-def logp_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What trainers compute without a kernel, in float32."""
-    logps = torch.log_softmax(logits.float(), dim=-1)
-    logp = logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return logp, -(logps.exp() * logps).sum(-1)
-
-
 def torch_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     """torch.compile and torch's own fused cross-entropy."""
-    compiled = torch.compile(logp_entropy, dynamic=False)
+    reference = LogitsReference(logits, targets)
+    compiled = torch.compile(lambda z: logp_entropy(z.float(), targets), dynamic=False)
 
     def stats_sum(z: Tensor) -> Tensor:
-        logp, entropy = compiled(z, targets)
+        logp, entropy = compiled(z)
         return logp.sum() + entropy.sum()
 
     def cross_entropy(z: Tensor) -> Tensor:
         return F.cross_entropy(z, targets, reduction="sum")
 
-    yield Case("torch.compile logp+entropy fwd", torch.no_grad()(lambda: compiled(logits, targets)))
-    yield Case("torch.compile logp+entropy fwd+bwd", _forward_backward(stats_sum, logits))
-    yield Case("torch F.cross_entropy fwd+bwd", _forward_backward(cross_entropy, logits))
+    yield Case(
+        "torch.compile logp+entropy fwd",
+        torch.no_grad()(lambda: compiled(logits)),
+        check=reference.check_stats,
+    )
+    yield Case(
+        "torch.compile logp+entropy fwd+bwd",
+        _forward_backward(stats_sum, logits),
+        check=reference.gradient_check(exact_sum),
+    )
+    yield Case(
+        "torch F.cross_entropy fwd+bwd (loss only)",
+        _forward_backward(cross_entropy, logits),
+        check=reference.gradient_check(nll_sum),
+    )
 
 
 def trl_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     """TRL's one-pass kernel."""
-    fused = _imported("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
+    fused = imported("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy")
     if fused is None:
         return
+    reference = LogitsReference(logits, targets)
 
     def stats_sum(z: Tensor) -> Tensor:
         logp, entropy = fused(z, targets)
         return logp.sum() + entropy.sum()
 
-    yield Case("TRL logp+entropy fwd", torch.no_grad()(lambda: fused(logits, targets)))
-    yield Case("TRL logp+entropy fwd+bwd", _forward_backward(stats_sum, logits))
+    yield Case(
+        "TRL logp+entropy fwd",
+        torch.no_grad()(lambda: fused(logits, targets)),
+        check=reference.check_stats,
+    )
+    yield Case(
+        "TRL logp+entropy fwd+bwd",
+        _forward_backward(stats_sum, logits),
+        check=reference.gradient_check(exact_sum),
+    )
 
 
-def liger_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
-    """Liger's Triton GRPO loss, gradient over the logits. It takes [B, L + 1, V] and drops the last
-    position, so one row is added."""
-    triton_grpo_loss = _imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+def liger_cases(logits: Tensor, targets: Tensor, old_logp: Tensor) -> Iterator[Case]:
+    """Liger's Triton GRPO loss of one sequence, its gradient in place of the logits. It takes
+    [B, L + 1, V] and drops the last position, so one row is added."""
+    triton_grpo_loss = imported("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     if triton_grpo_loss is None:
         return
     rows, vocab = logits.shape
     padded = torch.empty(1, rows + 1, vocab, dtype=logits.dtype, device=logits.device)
-    old_logp = torch.full((1, rows), -5.0, device=logits.device)
     advantages = torch.ones(1, device=logits.device)
+    low, high = 0.2, 0.28
+    reference = LogitsReference(logits, targets)
 
     def prepare() -> None:
         padded[0, :rows].copy_(logits)
@@ -119,74 +153,48 @@ def liger_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
 
     def run() -> Any:
         leaf = padded.detach().requires_grad_()
-        out = triton_grpo_loss(
-            leaf, old_logp, None, targets[None], advantages, temperature=1.0, beta=0.0
-        )
+        inputs = (leaf, old_logp[None], None, targets[None], advantages)
+        out = triton_grpo_loss(*inputs, temperature=1.0, beta=0.0, eps_low=low, eps_high=high)
         out[0].sum().backward()
         return leaf.grad
 
-    yield Case("Liger triton_grpo_loss fwd+bwd", run, prepare)
+    def exact(z: Tensor, at: Tensor) -> Tensor:
+        ratio = (logp_entropy(z, at)[0] - old_logp[reference.index]).exp()
+        return -torch.minimum(ratio, ratio.clamp(1 - low, 1 + high)).sum()
+
+    check = reference.gradient_check(exact)
+    yield Case("Liger triton_grpo_loss fwd+bwd, in place (loss only)", run, prepare, check)
 
 
 def quack_cases(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     """QuACK's cross-entropy, loss and dx in one kernel (one read, one write)."""
-    cross_entropy_fwd = _imported("quack.cross_entropy", "cross_entropy_fwd")
+    cross_entropy_fwd = imported("quack.cross_entropy", "cross_entropy_fwd")
     if cross_entropy_fwd is None:
         return
+    reference = LogitsReference(logits, targets)
+    check_gradient = reference.gradient_check(nll_sum)
+
+    def check_both(result: tuple[Tensor, Tensor]) -> None:
+        reference.check_nll(result[0])
+        check_gradient(result[1])
+
     yield Case(
         "QuACK cross_entropy with dx (loss only)",
         torch.no_grad()(lambda: cross_entropy_fwd(logits, targets, return_dx=True)),
+        check=check_both,
     )
     yield Case(
         "QuACK cross_entropy fwd (loss only)",
         torch.no_grad()(lambda: cross_entropy_fwd(logits, targets)),
+        check=reference.check_nll,
     )
 
 
-def logits_cases(logits: Tensor, targets: Tensor, compiled: bool = True) -> list[Case]:
+def logits_cases(
+    logits: Tensor, targets: Tensor, old_logp: Tensor, compiled: bool = True
+) -> list[Case]:
     """Every peer that starts from logits [N, V]; torch.compile only where `compiled`."""
-    makers = (torch_cases, trl_cases, liger_cases, quack_cases)
+    liger = functools.partial(liger_cases, old_logp=old_logp)
+    makers = (torch_cases, trl_cases, liger, quack_cases)
     cases = [case for make in makers for case in make(logits, targets)]
     return [case for case in cases if compiled or "torch.compile" not in case.name]
-
-
-# ---- from hidden states -------------------------------------------------------------------------
-
-
-def _linear_run(
-    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor
-) -> Callable[[], Any]:
-    def run() -> Any:
-        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        loss(h, w).backward()
-        return h.grad, w.grad
-
-    return run
-
-
-def linear_cases(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Case]:
-    """Every peer that starts from hidden states [N, D] and the head's weight [V, D]."""
-    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    if hasattr(F, "linear_cross_entropy"):
-        losses["torch F.linear_cross_entropy (loss only)"] = lambda h, w: F.linear_cross_entropy(
-            h, w, targets
-        )
-    if chunked := _imported("trl.kernels.chunked_logprob", "ChunkedLogProbFunction"):
-
-        def trl_loss(h: Tensor, w: Tensor) -> Tensor:
-            out = chunked.apply(h, w, None, targets, 1.0, 32768, None, 1.0, ("entropy",))
-            return out[0].sum() + out[1].sum()
-
-        losses["TRL ChunkedLogProbFunction logp+entropy"] = trl_loss
-    module = "liger_kernel.ops.fused_linear_cross_entropy"
-    if liger := _imported(module, "LigerFusedLinearCrossEntropyFunction"):
-        losses["Liger fused_linear_cross_entropy (loss only)"] = lambda h, w: liger.apply(
-            h, w, targets
-        )[0]
-    if quack := _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"):
-        losses["QuACK chunked_linear_cross_entropy (loss only)"] = lambda h, w: quack(h, w, targets)
-    if cce := _imported("cut_cross_entropy", "linear_cross_entropy"):
-        losses["CCE linear_cross_entropy (loss only, gradients filtered)"] = lambda h, w: cce(
-            h, w, targets
-        )
-    return [Case(name, _linear_run(loss, hidden, weight)) for name, loss in losses.items()]

@@ -195,6 +195,7 @@ NEEDS = {
     "cuobjdump": Need(_tool("cuobjdump"), "no cuobjdump, in triton's package or on PATH"),
     "nvdisasm": Need(_tool("nvdisasm"), "no nvdisasm, in triton's package or on PATH"),
     "xdist": Need(_package("xdist"), "no pytest-xdist"),
+    "triton": Need(_package("triton"), "no triton"),
     "setuptools": Need(_package("setuptools"), "no setuptools"),
     "a GPU": Need(torch.cuda.is_available, "no CUDA device"),
     "two GPUs": Need(lambda: torch.cuda.device_count() > 1, "no second GPU"),

@@ -315,17 +315,22 @@ def check_token_stats(case: Case, backend: str | None, seed: int = 0) -> Tensor:
 
 
 class _LossScales(NamedTuple):
-    """The sizes of a token's terms: of its loss, and of the derivative by its logp and entropy."""
+    """The sizes of a token's terms: of its polarity and weight, of its loss, and of the derivative
+    by its logp and entropy."""
 
+    polarity: Tensor
+    weight: Tensor
     value: Tensor
     slope: Tensor
 
 
-def _loss_scales(
-    case: Case, exact: PolicyLossOutput, adv: Tensor, logp: Tensor, entropy: Tensor
-) -> _LossScales:
-    """`adv`: of the weighted advantage; `logp`, `entropy`: the scales of these."""
+def _loss_scales(case: Case, exact: PolicyLossOutput, s: _Scales) -> _LossScales:
     o, r, weights = case.objective, exact.ratio, [w.double().abs() for w in case.weights]
+    A, weight, logp = case.advantages.double().abs(), exact.weight.abs(), s.logp
+    polarity = A * r * (logp * exact.unit_polarity.abs() + s.unit_polarity)
+    if case.weighting is not None:
+        weight = weight + polarity / float(case.weighting.sigma)
+    adv = weight * A
     # What a token that is clipped below keeps is larger than its ratio, and at most 1.
     kept = torch.where(exact.clip_side == 1, r.clamp(min=1.0), r) * logp
     value = slope = adv * kept
@@ -343,8 +348,23 @@ def _loss_scales(
         kl = 1.0 + x * x + ((-x).exp() if o.kl_estimator.startswith("k3") else 0.0)
         kl = weights[1] * o.kl_coef * kl * logp * (r * logp if o.kl_ratio else 1.0)
         value, slope = value + kl, slope + kl
-    bonus = weights[2] * abs(o.entropy_coef) * entropy
-    return _LossScales(value + bonus, slope + bonus)
+    bonus = weights[2] * abs(o.entropy_coef) * s.entropy
+    return _LossScales(polarity, weight, value + bonus, slope + bonus)
+
+
+def slope_scale(case: Case, exact: PolicyLossOutput, magnitude: Tensor) -> Tensor:
+    """`[N]`: the size of the terms that add up to a token's derivative by logp, where its logits
+    are sums of terms of this magnitude."""
+    s = _scales(case)
+    s = s._replace(logp=magnitude * s.logp, unit_polarity=magnitude * s.unit_polarity)
+    return _loss_scales(case, exact, s).slope
+
+
+def sampled_token_scale(case: Case, exact: PolicyLossOutput, slope: Tensor) -> Tensor:
+    """`[N]`: the size of the terms that add up to the gradient at the sampled token. It is 1 - p_a
+    times a sum of slopes, those of the surrogate and of the KL term, which may cancel."""
+    alive = exact.logp.isfinite()
+    return torch.where(alive, slope * -torch.expm1(exact.logp), 0.0) / case.temperature
 
 
 def check_policy_loss(case: Case, backend: str | None, factor: float = 1.0, **more: Any) -> Tensor:
@@ -361,12 +381,9 @@ def check_policy_loss(case: Case, backend: str | None, factor: float = 1.0, **mo
         results.append((out, leaf.grad))
     (exact, exact_grad), (plain, plain_grad) = results
 
-    A, weight, ratio = (x.double().abs() for x in (case.advantages, exact.weight, exact.ratio))
-    r = ratio * s.logp
-    polarity = A * (r * exact.unit_polarity.abs() + ratio * s.unit_polarity)
-    swing = weight if case.weighting is None else weight + polarity / float(case.weighting.sigma)
-    value, slope = _loss_scales(case, exact, swing * A, s.logp, s.entropy)
-    scales = PolicyLossOutput(value.nan_to_num(0.0).sum(), *s[:3], polarity, swing, r, s.logp)
+    loss = _loss_scales(case, exact, s)
+    value, ratio = loss.value.nan_to_num(0.0).sum(), exact.ratio * s.logp
+    scales = PolicyLossOutput(value, *s[:3], loss.polarity, loss.weight, ratio, s.logp)
     for name in PolicyLossOutput._fields[:-1]:
         values = [getattr(x, name) for x in (actual, exact, plain, scales)]
         assert values[0].dtype == acc, f"{name}: {values[0].dtype}"
@@ -374,7 +391,9 @@ def check_policy_loss(case: Case, backend: str | None, factor: float = 1.0, **mo
     assert torch.equal(actual.clip_side, exact.clip_side)
     (dlogits,) = torch.autograd.grad(factor * actual.loss, logits)
     assert dlogits.dtype == logits.dtype
-    scale = abs(factor) * slope[:, None] * s.row + exact_grad.abs() * s.logp[:, None]
+    at, sampled = case.targets.clamp(min=0)[:, None], sampled_token_scale(case, exact, loss.slope)
+    scale = (loss.slope[:, None] * s.row).scatter_add(1, at, sampled[:, None])
+    scale = abs(factor) * scale + exact_grad.abs() * s.logp[:, None]
     # The gradient is stored by the forward pass and scaled by the backward pass.
     roundings = 1 if factor == 1.0 else 2
     assert_close("dlogits", dlogits, exact_grad, plain_grad, scale, roundings=roundings)

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from xml.etree import ElementTree
 
+import pytest
 import torch
 
 import papo_kernels
@@ -44,10 +45,12 @@ def test_the_memory_table_is_what_the_model_gives() -> None:
     assert table in page, "run: python -m benchmarks.memory_model"
 
 
-def test_the_readme_reads_the_charts_figures_out() -> None:
-    readme = (ROOT / "README.md").read_text()
-    alt = re.search(r"!\[([^]]*)\]\(docs/images/cpu-kernels\.svg\)", readme)
-    chart = (IMAGES / "cpu-kernels.svg").read_text()
+@pytest.mark.parametrize(
+    "page, name", [("README.md", "gpu-kernels"), ("docs/benchmarks.md", "cpu-kernels")]
+)
+def test_a_page_reads_its_charts_figures_out(page: str, name: str) -> None:
+    alt = re.search(rf"!\[([^]]*)\]\((docs/)?images/{name}\.svg\)", (ROOT / page).read_text())
+    chart = (IMAGES / f"{name}.svg").read_text()
     assert alt is not None
     figures = re.findall(r"\d[\d.,]*\d", alt[1])
     assert len(figures) > 12

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_check` without a GPU: a rehearsal of both calls, and the parts that
+"""`python -m benchmarks.gpu_check` without a GPU: a rehearsal of all calls, and the parts that
 decide what is kept when something breaks."""
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ from papo_kernels.backends import tuning
 ROOT = Path(__file__).parents[1]
 SCREEN = 12_000  # characters
 PEER = """
-def linear_cross_entropy(hidden, weight, targets):
-    return ((hidden @ weight.T).float().logsumexp(1)).sum()
+from torch.nn.functional import cross_entropy
+
+def linear_cross_entropy(hidden, weight, targets, filter_eps="high"):
+    return cross_entropy((hidden @ weight.T).float(), targets)
 """
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> dict[str, Any]:
-    """One rehearsal of both calls, with a peer's wheel and one that is none, whatever kernels the
+    """One rehearsal of all calls, with a peer's wheel and one that is none, whatever kernels the
     user has chosen: its output and what it wrote."""
     out, wheels = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("wheels")
     (wheels / "quack_kernels-1.0-py3-none-any.whl").write_bytes(b"no archive")
@@ -66,12 +68,13 @@ def rehearsing(monkeypatch):
 
 
 def planned(monkeypatch, work: Path) -> dict[int, list[Stage]]:
-    """Both calls of a machine that has every tool."""
+    """All calls of a machine that has every tool."""
     monkeypatch.setattr(stages, "beside_nvcc", lambda tool: shutil.which("true"))
     probe = [stages.probe()]
     return {
         1: [*probe, *stages.first_call("9.0", work)],
         2: [*probe, *stages.second_call("9.0", work, None, {})],
+        3: [*probe, *stages.third_call("9.0")],
     }
 
 
@@ -199,10 +202,18 @@ def test_the_smoke_stage_loads_its_own_build(rehearsed):
 
 
 def test_the_limits_of_a_call_add_up_to_its_budget(monkeypatch, tmp_path):
-    assert stages.BUDGETS == {1: 270, 2: 300}
+    assert stages.BUDGETS == {0: 570, 1: 270, 2: 360, 3: 280}
     for call, plan in planned(monkeypatch, tmp_path).items():
         assert sum(map(group_limit, groups(plan))) <= stages.BUDGETS[call]
         assert len({stage.name for stage in plan}) == len(plan)
+
+
+def test_stages_are_chosen_by_name_or_kind(monkeypatch, tmp_path):
+    plan = [stage for part in planned(monkeypatch, tmp_path).values() for stage in part]
+    names = [stage.name for stage in stages.only(plan, ("sweep", "tests-cuda"))]
+    assert names == ["sweep-cuda", "sweep-triton", "tests-cuda"]
+    with pytest.raises(ValueError, match=r"--stages: expected some of .*sweep-cuda.*; got 'swe'"):
+        stages.only(plan, ("swe",))
 
 
 def test_a_late_stage_gets_less_and_an_elastic_one_what_is_left_over():
@@ -283,9 +294,9 @@ def test_peers_are_unpacked_from_wheels(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "papo_test_peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("papo_test_peer.py", "answer = 42\n")
     assert peers.use_wheels(tmp_path, tmp_path / "into") == ["papo_test_peer-1.0-py3-none-any.whl"]
-    assert peers._imported("papo_test_peer", "answer") == 42
+    assert peers.imported("papo_test_peer", "answer") == 42
     monkeypatch.setattr(peers, "unavailable", {})
-    assert peers._imported("papo_test_no_peer", "answer") is None
+    assert peers.imported("papo_test_no_peer", "answer") is None
     assert "papo_test_no_peer" in peers.unavailable
 
 

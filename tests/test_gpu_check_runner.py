@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import __main__ as check
-from benchmarks.gpu_check import facts, rehearsal, runner, stages, table
+from benchmarks.gpu_check import build, facts, rehearsal, runner, stages, table
 from benchmarks.gpu_check.files import portable
 from benchmarks.gpu_check.runner import INTERRUPTED, STOPPED, Runner, Stage
+from benchmarks.harness import save_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +130,7 @@ def test_stages_together_run_at_the_same_time(tmp_path):
 # A stage whose processes would outlast the one that runs it.
 INTERRUPTIBLE = """
 import sys
+import sysconfig
 from pathlib import Path
 from benchmarks.gpu_check.runner import Runner, Stage, heed_signals
 heed_signals()
@@ -177,6 +180,7 @@ def call(monkeypatch, tmp_path):
         monkeypatch.setattr(stages, "probe", lambda: Stage("probe", 20, command=script))
         monkeypatch.setattr(stages, "first_call", passing)
         monkeypatch.setattr(stages, "second_call", passing)
+        monkeypatch.setattr(stages, "third_call", passing)
         monkeypatch.setattr(facts, "sources", lambda: digest)
         for folder in ("work", "out", "results"):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -198,10 +202,11 @@ def test_only_a_record_of_a_device_is_a_result(call, tmp_path):
         assert json.loads(path.read_text())["stages"]["probe"]["result"]["device"]
 
 
-def test_the_second_call_adds_to_what_the_same_code_gave_on_the_same_device(call):
+def test_a_later_call_adds_to_what_the_same_code_gave_on_the_same_device(call):
     call(1, "NVIDIA H200")
     assert set(call(2, "NVIDIA H200")[1]) == {"probe", "stage-1", "stage-2"}
     assert set(call(2, "NVIDIA H100")[1]) == {"probe", "stage-2"}
+    assert set(call(3, "NVIDIA H100")[1]) == {"probe", "stage-2", "stage-3"}
     call(1, "NVIDIA H200")
     assert set(call(2, "NVIDIA H200", digest="other")[1]) == {"probe", "stage-2"}
 
@@ -245,7 +250,7 @@ def test_a_rehearsal_stays_off_the_folder_of_measurements(monkeypatch):
     for options in ([], ["--rehearse"]):
         monkeypatch.setattr(sys, "argv", ["gpu_check", "--call", "2", *options])
         assert check.main() == 0
-    (_, work, out, _, results), (_, other_work, other_out, *none) = seen
+    (_, work, out, _, results, _), (_, other_work, other_out, *none, _) = seen
     assert results == ROOT / "benchmarks" / "results" and not any(none)
     assert work != other_work and out != other_out and work not in other_work.parents
 
@@ -279,9 +284,13 @@ def test_a_tool_that_hangs_when_asked_for_its_options_is_left(monkeypatch, tmp_p
     assert stages._help(str(tool)) == ""
 
 
-def test_paths_of_the_machine_are_left_out():
+def test_paths_of_the_machine_are_left_out(monkeypatch):
     text = f"$ {sys.executable} -m x\n{ROOT}/a.py:1 -I{ROOT}/b {ROOT}-other in {ROOT}"
     assert portable(text) == f"$ python -m x\n./a.py:1 -I./b {ROOT}-other in ."
+    monkeypatch.setattr(sys, "base_prefix", "/opt/python")
+    monkeypatch.setattr(sys, "prefix", "/opt/python/.venv")
+    text = "/opt/python/.venv/lib/a.py /opt/python/lib/b.py /usr/lib/c.py"
+    assert portable(text) == "PREFIX/lib/a.py BASE/lib/b.py /usr/lib/c.py"
 
 
 def test_outcomes_are_wrapped():
@@ -291,3 +300,35 @@ def test_outcomes_are_wrapped():
     assert all(len(line) <= table.WIDTH for line in lines)
     for i in range(30):
         assert f"stage-{i:02} FAILED ({STOPPED}) 1 s" in "\n".join(lines)
+
+
+def test_a_build_counts_where_it_is_of_these_sources_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "target_folder", lambda variant, work: work / variant)
+    suffix = build._made_of("")["suffix"]
+    stamp, library = build._stamp("normal", tmp_path), tmp_path / "normal" / f"_C{suffix}"
+    for path in (stamp, library):
+        path.parent.mkdir()
+    shutil.copy(next((ROOT / "papo_kernels").glob(f"_C{suffix}")), library)
+
+    def stamped() -> None:
+        made = {**build._made_of("90a-real"), "library": build._digest(library)}
+        save_json(stamp, {**made, "exit": 0, "kernels": []})
+
+    stamped()
+    assert build.built_before("normal", "90a-real", tmp_path)["exit"] == 0
+    assert not build.built_before("normal", "80-real", tmp_path)
+    library.write_bytes(library.read_bytes() + b"another build")
+    assert not build.built_before("normal", "90a-real", tmp_path)
+    library.write_bytes(b"no library")
+    stamped()
+    assert not build.built_before("normal", "90a-real", tmp_path)
+
+
+def test_a_record_of_other_sources_is_kept(tmp_path):
+    out, results = tmp_path / "out", tmp_path / "results"
+    for folder in (out, results):
+        folder.mkdir()
+    for digest in ("first", "second", "second"):
+        save_json(out / "gpu-check.json", {"environment": {"sources": digest}})
+        check.publish(out / "gpu-check.json", results)
+    assert {path.name for path in results.iterdir()} == {"gpu-check.json", "gpu-check-first.json"}

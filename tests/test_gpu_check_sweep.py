@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_check import rehearsal, sweep, target, tiles, winners
+from benchmarks.gpu_check import rehearsal, sweep, target, tiles, warm, winners
 from benchmarks.gpu_check.files import Notes
 from benchmarks.gpu_workload import Workload
 from benchmarks.shapes import GPU_TIMED, Shape
@@ -144,3 +144,16 @@ def test_forcing_is_undone(rehearsing, monkeypatch):
     assert tuning.forced().tile == (1, 1, 1, 2, 1) and tuning.forced().kernel is None
     monkeypatch.undo()
     tuning.forced.cache_clear()
+
+
+@pytest.mark.needs("triton")
+def test_every_candidate_of_triton_is_compiled_before_it_is_timed():
+    """At each number of columns: with these the table's configuration changes, and with it what a
+    candidate leaves open."""
+    children = warm.jobs()
+    compiled = {(job.shape.vocab, job.config) for jobs in children for job in jobs}
+    for shape in sweep.swept_shapes():
+        for config in ("", *tiles.triton_configs(shape.dtype, shape.vocab)):
+            assert (shape.vocab, config) in compiled
+    rows = {job.shape.rows for jobs in children for job in jobs if job.config}
+    assert rows == {sweep.WHOLE_ROWS}

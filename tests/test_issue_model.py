@@ -13,6 +13,7 @@ from benchmarks.issue_model.listing import Instruction, parse
 from benchmarks.issue_model.machine import BUILDERS, Cluster
 from benchmarks.issue_model.memory_ops import GlobalMemory
 from benchmarks.issue_model.model import by_phase
+from benchmarks.issue_model.peers import CLUSTER_LATENCY, Sent
 from benchmarks.issue_model.scheduler import (
     LATENCY,
     TAKEN_BRANCH,
@@ -203,6 +204,29 @@ def test_a_wait_ends_when_the_copy_has_landed():
     assert landed < cycles <= landed + WAKE + 10
     with pytest.raises(RuntimeError, match="every warp waits"):
         _cycles(costs, reader, barriers={64: 1})
+
+
+def test_a_loop_over_lanes_with_different_values_ends():
+    lanes: Any = np.arange(32)
+    warp = _run("R2UR P0, UR14, R3", R3=lanes)
+    assert (int(warp.u[14, 0]), warp.p[0].tolist()) == (0, [False] + [True] * 31)
+
+
+def test_other_blocks_do_as_the_block_that_is_replayed():
+    """Four blocks; this one's warps send 32 bytes a row, and it finishes rows 0 and 4."""
+    costs = [_cost("STAS"), _cost("SYNCS"), _cost("FFMA")]
+    messages, plan = 64, 72
+    sums = [Step(1, False, ("arrive", plan, 1, 32)), Step(0, False, ("message", messages, 32, 0)),
+            Step(1, False, ("wait", plan, 1)), Step(1, False, ("arrive", plan, 1, 32)),
+            Step(0, False, ("message", messages, 32, 1)), Step(1, False, ("wait", plan, 2)),
+            Step(2, False, None)]  # fmt: skip
+    work = 500
+    finish = [Step(1, False, ("arrive", messages, 1, 128)), Step(1, False, ("wait", messages, 1)),
+              *_steps(*[2] * work), *[Step(0, False, ("broadcast", plan, 16))] * 2]  # fmt: skip
+    sent = Sent(4, 32, {1: [(plan, 16)] * 2})
+    cycles = _cycles(costs, finish, sums, barriers={messages: 1, plan: 1}, sent=sent)
+    row = CLUSTER_LATENCY + work + CLUSTER_LATENCY
+    assert 2 * row < cycles < 2 * row + 200, "both rows take as long"
 
 
 def test_instructions_are_counted_by_phase():

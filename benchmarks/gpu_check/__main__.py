@@ -21,6 +21,7 @@ from benchmarks.gpu_check.build import hold_back_extension
 hold_back_extension()
 
 from benchmarks.gpu_check import facts, rehearsal, stages, table, winners  # noqa: E402
+from benchmarks.gpu_check.files import read  # noqa: E402
 from benchmarks.gpu_check.runner import (  # noqa: E402
     Runner,
     clear,
@@ -44,11 +45,19 @@ CHOICES = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("--call", type=int, choices=(1, 2), help="one of the two; both in turn")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), help="one of the three; all in turn")
+    parser.add_argument(
+        "--stages", type=names_of, default=(), help="of all calls, only these: build,sweep"
+    )
     parser.add_argument("--out", type=Path, help="for what is written, at most 8 files")
     parser.add_argument("--wheels", type=Path, help="a folder of the peers' wheels")
     parser.add_argument("--rehearse", action="store_true", help="every stage, without a GPU")
     args = parser.parse_args()
+    if args.stages:
+        try:
+            stages.only(stages.of_call(0, "", WORK, None, {}), args.stages)
+        except ValueError as error:
+            parser.error(str(error))
     if args.wheels and not args.wheels.is_dir():
         parser.error(f"--wheels: {args.wheels} is not a folder")
     if args.out:
@@ -59,6 +68,11 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def names_of(text: str) -> tuple[str, ...]:
+    """Stages, or kinds of them, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def main() -> int:
     args = arguments()
     heed_signals()
@@ -66,22 +80,27 @@ def main() -> int:
         os.environ.pop(name, None)
     # cmake and ninja may be this interpreter's, without its being activated.
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
-    calls = (args.call,) if args.call else (1, 2)
+    calls = (args.call,) if args.call else ((0,) if args.stages else (1, 2, 3))
     if not args.rehearse:
         out = args.out or WORK / "out"
         results = ROOT / RESULTS if args.out is None else None
-        return max([run_call(call, WORK, out, args.wheels, results) for call in calls])
+        return max([run_call(c, WORK, out, args.wheels, results, args.stages) for c in calls])
     out = args.out or WORK / "rehearsal"
     with tempfile.TemporaryDirectory() as folder:
         rehearsal.prepare(Path(folder), rehearsal.DEFAULT_FAULTS)
-        return max([run_call(call, Path(folder), out, args.wheels) for call in calls])
+        return max([run_call(c, Path(folder), out, args.wheels, None, args.stages) for c in calls])
 
 
 def run_call(
-    call: int, work: Path, out: Path, wheels: Path | None, results: Path | None = None
+    call: int,
+    work: Path,
+    out: Path,
+    wheels: Path | None,
+    results: Path | None = None,
+    chosen: tuple[str, ...] = (),
 ) -> int:
-    """One call; 1 where a required stage failed. With a device the record is copied to `results`
-    too."""
+    """One call; 1 where a required stage failed. Call 0 is `chosen` stages of all. With a device
+    the record is copied to `results` too."""
     if call == 1 or not same_sources(work):
         clear(work)
     patience = stages.PATIENCE if rehearsal.active() else 1
@@ -96,10 +115,9 @@ def run_call(
     if earlier and earlier["name"] != device["name"]:
         runner.record["stages"] = {"probe": runner.stages["probe"]}
     runner.rename(f"gpu-check-{short_name(device['name'])}-{today}")
-    if call == 1:
-        planned = stages.first_call(device["capability"], work)
-    else:
-        planned = stages.second_call(device["capability"], work, wheels, runner.stages)
+    planned = stages.of_call(call, device["capability"], work, wheels, runner.stages)
+    if chosen:
+        planned = stages.only(planned, chosen)
     runner.run(stages.rehearsed(planned) if rehearsal.active() else planned, finished)
     text = runner.attempt("table", table.text, runner.record)
     if text is None:
@@ -108,10 +126,20 @@ def run_call(
     (out / "gpu-check.txt").write_text(text)
     print(text)
     if results is not None:
-        shutil.copy(out / f"{runner.name}.json", results)
+        publish(out / f"{runner.name}.json", results)
     if rehearsal.active():
         return int(not rehearsal.as_planned(runner.stages))
     return int(not all(stage["ok"] or not stage["required"] for stage in runner.stages.values()))
+
+
+def publish(record: Path, results: Path) -> None:
+    """Copies a record to `results`. One of the same day that is of other sources is kept, under a
+    name with their digest."""
+    target = results / record.name
+    before = read(target).get("environment", {}).get("sources", "")
+    if before and before != read(record)["environment"]["sources"]:
+        target.rename(results / f"{record.stem}-{before}.json")
+    shutil.copy(record, target)
 
 
 def same_sources(work: Path) -> bool:

@@ -4,18 +4,22 @@ whose waits trap after a number of tries and name the barrier.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.files import Notes
+from benchmarks.gpu_check import facts
+from benchmarks.gpu_check.files import Notes, read
 from benchmarks.gpu_check.worker import work_folder
-from benchmarks.harness import ROOT
+from benchmarks.harness import ROOT, save_json
 
 EXTENSION = "papo_kernels._C"
 ARCHITECTURES = {"8.0": "80-real", "9.0": "90a-real", "10.0": "100-real"}
@@ -53,29 +57,91 @@ def run(notes: Notes, capability: str, *variants: str) -> int:
     `native` is not in every CMake and knows nothing of the instructions that only 90a has."""
     work = work_folder()
     architecture = ARCHITECTURES.get(capability, f"{capability.replace('.', '')}-real")
-    jobs = max(1, (os.cpu_count() or 1) // len(variants))
+    notes.put(architecture=architecture)
+    missing = []
+    for variant in variants:
+        if found := built_before(variant, architecture, work):
+            notes.put(**{variant: {**found, "built": "before"}})
+            print(f"{variant}: built before, {summary(found['kernels'])}")
+        else:
+            missing.append(variant)
+    failed = 0
+    for variant in missing:
+        _stamp(variant, work).unlink(missing_ok=True)
+    for variant, process in _begun(missing, architecture, work).items():
+        code = process.wait()
+        text = _log(variant, work).read_text(errors="replace")
+        result: dict[str, Any] = {"exit": code, "kernels": kernels(text)}
+        notes.put(**{variant: result})
+        print(f"{variant}: exit {code}, {summary(result['kernels'])}")
+        if code:
+            failed = 1
+            print("\n".join(text.splitlines()[-15:]))
+        else:
+            stamp = _stamp(variant, work)
+            stamp.parent.mkdir(exist_ok=True)
+            digest = _digest(_library(variant, work))
+            save_json(stamp, {**_made_of(architecture), "library": digest, **result})
+    return failed
+
+
+def _begun(
+    variants: Sequence[str], architecture: str, work: Path
+) -> dict[str, subprocess.Popen[bytes]]:
+    """A build of every variant, all under way."""
+    jobs = max(1, (os.cpu_count() or 1) // max(1, len(variants)))
     running = {}
     for variant in variants:
         target_folder(variant, work).mkdir(parents=True, exist_ok=True)
         build = ["cmake", "--build", str(work / f"build-{variant}"), "--parallel", str(jobs), "-v"]
         configure = configure_command(variant, architecture, work)
         script = f"{shlex.join(configure)} && {shlex.join(build)}"
-        log = work / "logs" / f"build-{variant}.log"
-        with log.open("w") as output:
+        with _log(variant, work).open("w") as output:
             running[variant] = subprocess.Popen(
                 ["sh", "-c", script], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
             )
-    failed = 0
-    for variant, process in running.items():
-        code = process.wait()
-        text = (work / "logs" / f"build-{variant}.log").read_text(errors="replace")
-        result: dict[str, Any] = {"exit": code, "kernels": kernels(text)}
-        notes.put(architecture=architecture, **{variant: result})
-        print(f"{variant}: exit {code}, {summary(result['kernels'])}")
-        if code:
-            failed = 1
-            print("\n".join(text.splitlines()[-15:]))
-    return failed
+    return running
+
+
+def _log(variant: str, work: Path) -> Path:
+    return work / "logs" / f"build-{variant}.log"
+
+
+def _stamp(variant: str, work: Path) -> Path:
+    return work / f"build-{variant}" / "built.json"
+
+
+def _library(variant: str, work: Path) -> Path:
+    return target_folder(variant, work) / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content; empty where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _made_of(architecture: str) -> dict[str, str]:
+    """What a build is of: another of these is another build."""
+    return {
+        "sources": facts.sources(folders=facts.NATIVE),
+        "architecture": architecture,
+        "suffix": str(sysconfig.get_config_var("EXT_SUFFIX")),
+        "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", ""),
+    }
+
+
+def built_before(variant: str, architecture: str, work: Path) -> dict[str, Any]:
+    """What is known of a variant that is there already, perhaps brought from another machine; empty
+    where it is not of these sources, another program has replaced it, or this machine cannot load
+    it."""
+    path = _library(variant, work)
+    found = read(_stamp(variant, work))
+    wanted = {**_made_of(architecture), "library": _digest(path)}
+    if not path.is_file() or any(found.get(key) != value for key, value in wanted.items()):
+        return {}
+    load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    tried = subprocess.run([sys.executable, "-c", load, str(path)], stderr=subprocess.DEVNULL)
+    return found if tried.returncode == 0 else {}
 
 
 def kernels(report: str) -> list[dict[str, Any]]:
@@ -122,9 +188,12 @@ def release_extension(smoke: bool) -> None:
     if sys.modules.get(EXTENSION) is not None:
         raise RuntimeError(f"{EXTENSION} is already loaded")
     sys.modules.pop(EXTENSION, None)
-    path = smoke_extension(work_folder()) if smoke else None
-    if path is None:
-        return
+    if smoke and (path := smoke_extension(work_folder())) is not None:
+        load_extension(path)
+
+
+def load_extension(path: Path) -> None:
+    """Makes the package use the extension in this file."""
     spec = importlib.util.spec_from_file_location(EXTENSION, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -16,7 +16,7 @@ from benchmarks.shapes import GPU_COMPILED, LinearShape, Shape
 
 ROUNDS = 10
 # What a rehearsal must not import although it may be installed: it takes seconds.
-_PEERS = ("trl", "liger_kernel", "quack", "cut_cross_entropy")
+_PEERS = ("trl", "liger_kernel", "quack", "cut_cross_entropy", "verl")
 
 
 def shapes() -> list[Shape | LinearShape]:

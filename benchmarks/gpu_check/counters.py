@@ -53,6 +53,18 @@ def parsed(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO("\n".join(lines))))[1:]
 
 
+def trimmed(text: str) -> str:
+    """A page without the columns that are empty or 0 in all rows: most of a long kernel's page."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    rows = [row for row in csv.reader(lines) if len(row) > 2]
+    if not rows or len({len(row) for row in rows}) > 1:
+        return text
+    kept = [i for i, column in enumerate(zip(*rows[1:], strict=True)) if set(column) - {"", "0"}]
+    out = io.StringIO()
+    csv.writer(out, quoting=csv.QUOTE_ALL).writerows([[row[i] for i in kept] for row in rows])
+    return out.getvalue()
+
+
 def summary(launches: list[dict[str, str]], case: str) -> dict[str, Any]:
     """Of the longest launch: bytes of memory read and written beside the model's, and the rate."""
 
@@ -91,7 +103,7 @@ def run(notes: Notes, case: str) -> int:
         done = subprocess.run(
             [tool, "--import", report, "--csv", *options], capture_output=True, text=True, cwd=ROOT
         )
-        (work / "logs" / f"ncu-{case}-{page}.csv").write_text(done.stdout)
+        (work / "logs" / f"ncu-{case}-{page}.csv").write_text(trimmed(done.stdout))
         if done.returncode:
             notes.put(**{page: (done.stdout + done.stderr)[-300:]})
         elif page == "raw" and (launches := parsed(done.stdout)):

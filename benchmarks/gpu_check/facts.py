@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,8 @@ _QUERIES = (
     ("watts", "power.draw"),
 )
 
-_SOURCES = {
-    "csrc": (".cu", ".cuh", ".cpp", ".h", ".txt", ".cmake"),
-    "papo_kernels": (".py", ".json"),
-    "benchmarks": (".py", ".cpp"),
-}
+NATIVE = {"csrc": (".cu", ".cuh", ".cpp", ".h", ".txt", ".cmake")}
+_SOURCES = {**NATIVE, "papo_kernels": (".py", ".json"), "benchmarks": (".py", ".cpp")}
 
 
 def output_of(command: list[str], seconds: float = 20) -> str:
@@ -61,11 +59,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def sources(root: Path = ROOT) -> str:
-    """A digest of what the figures depend on: the kernels, their table and the benchmarks. It knows
-    what a commit does not, in a tree that is not clean or without git."""
+def sources(root: Path = ROOT, folders: Mapping[str, Sequence[str]] = _SOURCES) -> str:
+    """A digest of what the figures depend on: the kernels, their table and the benchmarks; of the
+    extension's sources alone with `NATIVE`. It knows what a commit does not, in a tree that is not
+    clean or without git."""
     found = [root / "CMakeLists.txt"]
-    for folder, suffixes in _SOURCES.items():
+    for folder, suffixes in folders.items():
         found += [path for path in (root / folder).rglob("*") if path.suffix in suffixes]
     digest = hashlib.sha256()
     for path in sorted(found):

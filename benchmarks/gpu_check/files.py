@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, save_json
 
+SYSTEM = ("/usr", "/usr/local")  # the same on every machine
 MOST_LOG = 2 * 2**20
 MOST_ARCHIVE = 14 * 2**20  # before compression; files of up to 16 MiB can be mailed anywhere
 
@@ -41,9 +42,18 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def portable(text: str) -> str:
-    """`text` without this machine's paths: "." for the checkout, "python" for the interpreter."""
-    for path, name in ((sys.executable, "python"), (str(ROOT), ".")):
-        text = re.sub(re.escape(path) + r"(?![\w-]|\.\w)", name, text)
+    """`text` without this machine's paths: "." for the checkout, "python" for the interpreter,
+    "PREFIX" for where its packages are, "BASE" for what its virtual environment was made from."""
+    places = {
+        sys.base_prefix: "BASE",
+        sys.prefix: "PREFIX",
+        sys.executable: "python",
+        str(ROOT): ".",
+    }
+    # Longer ones first, as one may lie in another.
+    for path in sorted(places, key=len, reverse=True):
+        if path not in SYSTEM:
+            text = re.sub(re.escape(path) + r"(?![\w-]|\.\w)", places[path], text)
     return text
 
 

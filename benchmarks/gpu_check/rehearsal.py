@@ -1,6 +1,6 @@
 """A check without a GPU: ``python -m benchmarks.gpu_check --rehearse``.
 
-Every stage of both calls runs on tiny inputs on the CPU: `target.py` names the backends that stand
+Every stage of all calls runs on tiny inputs on the CPU: `target.py` names the backends that stand
 in for the GPU's, and the tools that a GPU machine has are scripts written here. Faults show that
 each costs its own stage and nothing else.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ exit 0""",
 TEXT""",
     "compute-sanitizer": """if [ "$1" = --help ]; then echo --kernel-name; exit; fi
 echo '========= ERROR SUMMARY: 0 errors'""",
+    "deepspeed": f'exec {sys.executable} -m benchmarks.gpu_check.rehearsed_training "$@"',
 }
 
 _TESTS = """

@@ -1,4 +1,4 @@
-"""What the two calls run, in which order and within which limits.
+"""What the calls run, in which order and within which limits.
 
 What tells most comes first. A group's limit is kept for it whatever the groups before it do; the
 limits of a call add up to its budget.
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import rehearsal
+from benchmarks.gpu_check import rehearsal, training
 from benchmarks.gpu_check.counted import CASES as COUNTED
 from benchmarks.gpu_check.facts import beside_nvcc
 from benchmarks.gpu_check.runner import Stage, worker_command
 from benchmarks.gpu_check.target import FAMILIES
 
-BUDGETS = {1: 270.0, 2: 300.0}  # seconds
+BUDGETS = {0: 570.0, 1: 270.0, 2: 360.0, 3: 280.0}  # seconds; call 0: chosen stages of all
 PATIENCE = 8  # of a rehearsal, in which nothing is measured, as a factor on limits and budgets
 SMOKE_TESTS = "tests/kernels/test_gpu.py"
 TRITON_TESTS = "*/test_triton_*.py"
@@ -31,6 +31,10 @@ HELP_SECONDS = 5
 COUNTERS_SECONDS = {"resident-loss": 14, "resident-stats": 14, "triton-stats": 12}
 # A sanitizer knows allocations: within a block of torch's cache it would see no error.
 UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+# Inductor compiles a program for every set of vector instructions that the CPU has, some 10 s each
+# beside other tests, before it compiles the one kernel on the CPU that a graph of ours has: the
+# numbers of a call.
+UNPROBED = (("TORCHINDUCTOR_VEC_ISA_OK", "0"),)
 
 
 def probe() -> Stage:
@@ -72,13 +76,56 @@ def second_call(
     tests = [
         _tests(f"tests-{backend}", seconds, work, (*kernels, "--backends", backend, *own))
         for backend, seconds, own in (
-            ("cuda", 70, ("--ignore-glob", TRITON_TESTS)),
-            ("triton", 42, ()),
+            ("cuda", 112, ("--ignore-glob", TRITON_TESTS)),
+            ("triton", 112, ()),
         )
     ]
+    # Triton's wait for their compiler most of the time.
+    tests[1] = tests[1]._replace(together=True)
     arguments = ("comparison", healthy(stages), *([str(wheels.resolve())] if wheels else []))
-    peers = Stage("peers", 60, arguments, elastic=True)
+    peers = Stage("peers", 120, arguments)
     return [build, *_sanitizers(), *tests, peers]
+
+
+def third_call(capability: str) -> list[Stage]:
+    """The trainer, where what it imports and the embedded model are installed."""
+    build = Stage("build-for-training", 40, ("build", capability, "normal"), vital=True)
+    jobs = []
+    for job, seconds in (("smollm2", 125), ("qwen2", 95)):
+        absent = training.why_absent(job)
+        work = ("training", job)
+        name = f"training-{job}"
+        jobs.append(Stage(name, seconds, work, elastic=True, required=not absent, absent=absent))
+    return [build, *jobs]
+
+
+def of_call(
+    call: int, capability: str, work: Path, wheels: Path | None, outcomes: dict[str, Any]
+) -> list[Stage]:
+    """The stages of one call, or of all of them for call 0. `outcomes`: of earlier calls."""
+    calls = (
+        lambda: first_call(capability, work),
+        lambda: second_call(capability, work, wheels, outcomes),
+        lambda: third_call(capability),
+    )
+    return [stage for i, make in enumerate(calls, 1) if call in (0, i) for stage in make()]
+
+
+def only(planned: Sequence[Stage], chosen: Sequence[str]) -> list[Stage]:
+    """The stages that are chosen by name, or by what their names begin with ("sweep", "ncu").
+
+    Raises:
+        ValueError: a choice is none of them.
+    """
+
+    def matches(stage: Stage, name: str) -> bool:
+        return stage.name == name or stage.name.startswith(f"{name}-")
+
+    for name in chosen:
+        if not any(matches(stage, name) for stage in planned):
+            known = ", ".join(stage.name for stage in planned)
+            raise ValueError(f"--stages: expected some of {known}; got {name!r}")
+    return [stage for stage in planned if any(matches(stage, name) for name in chosen)]
 
 
 def healthy(stages: dict[str, Any]) -> str:
@@ -138,16 +185,17 @@ def _help(tool: str) -> str:
 def _tests(name: str, seconds: float, work: Path, arguments: Sequence[str]) -> Stage:
     """pytest, in several processes if there is xdist; a test that hangs shows where it does."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.failures"]
-    options += ["-o", "faulthandler_timeout=30"]
+    options += ["-o", "faulthandler_timeout=60"]
     if rehearsal.active():
         options += rehearsal.pytest_arguments(work)
     else:
         if importlib.util.find_spec("pytest_timeout"):
-            options += ["--timeout", "40", "--timeout-method", "thread"]
+            options += ["--timeout", "75", "--timeout-method", "thread"]
         if importlib.util.find_spec("xdist"):
             options += ["-n", str(min(8, os.cpu_count() or 1))]
         options += arguments
-    return Stage(name, seconds, command=(sys.executable, "-m", "pytest", *options), elastic=True)
+    command = (sys.executable, "-m", "pytest", *options)
+    return Stage(name, seconds, command=command, environment=UNPROBED, elastic=True)
 
 
 def rehearsed(stages: Sequence[Stage]) -> list[Stage]:

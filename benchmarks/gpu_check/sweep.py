@@ -32,6 +32,7 @@ NOISE = 0.99  # two times whose ratio is between this and 1 count as the same
 # A winner is tried at the next multiple, for padded vocabularies; the second for short rows.
 COLUMNS_STEPS = (8192, 64)
 SAMPLED_ROWS = 8
+WHOLE_ROWS = 1024  # enough for a row to be one program's, for which Triton has compiled
 
 
 class Task(NamedTuple):
@@ -170,7 +171,8 @@ class Sweep:
         shape = task.shape
         step = COLUMNS_STEPS[shape.vocab < COLUMNS_STEPS[0]]
         padded = -(-shape.vocab // step) * step
-        work = Workload(Shape(2, padded, shape.dtype), target.device())
+        rows = min(shape.rows, WHOLE_ROWS)
+        work = Workload(Shape(rows, padded, shape.dtype), target.device())
         faulthandler.dump_traceback_later(WATCHDOG[task.field], exit=True)
         with target.forced(task.forcing(best)):
             try:

@@ -36,6 +36,7 @@ def _sections(record: dict[str, Any]) -> Iterator[list[str]]:
     yield list(_counters(stages))
     yield list(_linear(stages))
     yield list(_peers(stages))
+    yield list(_training(stages))
     yield list(_tests(stages))
     yield list(_outcomes(stages))
 
@@ -152,6 +153,28 @@ def _peers(stages: dict[str, Any]) -> Iterator[str]:
             yield "host us: " + ", ".join(f"{name} {us:.1f}" for name, us in overhead.items())
         if absent := found.get("unavailable"):
             yield "peers not measured: " + "; ".join(f"{k}: {v}" for k, v in absent.items())
+
+
+def _training(stages: dict[str, Any]) -> Iterator[str]:
+    for job, found in _results(stages, "training"):
+        if medians := found.get("medians"):
+            times = [f"{n[5:]} {s:.3f}" for n, s in medians.items() if n.startswith("time/")]
+            speed = f"{medians['throughput/tokens_per_second']:.0f} tokens/s"
+            memory = f"peak {found['peak GiB']:.1f} GiB, " if "peak GiB" in found else ""
+            yield f"training {job}, median of {medians['steps']} steps: {speed}, {memory}seconds:"
+            yield "  " + ", ".join(times)
+        scores = [
+            f"step {e['step']} {e['eval/accuracy']:.3f}"
+            for e in found.get("evaluations", ())
+            if "eval/accuracy" in e
+        ]
+        if scores:
+            yield f"  held-out accuracy: {', '.join(scores)}"
+        if update := found.get("update"):
+            share = update.get("head's share of GPU time")
+            whole = "no kernel was traced" if share is None else f"head {share:.1%} of GPU time"
+            parts = [f"{part} {ms:.1f}" for part, ms in update["GPU ms by part"].items()]
+            yield f"  update: {whole}; GPU ms: {', '.join(parts)}; host {update['host ms']:.1f} ms"
 
 
 def _tests(stages: dict[str, Any]) -> Iterator[str]:

@@ -18,7 +18,7 @@ WORD = 16  # bytes
 BLOCK_KIB, SM_KIB = 227, 228  # shared memory of a block at most, and of a Hopper multiprocessor
 MESSAGES_KIB = 1  # of a block's shared memory that are not buffers, at least
 MOST_BUFFERS = 8
-STAGE_KIB = (8, 16, 32)  # of a slice that is cut into buffers
+STAGE_KIB = (16, 32)  # of a slice that is cut into buffers
 STATS_TEAMS, STATS_RINGS, STATS_BLOCKS = (1, 2, 4, 8), (2, 3, 4, 5, 6, 8), (2, 1, 3)
 
 
@@ -35,7 +35,7 @@ def loss_tiles(columns: int, itemsize: int) -> list[str]:
             buffer = math.ceil(row / stages / WORD) * WORD + WORD
             most = min(MOST_BUFFERS, bytes_each // buffer)
             rings = {stages + 1, 2 * stages + 1, 3 * stages, most}
-            for ring, warps in itertools.product(sorted(rings), (4, 8, 16)):
+            for ring, warps in itertools.product(sorted(rings), (4, 8)):
                 if stages < ring <= most and warps * blocks <= 16:
                     found[f"{cluster},{warps},{stages},{ring},{blocks}"] = None
     return list(found)

@@ -27,6 +27,7 @@ KINDS = (
     "counted",
     "linear",
     "comparison",
+    "training",
 )
 LOST = 3  # exit status of a process whose CUDA context can no longer be used
 

@@ -11,6 +11,6 @@ multiprocessor's schedulers. What it prints is a model's word, never a measureme
     listing.py, source_map.py        machine code as instructions, and the functions they come from
     operands.py, *_ops.py, warps.py  what instructions do to a warp
     machine.py                       a cluster of blocks
-    scheduler.py                     cycles of what its warps executed
+    scheduler.py, peers.py           cycles of what its warps executed
     model.py, __main__.py            counts and times of a call
 """

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("calls", nargs="+", help="TASK:ROWSxCOLUMNS[:DTYPE[:OUT]], as"
                         " stats:8192x151936 or loss:4096x128256:fp32:bf16")  # fmt: skip
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to compile")
-    parser.add_argument("--rows", type=int, default=10, help="rows to follow a cluster for")
+    parser.add_argument("--rows", type=int, default=16, help="rows to follow a cluster for")
     parser.add_argument("--tree", type=int, default=0, help="depth of the table by function")
     options = parser.parse_args()
     build = Build(options.root)

@@ -65,10 +65,13 @@ class Barrier:
 
 @dataclass
 class SharedMemory:
-    """A block's shared memory, as bytes, and the barriers in it by their offset."""
+    """A block's shared memory, as bytes, and the barriers in it by their offset.
+
+    broadcasts: what other blocks sent to all, by their rank: (barrier, bytes)."""
 
     data: Array = field(default_factory=lambda: np.zeros(SHARED_BYTES, np.uint8))
     barriers: dict[int, Barrier] = field(default_factory=dict)
+    broadcasts: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
 
 def shared_address(text: str) -> Getter:
@@ -299,7 +302,8 @@ def bulk_copy(ins: Instruction) -> Run:
 
 
 def send(ins: Instruction) -> Run:
-    """st.async of 16 bytes to [target, barrier] of any block of the cluster."""
+    """st.async of 16 bytes to [target, barrier] of any block of the cluster: of all lanes to one
+    block, a message, or of each lane to another, a broadcast."""
     found = register(ins.operands[0].strip("[]"))
     assert found is not None and "128" in ins.modifiers
     low, high = bits(f"R{found[1]}"), bits(f"R{found[1] + 1}")
@@ -308,14 +312,21 @@ def send(ins: Instruction) -> Run:
     def run(w: Any, m: Any) -> None:
         targets, barriers = _lanes(low(w), m), _lanes(high(w), m)
         values = [_lanes(s(w), m) for s in sources]
+        ranks, offset = {to >> 24 for to in targets.tolist()}, 0
         for lane, (to, barrier) in enumerate(zip(targets.tolist(), barriers.tolist(), strict=True)):
             peer = w.block.cluster.blocks[to >> 24].shared
             if barrier & WINDOW not in peer.barriers:
                 to, barrier = barrier, to
             at = to & WINDOW
             peer.data[at : at + 16].view(U32)[:] = [v[lane] for v in values]
-            peer.barriers[barrier & WINDOW].land(16)
-        w.event = ("message", int(barriers[0]) & WINDOW, 16 * len(targets))
+            offset = barrier & WINDOW
+            peer.barriers[offset].land(16)
+            if len(ranks) > 1 and peer is not w.block.shared:
+                peer.broadcasts.setdefault(w.block.rank, []).append((offset, 16))
+        if len(ranks) > 1:
+            w.event = ("broadcast", offset, 16)
+        else:
+            w.event = ("message", offset, 16 * len(targets), ranks.pop())
 
     return run
 

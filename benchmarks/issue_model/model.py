@@ -13,6 +13,7 @@ from .build import Build, Launch
 from .listing import Listing, parse
 from .machine import Cluster
 from .memory_ops import GlobalMemory
+from .peers import Sent
 from .scheduler import Multiprocessor, Result, cost_of
 from .source_map import SourceMap
 from .warps import Step
@@ -27,7 +28,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # functions an instruction lies in; all others are once a row.
 PHASES = {
     "maximum": ("meet_stage", "largest"),
-    "sums": ("scan_stage", "add_stages", "add_stage_carefully", "batch"),
+    "sums": ("add_stages", "add_stage_carefully", "batch"),
     "gradient": ("write_gradient",),
 }
 
@@ -124,6 +125,7 @@ class Trace:
     rows: int
     steps: list[list[Step]]
     barriers: dict[int, int]
+    sent: Sent
     memory: GlobalMemory = field(repr=False)
 
 
@@ -152,7 +154,15 @@ def trace(build: Build, call: Call, rows: int, listing: Listing | None = None) -
     check(few, cluster.memory)
     block = cluster.blocks[0]
     barriers = {at: b.expected for at, b in block.shared.barriers.items()}
-    return Trace(launch, listing, rows, [w.steps for w in block.warps], barriers, cluster.memory)
+    steps = [w.steps for w in block.warps]
+    sent = Sent(launch.cluster, row_bytes(steps), block.shared.broadcasts)
+    return Trace(launch, listing, rows, steps, barriers, sent, cluster.memory)
+
+
+def row_bytes(steps: list[list[Step]]) -> int:
+    """What the warps of a block send of a row: each its first message."""
+    messages = ([s.event for s in w if s.event and s.event[0] == "message"] for w in steps)
+    return sum(found[0][2] for found in messages if found)
 
 
 @dataclass
@@ -172,7 +182,9 @@ def pace(long: Trace, short: Trace | None, blocks: int, bytes_per_cycle: float) 
     costs = [cost_of(i) for i in long.listing.instructions]
 
     def run(t: Trace) -> Result:
-        return Multiprocessor(costs, [t.steps] * blocks, t.barriers, bytes_per_cycle).run()
+        return Multiprocessor(
+            costs, [t.steps] * blocks, t.barriers, bytes_per_cycle, sent=t.sent
+        ).run()
 
     a = run(long)
     b = run(short) if short else Result(0.0, 0, Counter(), [])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .listing import Instruction
+from .peers import CLUSTER_LATENCY, Peers, Sent
 from .warps import Step
 
 # Unit: cycles that an instruction occupies it in its scheduler. "fma" is two half-rate pipes, of
@@ -26,7 +27,6 @@ DEFAULT_LATENCY = 20
 READ_LATENCY = 10
 TAKEN_BRANCH = 8
 WAKE = 20  # from the end of a barrier's phase to the next instruction of who waits for it
-CLUSTER_LATENCY = 200
 STORE_BACKLOG = 1500  # cycles of queued memory traffic beyond which stores wait
 FMA = {"FFMA", "FADD", "FMUL"}
 HEAVY = {"IMAD", "HFMA2", "UIMAD"}
@@ -125,7 +125,7 @@ class Result:
 class Multiprocessor:
     """blocks: for each block its warps' steps; barriers: arrivals that each barrier expects;
     bytes_per_cycle: this multiprocessor's share of the memory rate, infinite for none;
-    memory_latency: cycles."""
+    memory_latency: cycles; sent: what crosses the cluster of each block."""
 
     def __init__(
         self,
@@ -134,11 +134,13 @@ class Multiprocessor:
         barriers: dict[int, int],
         bytes_per_cycle: float = float("inf"),
         memory_latency: float = 800.0,
+        sent: Sent | None = None,
     ) -> None:
         self.costs = costs
         self.warps = [_Warp(b, steps) for b, warps in enumerate(blocks) for steps in warps if steps]
         self.queues = [[w for i, w in enumerate(self.warps) if i % 4 == s] for s in range(4)]
         self.barriers = [{k: _Barrier(n, n) for k, n in barriers.items()} for _ in blocks]
+        self.peers = [Peers(sent or Sent(), barriers) for barriers in self.barriers]
         self.syncs: list[dict[str, list[float]]] = [{} for _ in blocks]
         self.asleep: dict[tuple[int, str], list[_Warp]] = {}
         self.rate, self.latency = bytes_per_cycle, memory_latency
@@ -257,7 +259,9 @@ class Multiprocessor:
         if kind == "arrive":
             barriers[event[1]].add(event[2], event[3], now + READ_LATENCY)
         elif kind == "message":
-            barriers[event[1]].add(0, -event[2], now + CLUSTER_LATENCY)
+            self.peers[warp.block].message(*event[1:], now)
+        elif kind == "broadcast":
+            self.peers[warp.block].broadcast(*event[1:], now)
         elif kind in ("copy", "load", "store"):
             size = event[2] if kind == "copy" else event[1]
             self.memory = max(now, self.memory) + size / self.rate

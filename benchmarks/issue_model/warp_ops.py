@@ -21,8 +21,20 @@ def read_special(ins: Instruction) -> Any:
 
 
 def to_uniform(ins: Instruction) -> Any:
-    put, get = put_bits(ins.operands[0]), bits(ins.operands[-1])
-    return lambda w, m: put(w, get(w)[0 if m is None else int(np.argmax(m))], None)
+    """The first active lane's value. A predicate, if there is one, says which lanes have another:
+    a loop around the instruction ends when none has."""
+    *other, target = ins.operands[:-1]
+    put, get = put_bits(target), bits(ins.operands[-1])
+    put_other = put_predicate(other[0]) if other else None
+
+    def run(w: Warp, m: Any) -> None:
+        values = np.broadcast_to(get(w), (32,))
+        first = values[0 if m is None else int(np.argmax(m))]
+        put(w, first, None)
+        if put_other is not None:
+            put_other(w, values != first, m)
+
+    return run
 
 
 def shuffle(ins: Instruction) -> Any:

@@ -19,7 +19,8 @@ ALL_LANES = (1 << 32) - 1
 class Step(NamedTuple):
     """One instruction as a warp executed it. `at`: its index in the listing.
 
-    event: None, or ("load" | "store", bytes), ("copy" | "message", barrier, bytes),
+    event: None, or ("load" | "store", bytes), ("copy" | "broadcast", barrier, bytes),
+    ("message", barrier, bytes, rank of its receiver),
     ("arrive", barrier, arrivals, bytes), ("wait", barrier, phases), ("sync", name, warps),
     ("sync-arrive", name), ("sync-wait", name, arrivals of the block so far).
     """

@@ -10,6 +10,7 @@ loops. The exit status is 1 if a count is worse or a rule is broken. ``--save`` 
 that file.
 
     cuda_kernels.py     csrc/cuda through nvcc
+    loops.py            the innermost loops of machine code
     triton_kernels.py   the calls that Triton's kernels are compiled for
     rules.py            how a broken rule is reported
     __main__.py         the comparison

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.issue_model.build import ROOT, nvcc, run_tool
 
+from .loops import Round, rounds
 from .rules import broken
 
 ARCHITECTURES = ("80", "90a", "100")
@@ -25,9 +26,14 @@ MOST_REGISTERS = {
     "outputs": 80,
     "scale": 48,
 }
-# Shortest first. "off": of rows that start off a 16-byte boundary.
-LOOPS_OF_SUMS = ("sums", "sums, masked", "sums, off", "sums, off, masked")
-LOOPS_OF_GRADIENTS = {"resident": ("gradient, multiple of p", "gradient"), "stats": ()}
+# By the loads of a word, and whether it is raised. "off": rows start off a 16-byte boundary.
+LOOPS_OF_SUMS = {
+    (1, False): "sums",
+    (1, True): "sums, masked",
+    (2, False): "sums, off",
+    (2, True): "sums, off, masked",
+}
+LOOPS_OF_GRADIENTS = ("gradient, multiple of p", "gradient")
 TYPES = {"4BF16": "bf16", "3F16": "fp16", "3F32": "fp32"}
 
 
@@ -49,33 +55,9 @@ class Kernel(NamedTuple):
         return f"{self.name}<{', '.join(self.types)}> sm_{self.architecture}"
 
 
-class Block(NamedTuple):
-    """A run of instructions without a branch: its length, and how many of them are of a kind."""
-
-    length: int
-    exponentials: int
-    maxima: int
-    stores: int  # of 16 bytes
-
-
 def opcode(instruction: str) -> str:
     words = instruction.split()
     return words[1] if words[0].startswith("@") else words[0]
-
-
-def blocks(kernel: Kernel) -> list[Block]:
-    found, opcodes = [], []
-    for name in kernel.opcodes:
-        opcodes.append(name)
-        if name.startswith(("BRA", "BSSY", "BSYNC", "EXIT", "CALL", "RET", "WARPSYNC")):
-            counts = {
-                start: sum(o.startswith(start) for o in opcodes)
-                for start in ("MUFU.EX2", "HMNMX2", "VHMNMX", "STG.E.128")
-            }
-            exponentials, *maxima, stores = counts.values()
-            found.append(Block(len(opcodes), exponentials, sum(maxima), stores))
-            opcodes = []
-    return found
 
 
 def kernel_name(symbol: str) -> str:
@@ -148,22 +130,34 @@ def compiled() -> list[Kernel]:
 
 
 def counts(kernel: Kernel) -> dict[str, float]:
-    """Registers and, of the kernels on chip, instructions per element of bfloat16 logits in the
-    loops over four words of a lane. Loops of a kind differ in length, and are told apart by it."""
+    """Registers and, of the kernels on chip, instructions per element of bfloat16 logits in one
+    round of their loops."""
     found: dict[str, float] = {"registers": kernel.registers}
     on_chip = kernel.name in ("resident", "stats") and kernel.architecture != "80"
     if not on_chip or kernel.types[0] != "bf16":
         return found
-    runs = blocks(kernel)
-    tops = [b.length for b in runs if b.maxima >= 8 and not b.exponentials]
-    sums = sorted(b.length for b in runs if b.exponentials == 32 and not b.stores)
-    gradients = sorted(b.length for b in runs if b.exponentials == 32 and b.stores == 4)
-    lengths = {
-        "maximum": min(tops),
-        **dict(zip(LOOPS_OF_SUMS, sums, strict=True)),
-        **dict(zip(LOOPS_OF_GRADIENTS[kernel.name], gradients, strict=True)),
-    }
-    return found | {name: length / 32 for name, length in lengths.items()}
+    lengths: dict[str, float] = {}
+    for r in rounds(kernel.code):
+        elements = r.exponentials or 8 * r.loads
+        name = loop_name(r)
+        lengths[name] = min(r.length / elements, lengths.get(name, r.length))
+    names = ["maximum", *LOOPS_OF_SUMS.values()]
+    names += LOOPS_OF_GRADIENTS if kernel.name == "resident" else ()
+    return found | {name: lengths[name] for name in names}
+
+
+def loop_name(r: Round) -> str:
+    """What a loop over words of bfloat16 logits is for; "" if it is none that is counted."""
+    if r.maxima == 2 * r.loads and not r.exponentials:
+        return "maximum"
+    # The loops of soft caps have maxima of floats.
+    if r.exponentials == 0 or r.float_maxima:
+        return ""
+    if r.stores == 0:
+        return LOOPS_OF_SUMS.get((8 * r.loads // r.exponentials, r.maxima > 0), "")
+    if r.stores < r.loads:  # off a 16-byte boundary
+        return ""
+    return LOOPS_OF_GRADIENTS[r.maxima > 0]
 
 
 def broken_rules(kernel: Kernel) -> list[str]:

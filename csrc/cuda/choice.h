@@ -33,11 +33,11 @@ inline const char* no_power_of_two(const char* what, int value) {
   return text;
 }
 
-// Why a multiprocessor has no room for `blocks` blocks of so many compute warps; null if it has.
-inline const char* why_crowded(int64_t warps, int blocks, int64_t shared_bytes,
+// Why a multiprocessor has no room for `blocks` blocks of so many threads; null if it has.
+inline const char* why_crowded(int64_t threads, int blocks, int64_t shared_bytes,
                                const DeviceLimits& device) {
   if (blocks < 1) return beyond("blocks", blocks, "the least", 1);
-  const int64_t registers = 32 * (warps + kServiceWarps) * blocks * kOnChipRegisters;
+  const int64_t registers = threads * blocks * kOnChipRegisters;
   if (registers > kRegisters) {
     return beyond("what all blocks take of the registers", registers, "a multiprocessor's",
                   kRegisters);
@@ -63,7 +63,7 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const DeviceLim
   if (c.ring <= c.stages) {
     return beyond("ring", c.ring, "the least beyond its stages", c.stages + 1);
   }
-  const char* crowded = why_crowded(c.warps, c.blocks, t.shared_bytes, device);
+  const char* crowded = why_crowded(writing_threads(c.warps), c.blocks, t.shared_bytes, device);
   if (crowded != nullptr) return crowded;
   return t.cluster == 0 ? "a buffer would hold more bytes than a barrier can count" : nullptr;
 }
@@ -84,7 +84,7 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
   if (c.stats_ring < c.stats_teams) {
     return beyond("ring", c.stats_ring, "the least, a buffer a team,", c.stats_teams);
   }
-  return why_crowded(warps, c.stats_blocks, s.shared_bytes, device);
+  return why_crowded(32 * (warps + kServiceWarps), c.stats_blocks, s.shared_bytes, device);
 }
 
 }  // namespace choice

@@ -64,6 +64,7 @@ PAPO_DEVICE float exp2_fast(float x) {
 
 // a b, rounded before it is added to anything. Otherwise nvcc would fuse the two.
 PAPO_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+PAPO_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 
 // The larger and the smaller of the two. Unlike fmaxf and fminf they are NaN where either is NaN.
 PAPO_DEVICE float max_nan(float a, float b) {
@@ -269,16 +270,24 @@ PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+// A wait sleeps for at most so many nanoseconds, and is woken when the phase ends. Without this hint
+// it gives up after a few cycles, and is tried again so often that half of all instructions were
+// these tries. A build that counts its tries does not sleep.
+#if defined(PAPO_SPIN_LIMIT)
+constexpr uint32_t kSleep = 0;
+#else
+constexpr uint32_t kSleep = 10'000'000;
+#endif
 // Waits for some time, and tells whether the phase of this parity is over. Then what was released
 // to it within the block is acquired.
 PAPO_DEVICE bool try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
       "{.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
       "selp.b32 %0, 1, 0, p;}"
       : "=r"(over)
-      : "r"(barrier), "r"(parity)
+      : "r"(barrier), "r"(parity), "r"(kSleep)
       : "memory");
   return over != 0;
 }
@@ -287,10 +296,10 @@ PAPO_DEVICE bool try_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
       "{.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2, %3;\n"
       "selp.b32 %0, 1, 0, p;}"
       : "=r"(over)
-      : "r"(barrier), "r"(parity)
+      : "r"(barrier), "r"(parity), "r"(kSleep)
       : "memory");
   return over != 0;
 }
@@ -347,16 +356,16 @@ PAPO_DEVICE void cluster_sync() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
-// Writes two doubles to shared memory of block `rank`, at the same address `target`, a multiple of
-// 16. Their 16 bytes count toward that block's barrier.
-PAPO_DEVICE void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
+// Writes a word to shared memory of block `rank`, at the same address `target`, a multiple of 16.
+// Its 16 bytes count toward that block's barrier.
+PAPO_DEVICE void send(uint32_t target, int rank, const Word& w, uint32_t barrier) {
   asm volatile(
       "{.reg .b32 there, bar;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mapa.shared::cluster.u32 bar, %4, %1;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [there], {%2, %3}, "
-      "[bar];}" ::"r"(target),
-      "r"(rank), "d"(a), "d"(b), "r"(barrier)
+      "mapa.shared::cluster.u32 bar, %6, %1;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], "
+      "{%2, %3, %4, %5}, [bar];}" ::"r"(target),
+      "r"(rank), "r"(w.r[0]), "r"(w.r[1]), "r"(w.r[2]), "r"(w.r[3]), "r"(barrier)
       : "memory");
 }
 #endif  // PAPO_HAS_CLUSTERS

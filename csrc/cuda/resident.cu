@@ -1,20 +1,22 @@
 // Rows that stay on chip: the logits are read once, and a gradient is written once.
 //
 // A cluster of blocks shares a row. Each block's slice is copied into buffers in shared memory,
-// where it stays until its gradient has been written. In a block three roles run side by side:
+// where it stays until its gradient has been written. In a block four roles run side by side:
 //   copy      one warp: fills free buffers with slices of the next rows
-//   compute   tile.warps warps: form a row's sums and later, from the same buffers, its gradient
-//   finish    one warp: merges the sums of the block and of the cluster, writes the row's outputs,
-//             and forms the coefficients of its gradient, in every block from the same numbers
+//   sum       tile.warps warps: form the sums of the block's slice
+//   finish    one warp: merges the sums of all blocks, writes the row's outputs, and forms the
+//             coefficients of its gradient. The blocks of a cluster take turns
+//   write     tile.warps warps: form the gradient from the same buffers; none without a gradient
 // They hand over through barriers in shared memory:
-//   full[buffer]    copy -> compute      the bytes have landed
-//   empty[buffer]   compute -> copy      every warp is done with them
-//   partial[2]      compute -> finish    every warp has left its sums of a row
-//   exchange[2]     finish -> finish     every block of the cluster has sent its sums of a row
-//   plan[2]         finish -> compute    the coefficients of a row are there
-// Rows alternate between the two of a pair. docs/kernels.md says why two are enough.
+//   full[buffer]     copy -> sum, write    the bytes have landed
+//   empty[buffer]    write -> copy         every warp is done with them; sum -> copy: no gradient
+//   messages[turn]   sum -> finish         every warp of the cluster has sent its sums of a row
+//   plan[row]        finish -> write, sum  the coefficients of a row have been sent to every block
+// There are as many of `plan` as the ring holds rows, and of `messages` as many as these give each
+// block turns. docs/kernels.md says why that is enough.
 #include "buffers.cuh"
 #include "launch.cuh"
+#include "row_merge.cuh"
 #include "write_gradient.cuh"
 #include "slice_scan.cuh"
 
@@ -30,7 +32,8 @@ class ResidentRows {
   PAPO_DEVICE explicit ResidentRows(const RowsCall& call)
       : call_(call),
         tile_(call.tile),
-        layout_(make_layout(tile_.cluster, tile_.warps, tile_.ring, tile_.stage_bytes)),
+        layout_(make_layout(tile_.cluster, tile_.warps, tile_.rows(), tile_.ring,
+                            tile_.stage_bytes)),
         shared_(machine::shared_base()),
         rank_(tile_.cluster > 1 ? machine::cluster_rank() : 0),
         warp_(machine::broadcast(machine::thread_index() / 32, 0)),
@@ -42,14 +45,16 @@ class ResidentRows {
     if (machine::thread_index() == 0) init_barriers();
     machine::cluster_sync();
     if (warp_ < tile_.warps) {
-      compute();
+      sum_rows();
     } else if (warp_ == tile_.warps) {
-      copy();
-    } else {
+      copy_rows();
+    } else if (warp_ == tile_.warps + 1) {
       finish_rows();
+    } else {
+      write_rows();
     }
-    // Blocks need not wait for each other at the end: once its finish warp is done, a block has
-    // every message that its peers send it.
+    // Blocks need not wait for each other at the end: by then a block has every message and every
+    // plan that its peers send it.
   }
 
  private:
@@ -60,14 +65,19 @@ class ResidentRows {
   }
   PAPO_DEVICE uint32_t full(int buffer) const { return barrier(buffer); }
   PAPO_DEVICE uint32_t empty(int buffer) const { return barrier(tile_.ring + buffer); }
-  PAPO_DEVICE uint32_t partial(int k) const { return barrier(2 * tile_.ring + (k & 1)); }
-  PAPO_DEVICE uint32_t exchange(int k) const { return barrier(2 * tile_.ring + 2 + (k & 1)); }
-  PAPO_DEVICE uint32_t plan(int k) const { return barrier(2 * tile_.ring + 4 + (k & 1)); }
-  // Row k is the (k / 2)-th row to use its barrier of a pair.
-  static PAPO_DEVICE uint32_t parity(int k) { return static_cast<uint32_t>(k >> 1) & 1u; }
+  PAPO_DEVICE uint32_t plan(int row) const { return barrier(2 * tile_.ring + row); }
+  PAPO_DEVICE uint32_t messages(int turn) const {
+    return barrier(2 * tile_.ring + tile_.rows() + turn);
+  }
 
-  PAPO_DEVICE uint32_t message_bytes() const {
-    return static_cast<uint32_t>(tile_.cluster * kCtaMessageBytes);
+  // A block alone is no cluster: there is no sending, and each warp arrives for itself.
+  PAPO_DEVICE bool alone() const { return tile_.cluster == 1; }
+  PAPO_DEVICE int row_messages() const { return tile_.cluster * tile_.warps; }
+  // The phase of a turn's messages ends when these have come, and not before this call.
+  PAPO_DEVICE void expect_messages(int turn) const {
+    if (alone()) return;
+    machine::barrier_arrive_expect(messages(turn),
+                                   static_cast<uint32_t>(row_messages() * kMessageBytes));
   }
 
   PAPO_DEVICE void init_barriers() const {
@@ -75,12 +85,10 @@ class ResidentRows {
       machine::barrier_init(full(i), 1);
       machine::barrier_init(empty(i), tile_.warps);
     }
-    for (int k = 0; k < 2; ++k) {
-      machine::barrier_init(partial(k), tile_.warps);
-      machine::barrier_init(exchange(k), 1);
-      machine::barrier_init(plan(k), 1);
-      // Armed one use ahead, so that no message of a peer comes before it is expected.
-      machine::barrier_arrive_expect(exchange(k), message_bytes());
+    for (int row = 0; row < tile_.rows(); ++row) machine::barrier_init(plan(row), 1);
+    for (int turn = 0; turn < turns(); ++turn) {
+      machine::barrier_init(messages(turn), alone() ? tile_.warps : 1);
+      expect_messages(turn);
     }
     machine::barrier_init_fence();
   }
@@ -90,16 +98,27 @@ class ResidentRows {
   PAPO_DEVICE uint32_t buffer_address(int buffer) const {
     return shared_ + static_cast<uint32_t>(buffer * tile_.stage_bytes);
   }
-  PAPO_DEVICE uint32_t warp_message(int k, int warp) const {
-    const int index = (k & 1) * tile_.warps + warp;
-    return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
+  PAPO_DEVICE uint32_t message_address(int turn, int i) const {
+    const int index = turn * row_messages() + i;
+    return shared_ + static_cast<uint32_t>(layout_.messages + index * kMessageBytes);
   }
-  PAPO_DEVICE uint32_t cta_message(int k, int rank) const {
-    const int index = (k & 1) * tile_.cluster + rank;
-    return shared_ + static_cast<uint32_t>(layout_.exchange + index * kCtaMessageBytes);
+  PAPO_DEVICE uint32_t plan_address(int row) const {
+    return shared_ + static_cast<uint32_t>(layout_.plan + row * kPlanBytes);
   }
-  PAPO_DEVICE uint32_t plan_address(int k) const {
-    return shared_ + static_cast<uint32_t>(layout_.plan + (k & 1) * kPlanBytes);
+  PAPO_DEVICE int turns() const { return turns_of(tile_.cluster, tile_.rows()); }
+
+  // Where the rows are, in the order in which all roles meet them: the place of a row among `plan`,
+  // the block that finishes it, and the place of its messages there.
+  struct Turn {
+    Cursor row, turn;
+    int owner = 0;
+  };
+  PAPO_DEVICE void advance(Turn& at) const {
+    at.row.advance(tile_.rows());
+    if (++at.owner == tile_.cluster) {
+      at.owner = 0;
+      at.turn.advance(turns());
+    }
   }
 
   PAPO_DEVICE RowQueue<kOwn> rows() const {
@@ -122,7 +141,7 @@ class ResidentRows {
 
   // ---- copy ------------------------------------------------------------------------------------
 
-  PAPO_DEVICE void copy() const {
+  PAPO_DEVICE void copy_rows() const {
     RowQueue<kOwn> queue = rows();
     Cursor at;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
@@ -143,48 +162,75 @@ class ResidentRows {
     }
   }
 
-  // ---- compute ---------------------------------------------------------------------------------
+  // ---- sum -------------------------------------------------------------------------------------
 
-  PAPO_DEVICE void compute() const {
+  PAPO_DEVICE void sum_rows() const {
     RowQueue<kOwn> queue = rows();
-    Cursor scanned, finished;
-    // With room for two rows, a row is summed before the gradient of the previous row is written.
-    // Meanwhile the finish warp finishes the previous row.
-    const bool ahead = tile_.ahead || !call_.wants_gradient();
-    Job pending = Job::none();
+    Cursor buffers;
+    Turn at;
     bool masked = false;
-    for (int k = 0;; ++k) {
-      const Job job = queue.next_active();
-      if (job.row >= 0) scan(job, k, scanned, masked);
-      const Job due = ahead ? pending : job;
-      if (due.row >= 0) finish(due, ahead ? k - 1 : k, finished);
-      if (job.row < 0) break;
-      pending = job;
+    for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
+      scan(job, at, buffers, masked);
+      advance(at);
+    }
+    if (call_.wants_gradient()) return;
+    // No plan may come to a block that has left.
+    for (int i = 0; i < tile_.rows(); ++i) {
+      wait_for_former_plan(at);
+      advance(at);
     }
   }
 
-  PAPO_DEVICE void scan(const Job& job, int k, Cursor& at, bool& masked) const {
+  // Until the row that had this place before has been finished.
+  PAPO_DEVICE void wait_for_former_plan(const Turn& at) const {
+    machine::barrier_wait_cluster(plan(at.row.buffer), at.row.parity ^ 1u, "plan");
+  }
+
+  PAPO_DEVICE void scan(const Job& job, const Turn& at, Cursor& buffers, bool& masked) const {
     const Scaling& scaling = scaling_of<kOwn>(call_, job);
     WarpScan<In> sums(scaling);
-    const Cursor begin = at;
+    const Cursor begin = buffers;
     const auto buffer = [&](int s) {
       const int i = begin.buffer + s;
       return i < tile_.ring ? i : i - tile_.ring;
     };
     const auto wait = [&](int) {
-      machine::barrier_wait(full(at.buffer), at.parity, "full");
-      at.advance(tile_.ring);
+      machine::barrier_wait(full(buffers.buffer), buffers.parity, "full");
+      buffers.advance(tile_.ring);
     };
     const auto stage = [&](int s) {
       return Stage<In>{staged(buffer(s), job.row), stage_of(s).count};
     };
     const TeamWarp mine = {warp_, lane_, log_threads_};
-    scan_slice(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
-    sums.leave(warp_message(k, warp_), lane_, sampled(job, stage));
-    machine::warp_sync();
-    if (lane_ == 0) machine::barrier_arrive(partial(k));
+    // 8 elements at a time.
+    constexpr Batch kBatch = In::kBytes == 2 ? Batch::kOne : Batch::kTwo;
+    scan_slice<kBatch>(sums, tile_.stages, wait, stage, mine, scaling.low_bits, masked);
+    const WarpMessage message = sums.message(lane_, sampled(job, stage));
+    // With a gradient, writers have held back the buffers until then.
+    if (!call_.wants_gradient()) wait_for_former_plan(at);
+    send(message, at);
     if (call_.wants_gradient()) return;
     for (int s = 0; s < tile_.stages; ++s) release(buffer(s));
+  }
+
+  // To the block that finishes the row.
+  PAPO_DEVICE void send(const WarpMessage& message, const Turn& at) const {
+    const int turn = at.turn.buffer;
+    const uint32_t to = message_address(turn, rank_ * tile_.warps + warp_);
+    if (alone()) {
+      store_message(to, message, lane_);
+      machine::warp_sync();
+      if (lane_ == 0) machine::barrier_arrive(messages(turn));
+      return;
+    }
+    if (warp_ == 0 && lane_ == 0) {
+      machine::barrier_arrive_expect(plan(at.row.buffer), kPlanBytes);
+    }
+    machine::warp_sync();
+    if (lane_ < 2) {
+      machine::send(to + static_cast<uint32_t>(lane_ * kWordBytes), at.owner, message.word(lane_),
+                    messages(turn));
+    }
   }
 
   // Warp 0 gets the softcapped logit of the sampled token if it is in this block's slice, or -inf.
@@ -198,13 +244,24 @@ class ResidentRows {
     return call_.scaling.capped(stage(s).row.element(place - s * tile_.stage));
   }
 
-  PAPO_DEVICE void finish(const Job& job, int k, Cursor& at) const {
-    machine::barrier_wait(plan(k), parity(k), "plan");
-    if (!call_.wants_gradient()) return;
-    const ElementGrad g = load_plan(plan_address(k));
+  // ---- write -----------------------------------------------------------------------------------
+
+  PAPO_DEVICE void write_rows() const {
+    RowQueue<kOwn> queue = rows();
+    Cursor buffers, row;
+    for (Job job = queue.next_active(); job.row >= 0; job = queue.next_active()) {
+      machine::barrier_wait_cluster(plan(row.buffer), row.parity, "plan");
+      write(job, load_plan(plan_address(row.buffer)), buffers);
+      row.advance(tile_.rows());
+    }
+  }
+
+  PAPO_DEVICE void write(const Job& job, const ElementGrad& g, Cursor& at) const {
     const Scaling& scaling = scaling_of<kOwn>(call_, job);
-    const Share share = {32 * warp_ + lane_, 32 * tile_.warps};
+    const int writer = warp_ - tile_.warps - kServiceWarps;
+    const Share share = {32 * writer + lane_, 32 * tile_.warps};
     for (int s = 0; s < tile_.stages; ++s) {
+      machine::barrier_wait(full(at.buffer), at.parity, "full");
       const Span stage = stage_of(s);
       const int target = job.column >= 0 ? job.column - stage.begin : -1;
       if (stage.count > 0) {
@@ -223,49 +280,44 @@ class ResidentRows {
   PAPO_DEVICE void finish_rows() const {
     RowQueue<kOwn> queue = rows();
     const WeightingValues<float> weighting = load_weighting<float, float>(call_.weighting);
-    int k = 0;
+    Turn at;
     for (Job job = queue.next(); job.row >= 0; job = queue.next()) {
       if (job.column == kColumnInactive) {
         if (rank_ == 0 && lane_ == 0) write_nothing(call_, job.row);
         continue;
       }
-      // Every block needs the coefficients of a gradient. Without a gradient the blocks take turns.
-      const int owner = call_.wants_gradient() ? 0 : k & (tile_.cluster - 1);
-      const bool writes = rank_ == owner && lane_ == 0;
-      const RowInputs in = load_inputs<kOwn>(call_, job.row);
-      machine::barrier_wait(partial(k), parity(k), "partial");
-      RowScan scan = merge_lanes(
-          load_warp_message(warp_message(k, lane_ & (tile_.warps - 1)), in.inv_temperature),
-          tile_.warps);
-      if (tile_.cluster > 1) exchange_parts(scan, k);
-      if (rank_ == owner || call_.wants_gradient()) {
-        if (tile_.cluster > 1) scan = merge_cluster(k);
-        const ElementGrad g = finish_row<kOwn>(call_, job, scan, in, &weighting, writes);
-        if (lane_ == 0) store_plan(plan_address(k), g);
-      }
+      if (at.owner == rank_) finish(job, at, weighting);
+      advance(at);
+    }
+  }
+
+  PAPO_DEVICE void finish(const Job& job, const Turn& at,
+                          const WeightingValues<float>& weighting) const {
+    const int turn = at.turn.buffer;
+    const RowInputs in = load_inputs<kOwn>(call_, job.row);
+    machine::barrier_wait_cluster(messages(turn), at.turn.parity, "messages");
+    const RowScan scan =
+        merge_messages(message_address(turn, 0), row_messages(), in.inv_temperature, lane_);
+    // Before the plan is sent, without which no block sends its messages of a later turn.
+    if (lane_ == 0) expect_messages(turn);
+    send_plan(finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0), at.row.buffer);
+  }
+
+  // To all blocks.
+  PAPO_DEVICE void send_plan(const ElementGrad& g, int row) const {
+    const uint32_t to = plan_address(row);
+    if (alone()) {
+      if (lane_ == 0) store_plan(to, g);
       machine::warp_sync();
-      if (lane_ == 0) machine::barrier_arrive(plan(k));
-      ++k;
+      if (lane_ == 0) machine::barrier_arrive(plan(row));
+      return;
     }
-  }
-
-  // Lane r sends this block's part to block r. Returns once the parts of all blocks are here.
-  PAPO_DEVICE void exchange_parts(const RowScan& scan, int k) const {
-    const uint32_t to = cta_message(k, rank_);
+    const PlanWords words = pack(g);
+    machine::warp_sync();
     if (lane_ < tile_.cluster) {
-      machine::send(to, lane_, scan.state.max, scan.state.Z, exchange(k));
-      machine::send(to + 16, lane_, scan.state.T, scan.state.Z2, exchange(k));
-      machine::send(to + 32, lane_, scan.state.T2, scan.target_u, exchange(k));
+      machine::send(to, lane_, words.first, plan(row));
+      machine::send(to + kWordBytes, lane_, words.second, plan(row));
     }
-    machine::barrier_wait_cluster(exchange(k), parity(k), "exchange");
-    // Armed for row k + 2. No peer sends its part of that row before it has ours of row k + 1.
-    if (lane_ == 0) machine::barrier_arrive_expect(exchange(k), message_bytes());
-  }
-
-  PAPO_DEVICE RowScan merge_cluster(int k) const {
-    const uint32_t from = cta_message(k, lane_ & (tile_.cluster - 1));
-    const auto at = [&](uint32_t i) { return machine::load_shared_double(from + 8 * i); };
-    return merge_lanes({{at(0), at(1), at(2), at(3), at(4)}, at(5)}, tile_.cluster);
   }
 
   const RowsCall& call_;
@@ -297,9 +349,10 @@ auto kernel_of(const RowsCall& call) {
                                  : resident_kernel<In, Out, false>;
 }
 
-LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
-  return {0, 32 * (tile.warps + kServiceWarps), tile.cluster,
-          exclusive_bytes(limits, tile.blocks, tile.shared_bytes)};
+LaunchShape shape_of(const Tile& tile, bool writes, const DeviceLimits& limits) {
+  const int64_t threads = writes ? writing_threads(tile.warps) : summing_threads(tile.warps);
+  return {0, static_cast<int>(threads), tile.cluster,
+          exclusive_bytes(limits, writes ? tile.blocks : tile.summing, tile.shared_bytes)};
 }
 
 }  // namespace
@@ -307,8 +360,14 @@ LaunchShape shape_of(const Tile& tile, const DeviceLimits& limits) {
 Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                       int* clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    *clusters = resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
-                                  shape_of(call.tile, limits), launch.device, kClusterPtx);
+    const auto count = [&](bool writes) {
+      return resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
+                               shape_of(call.tile, writes, limits), launch.device, kClusterPtx);
+    };
+    // Where no block that writes gradients fits, rows are not on chip without one either: their sums
+    // would have other bits.
+    *clusters = count(true);
+    if (*clusters > 0 && !call.wants_gradient()) *clusters = count(false);
     return Status::success();
   });
 }
@@ -316,7 +375,7 @@ Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const La
 Status launch_resident(const RowsCall& call, const DeviceLimits& limits, const Launch& launch,
                        int clusters) {
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
-    LaunchShape shape = shape_of(call.tile, limits);
+    LaunchShape shape = shape_of(call.tile, call.wants_gradient(), limits);
     shape.blocks = even_grid(call.logits.rows, clusters) * call.tile.cluster;
     return launch_kernel(kernel_of<decltype(in), decltype(out)>(call), shape, launch.stream, call);
   });

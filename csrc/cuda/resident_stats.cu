@@ -13,6 +13,7 @@
 //   taken           finish -> compute    those sums have been read
 #include "buffers.cuh"
 #include "launch.cuh"
+#include "row_merge.cuh"
 #include "row_finish.cuh"
 #include "slice_scan.cuh"
 
@@ -74,7 +75,7 @@ class StatsRows {
   }
   PAPO_DEVICE uint32_t message(int slice, int warp) const {
     const int index = (slice << log_warps_) + warp;
-    return shared_ + static_cast<uint32_t>(layout_.partial + index * kWarpMessageBytes);
+    return shared_ + static_cast<uint32_t>(layout_.messages + index * kMessageBytes);
   }
   PAPO_DEVICE RowQueue<kOwn> rows() const {
     return RowQueue<kOwn>(call_, machine::block_index(), machine::grid_blocks(), lane_);
@@ -136,7 +137,7 @@ class StatsRows {
                              columns.count};
     const auto here = [](int) {};
     const auto only = [&](int) { return stage; };
-    scan_slice(sums, 1, here, only, mine, scaling.low_bits, masked);
+    scan_slice<Batch::kTwo>(sums, 1, here, only, mine, scaling.low_bits, masked);
     const int place = job.column - columns.begin;
     float sampled = -infinity<float>();
     if (mine.warp == 0 && job.column >= 0 && place >= 0 && place < columns.count) {
@@ -146,7 +147,7 @@ class StatsRows {
     if (lane_ == 0) machine::barrier_arrive(empty(buffer));
     // The finish warp may not have read the messages of the previous row yet.
     if (slice < stats_.teams && k > 0) machine::barrier_wait(taken(), parity(k - 1), "taken");
-    sums.leave(message(slice, mine.warp), lane_, sampled);
+    store_message(message(slice, mine.warp), sums.message(lane_, sampled), lane_);
   }
 
   // ---- finish ----------------------------------------------------------------------------------
@@ -162,30 +163,13 @@ class StatsRows {
       }
       const RowInputs in = load_inputs<kOwn>(call_, job.row);
       machine::barrier_wait(partial(), parity(k), "partial");
-      const RowScan scan = merge_row(in.inv_temperature);
+      const RowScan scan = merge_messages(message(0, 0), tile_.cluster << log_warps_,
+                                           in.inv_temperature, lane_);
       machine::warp_sync();
       if (lane_ == 0) machine::barrier_arrive(taken());
       finish_row<kOwn>(call_, job, scan, in, &weighting, lane_ == 0);
       ++k;
     }
-  }
-
-  // Merges each slice over its warps, in groups of slices that fill the lanes, and then the slices.
-  PAPO_DEVICE RowScan merge_row(double inv_temperature) const {
-    const int group = 32 >> log_warps_;
-    RowScan parts = {};
-    for (int first = 0; first < tile_.cluster; first += group) {
-      const int slice = first + (lane_ >> log_warps_);
-      const int within = slice < tile_.cluster ? slice : first;
-      const RowScan part =
-          merge_lanes(load_warp_message(message(within, lane_ & (tile_.warps - 1)),
-                                        inv_temperature),
-                      tile_.warps);
-      // To the lane that has the slice's number.
-      const RowScan moved = from_lane(part, ((lane_ - first) << log_warps_) & 31);
-      if (lane_ >= first && lane_ < first + group) parts = moved;
-    }
-    return merge_lanes(from_lane(parts, lane_ & (tile_.cluster - 1)), tile_.cluster);
   }
 
   const RowsCall& call_;

@@ -129,13 +129,19 @@ PAPO_DEVICE ElementGrad finish_row(const RowsCall& call, const Job& job, RowScan
 
 // A plan is a row's ElementGrad in shared memory. The warp that finishes the row leaves it there
 // for the others.
+struct PlanWords {
+  Word first, second;
+};
+PAPO_DEVICE PlanWords pack(const ElementGrad& g) {
+  return {{{machine::as_bits(g.m), machine::as_bits(g.center), machine::as_bits(g.a0),
+            machine::as_bits(g.a1)}},
+          {{machine::as_bits(g.b0), machine::as_bits(g.b1), machine::as_bits(g.target),
+            static_cast<uint32_t>(g.mode)}}};
+}
 PAPO_DEVICE void store_plan(uint32_t address, const ElementGrad& g) {
-  const Word first = {{machine::as_bits(g.m), machine::as_bits(g.center), machine::as_bits(g.a0),
-                       machine::as_bits(g.a1)}};
-  const Word second = {{machine::as_bits(g.b0), machine::as_bits(g.b1),
-                        machine::as_bits(g.target), static_cast<uint32_t>(g.mode)}};
-  machine::store_shared(address, first);
-  machine::store_shared(address + kWordBytes, second);
+  const PlanWords words = pack(g);
+  machine::store_shared(address, words.first);
+  machine::store_shared(address + kWordBytes, words.second);
 }
 PAPO_DEVICE ElementGrad load_plan(uint32_t address) {
   const Word first = machine::load_shared(address);

@@ -1,4 +1,4 @@
-// The sums of a row: of a lane over words of logits, then of a warp, a block and a cluster.
+// The sums of a row: of a lane over words of logits, and of a warp. row_merge.cuh has the rest.
 //
 // Lanes count in base 2, about a maximum m that their warp shares. With unit = log2(e)/temperature:
 //   y = (x - m) unit    Z = sum 2^y    T = sum 2^y y    Z2 = sum 4^y    T2 = sum 4^y y
@@ -82,6 +82,21 @@ struct Scaling {
 };
 
 PAPO_DEVICE Pair both(float x) { return {x, x}; }
+
+// What a warp has found in its words of a row:
+//   the maximum m and o, as above | the sums of all elements but one at the maximum | the softcapped
+//   logit of the sampled token | 1 if such an element was left out, or 0
+struct WarpMessage {
+  Word first, second;
+
+  // One of the two, register by register: nvcc would choose between their addresses, on the stack.
+  PAPO_DEVICE Word word(int i) const {
+    Word w;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) w.r[k] = i == 0 ? first.r[k] : second.r[k];
+    return w;
+  }
+};
 
 // ---- over a lane's words ----------------------------------------------------------------------
 
@@ -256,21 +271,16 @@ class WarpScan {
 
   // ---- a warp's message
 
-  // Leaves the warp's message at `address`. `sampled` is the softcapped logit of the sampled token
-  // if this warp has it, and -inf otherwise.
-  PAPO_DEVICE void leave(uint32_t address, int lane, float sampled) {
+  // What the warp has found, the same in every lane. `sampled` is the softcapped logit of the
+  // sampled token if this warp has it, and -inf otherwise.
+  PAPO_DEVICE WarpMessage message(int lane, float sampled) {
     const float top = take_out_maximum(lane);
-    int which;
-    const float total = warp_total(lane, which);
-    if ((lane & 7) == 0) {
-      machine::store_shared_32(address + 8 + 4 * which, machine::as_bits(total));
-    }
-    if (lane == 0) {
-      machine::store_shared_32(address, machine::as_bits(m_));
-      machine::store_shared_32(address + 4, machine::as_bits(o_));
-      machine::store_shared_32(address + 24, machine::as_bits(sampled));
-      machine::store_shared_32(address + 28, machine::as_bits(top));
-    }
+    const float total = warp_total(lane);
+    const auto of_lane = [total](int from) {
+      return machine::as_bits(machine::broadcast(total, from));
+    };
+    return {{{machine::as_bits(m_), machine::as_bits(o_), of_lane(0), of_lane(16)}},
+            {{of_lane(8), of_lane(24), machine::as_bits(sampled), machine::as_bits(top)}}};
   }
 
  private:
@@ -311,9 +321,10 @@ class WarpScan {
     return from >= 0 ? 1.0f : 0.0f;
   }
 
-  // Leaves each lane one of the warp's four totals: number `which` of Z, T, Z2, T2. In the first
-  // two steps a lane keeps half of what it has. That takes a third of the shuffles of four sums.
-  PAPO_DEVICE float warp_total(int lane, int& which) const {
+  // Leaves each lane one of the warp's four totals, eight lanes the same: of Z, Z2, T, T2. In the
+  // first two steps a lane keeps half of what it has. That takes a third of the shuffles of four
+  // sums.
+  PAPO_DEVICE float warp_total(int lane) const {
     const float Z = sums_.Z.lo + sums_.Z.hi;
     const float T1 = sums_.T.lo + sums_.T.hi;
     const float Z2 = sums_.Z2.lo + sums_.Z2.hi;
@@ -325,7 +336,6 @@ class WarpScan {
     float c = (second ? b : a) + machine::shuffle_xor(second ? a : b, 8);
 #pragma unroll
     for (int mask = 4; mask > 0; mask /= 2) c += machine::shuffle_xor(c, mask);
-    which = (upper ? 1 : 0) + (second ? 2 : 0);
     return c;
   }
 
@@ -334,65 +344,6 @@ class WarpScan {
   Mode mode_;
   LaneSums sums_;
 };
-
-// ---- over warps and blocks --------------------------------------------------------------------
-
-// The message that WarpScan::leave wrote, in nats.
-PAPO_DEVICE RowScan load_warp_message(uint32_t address, double inv_temperature) {
-  const Word first = machine::load_shared(address);
-  const Word second = machine::load_shared(address + kWordBytes);
-  const float m = machine::as_float(first.r[0]);
-  const double o = machine::as_float(first.r[1]);
-  const double Z = machine::as_float(first.r[2]);
-  const double T = machine::as_float(first.r[3]);
-  const double Z2 = machine::as_float(second.r[0]);
-  const double T2 = machine::as_float(second.r[1]);
-  RowScan scan;
-  scan.target_u = machine::as_float(second.r[2]) * inv_temperature;
-  if (Z != Z) {
-    scan.state = RowState<double>::bad();
-  } else if (m == -infinity<float>()) {
-    scan.state = RowState<double>::empty();
-  } else {
-    // y was (x - m) unit + o.
-    const double top = machine::as_float(second.r[3]);
-    const double k = exp2_near_zero(-o);
-    scan.state = {m * inv_temperature, top + k * Z, k * (T - o * Z) * kLn2, top + k * k * Z2,
-                  k * k * (T2 - o * Z2) * kLn2};
-  }
-  return scan;
-}
-
-// Merges the parts of `lanes` consecutive lanes, a power of two. Every lane gets the same bits, as
-// in each step both sides add the same two numbers.
-PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
-  double top = scan.state.max;
-  for (int mask = lanes / 2; mask > 0; mask /= 2) {
-    const double other = machine::shuffle_xor(top, mask);
-    top = other > top ? other : top;
-    const double target_u = machine::shuffle_xor(scan.target_u, mask);
-    // A NaN from either side stays.
-    const bool theirs = target_u > scan.target_u || target_u != target_u;
-    scan.target_u = theirs ? target_u : scan.target_u;
-  }
-  // No comparison with a bad part is true. Its NaN reaches every lane through the sums.
-  RowState<double> r = scan.state.rescaled(top, exp_of_distance);
-  for (int mask = lanes / 2; mask > 0; mask /= 2) {
-    r.Z += machine::shuffle_xor(r.Z, mask);
-    r.T += machine::shuffle_xor(r.T, mask);
-    r.Z2 += machine::shuffle_xor(r.Z2, mask);
-    r.T2 += machine::shuffle_xor(r.T2, mask);
-  }
-  scan.state = r.Z != r.Z ? RowState<double>::bad() : r;
-  return scan;
-}
-
-// The part of lane `lane`. Each lane may name another.
-PAPO_DEVICE RowScan from_lane(const RowScan& scan, int lane) {
-  const auto get = [lane](double x) { return machine::broadcast(x, lane); };
-  const RowState<double>& s = scan.state;
-  return {{get(s.max), get(s.Z), get(s.T), get(s.Z2), get(s.T2)}, get(scan.target_u)};
-}
 
 }  // namespace cuda
 }  // namespace papo

@@ -96,6 +96,13 @@ PAPO_DEVICE void meet_stage(LaneTop<T>& top, const Stage<T>& stage, const TeamWa
 
 // ---- the sums -----------------------------------------------------------------------------------
 
+// How a lane's words are added; the order is the same, and so are the bits. Measured on an H200, where
+// code that runs once a row takes twice the time of the same instructions in a loop:
+enum class Batch {
+  kOne,  // one short loop, the next word on its way: faster beside warps that write gradients
+  kTwo,  // two words in flight, and single ones behind them: faster elsewhere
+};
+
 template <bool kAligned, bool kRaised, int kWords, typename T>
 PAPO_DEVICE void add_words(WarpScan<T>& sums, const SharedRow<T>& row, int first, int threads) {
   Word w[kWords];
@@ -108,26 +115,51 @@ PAPO_DEVICE void add_words(WarpScan<T>& sums, const SharedRow<T>& row, int first
 }
 
 template <bool kAligned, bool kRaised, typename T>
-PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t,
-                           uint32_t low_bits) {
+PAPO_DEVICE void add_one_by_one(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t,
+                                uint32_t low_bits) {
+  const int whole = stage.whole_rounds(t), rounds = stage.rounds(t);
+  // What is behind the last element is too far below the maximum to count.
+  const auto load = [&](int round) {
+    const int i = t.first_word() + (round << t.log_threads);
+    if (round >= whole) return stage.last_word(i, low_bits);
+    return kAligned ? stage.row.aligned_word(i) : stage.row.word(i);
+  };
+  Word next = {};
+  if (rounds > 0) next = load(0);
+#pragma unroll 1
+  for (int round = 1; round <= rounds; ++round) {
+    const Word w[1] = {next};
+    if (round < rounds) next = load(round);
+    sums.template add<kRaised>(w);
+  }
+}
+
+template <bool kAligned, bool kRaised, typename T>
+PAPO_DEVICE void add_two_by_two(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t,
+                                uint32_t low_bits) {
   const int threads = t.threads(), whole = stage.whole_rounds(t);
   int left = whole, i = t.first_word();
 #pragma unroll 1
-  for (; left >= kScanWords; left -= kScanWords, i += kScanWords * threads) {
-    add_words<kAligned, kRaised, kScanWords>(sums, stage.row, i, threads);
-  }
-  if ((left & 2) != 0) {
+  for (; left >= 2; left -= 2, i += 2 * threads) {
     add_words<kAligned, kRaised, 2>(sums, stage.row, i, threads);
-    i += 2 * threads;
   }
-  if ((left & 1) != 0) {
+  if (left > 0) {
     add_words<kAligned, kRaised, 1>(sums, stage.row, i, threads);
     i += threads;
   }
   if (stage.rounds(t) == whole) return;
-  // What is behind the last element is too far below the maximum to count.
   Word last[1] = {stage.last_word(i, low_bits)};
   sums.template add<kRaised>(last);
+}
+
+template <Batch kBatch, bool kAligned, bool kRaised, typename T>
+PAPO_DEVICE void add_stage(WarpScan<T>& sums, const Stage<T>& stage, const TeamWarp& t,
+                           uint32_t low_bits) {
+  if constexpr (kBatch == Batch::kOne) {
+    add_one_by_one<kAligned, kRaised>(sums, stage, t, low_bits);
+  } else {
+    add_two_by_two<kAligned, kRaised>(sums, stage, t, low_bits);
+  }
 }
 
 template <typename T>
@@ -141,16 +173,16 @@ PAPO_DEVICE void add_stage_carefully(WarpScan<T>& sums, const Stage<T>& stage, c
   }
 }
 
-template <bool kRaised, typename T, typename At>
+template <Batch kBatch, bool kRaised, typename T, typename At>
 PAPO_DEVICE void add_stages(WarpScan<T>& sums, int stages, const At& at, const TeamWarp& t,
                             uint32_t low_bits) {
 #pragma unroll 1
   for (int s = 0; s < stages; ++s) {
     const Stage<T> stage = at(s);
     if (stage.row.aligned()) {
-      add_stage<true, kRaised>(sums, stage, t, low_bits);
+      add_stage<kBatch, true, kRaised>(sums, stage, t, low_bits);
     } else {
-      add_stage<false, kRaised>(sums, stage, t, low_bits);
+      add_stage<kBatch, false, kRaised>(sums, stage, t, low_bits);
     }
   }
 }
@@ -158,7 +190,7 @@ PAPO_DEVICE void add_stages(WarpScan<T>& sums, int stages, const At& at, const T
 // Sums the slice in the buffers at(0) ... at(stages - 1). Buffer s holds its elements once wait(s)
 // has returned. `masked` says whether the warp expects -inf among them. It is kept from row to row,
 // as a row with masked logits is usually followed by others.
-template <typename T, typename Wait, typename At>
+template <Batch kBatch, typename T, typename Wait, typename At>
 PAPO_DEVICE void scan_slice(WarpScan<T>& sums, int stages, const Wait& wait, const At& at,
                             const TeamWarp& t, uint32_t low_bits, bool& masked) {
   LaneTop<T> top;
@@ -174,12 +206,12 @@ PAPO_DEVICE void scan_slice(WarpScan<T>& sums, int stages, const Wait& wait, con
     return;
   }
   if (!masked) {
-    add_stages<false>(sums, stages, at, t, low_bits);
+    add_stages<kBatch, false>(sums, stages, at, t, low_bits);
     masked = sums.met_masked();
     if (!masked) return;
     sums.restart();
   }
-  add_stages<true>(sums, stages, at, t, low_bits);
+  add_stages<kBatch, true>(sums, stages, at, t, low_bits);
 }
 
 }  // namespace cuda

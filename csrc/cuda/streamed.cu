@@ -2,6 +2,7 @@
 // gradient if one is wanted. For GPUs without clusters, and for rows that a cluster's shared memory
 // cannot hold.
 #include "launch.cuh"
+#include "row_merge.cuh"
 #include "write_gradient.cuh"
 
 namespace papo {
@@ -58,7 +59,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
   const int warps = call.tile.warps;
   const Share share = {thread, machine::block_threads()};
   const uint32_t messages = machine::shared_base();
-  const uint32_t plan = messages + static_cast<uint32_t>(warps * kWarpMessageBytes);
+  const uint32_t plan = messages + static_cast<uint32_t>(warps * kMessageBytes);
   const WeightingValues<float> weighting = load_weighting<float, float>(call.weighting);
 
   RowQueue<true> queue(call, machine::block_index(), machine::grid_blocks(), lane);
@@ -76,13 +77,12 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
     const bool here = warp == 0 && job.column >= 0;
     const float sampled =
         here ? scaling.capped(row.element(job.column)) : -infinity<float>();
-    sums.leave(messages + static_cast<uint32_t>(warp * kWarpMessageBytes), lane, sampled);
+    store_message(messages + static_cast<uint32_t>(warp * kMessageBytes),
+                  sums.message(lane, sampled), lane);
     machine::block_sync();
     if (warp == 0) {
-      const uint32_t from =
-          messages + static_cast<uint32_t>((lane & (warps - 1)) * kWarpMessageBytes);
       const RowInputs in = load_inputs<true>(call, job.row);
-      const RowScan scan = merge_lanes(load_warp_message(from, in.inv_temperature), warps);
+      const RowScan scan = merge_messages(messages, warps, in.inv_temperature, lane);
       const ElementGrad g = finish_row<true>(call, job, scan, in, &weighting, lane == 0);
       if (lane == 0) store_plan(plan, g);
     }
@@ -97,7 +97,7 @@ PAPO_KERNEL(kThreads, 2) streamed_kernel(const PAPO_PARAM RowsCall call) {
 }  // namespace
 
 Status launch_streamed(const RowsCall& call, const Launch& launch) {
-  const int shared = call.tile.warps * kWarpMessageBytes + kPlanBytes;
+  const int shared = call.tile.warps * kMessageBytes + kPlanBytes;
   return with_types(call.logits, call.dlogits, [&](auto in, auto out) -> Status {
     return launch_persistent(streamed_kernel<decltype(in), decltype(out)>,
                              {0, 32 * call.tile.warps, 1, shared}, call.logits.rows, launch, call);

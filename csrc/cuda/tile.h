@@ -11,21 +11,19 @@ namespace papo {
 namespace cuda {
 
 constexpr int kWordBytes = 16;
-// How many compute warps a derived tile gives a block at most:
+// How many warps that sum a derived tile gives a block at most:
 constexpr int kWholeWarps = 8;   // one that has a multiprocessor to itself
 constexpr int kPairedWarps = 4;  // one that shares a multiprocessor
 constexpr int kStreamWarps = 8;  // one that reads rows from global memory
 // How many a block can have:
-constexpr int kMaxWarps = 16;      // one of a cluster
+constexpr int kMaxWarps = 8;       // one of a cluster, which has as many again that write gradients
 constexpr int kMaxStatsWarps = 8;  // one that takes all slices of a row
-constexpr int kServiceWarps = 2;   // beside the compute warps: one copies, one finishes rows
-constexpr int kResidentThreads = 32 * (kMaxWarps + kServiceWarps);
+constexpr int kServiceWarps = 2;   // beside these: one copies, one finishes rows
 constexpr int kStatsThreads = 32 * (kMaxStatsWarps + kServiceWarps);
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRing = 8;
 // Words of a thread, below which another warp is not worth what it does once a row.
-constexpr int kUsefulWords = 8;
-constexpr int kScanWords = 4;    // words of a thread that are summed together, on chip
+constexpr int kUsefulWords = 16;
 constexpr int kStreamBatch = 4;  // the same, from global memory
 // The fewest rows for each block that takes all slices. With fewer rows some blocks would be idle
 // at the end, where a cluster shares the last row.
@@ -95,15 +93,19 @@ struct DeviceLimits {
 // and logp has the same bits in all of them.
 struct Tile {
   int cluster;  // blocks that share a row, a slice each; 0: rows are read from global memory
-  int warps;    // compute warps of a slice
+  int warps;    // that sum a slice; as many write its gradient
   int slice;    // columns of a slice
   int stage;    // columns of a buffer
   int stages;   // buffers that a slice fills
   int ring;     // buffers that a block has
   int blocks;   // on a multiprocessor
+  int summing;  // blocks on a multiprocessor where no gradient is wanted
   int stage_bytes;
   int shared_bytes;
-  bool ahead;  // a row is summed before the gradient of the previous row is written
+
+  // Slices that the ring holds at a time: a row is summed while the gradients of those before it
+  // are still to be written.
+  PAPO_HD int rows() const { return ring / stages; }
 };
 
 // How a block takes all slices of a row in turn, where no gradient is wanted. Each of its teams of
@@ -153,39 +155,41 @@ PAPO_HD int log2_of(int x) {
 
 // Offsets in the shared memory of a block of a cluster.
 struct SharedLayout {
-  int exchange;  // [2][cluster] CtaMessage
-  int partial;   // [2][warps] WarpMessage
-  int plan;      // [2] ElementGrad
-  int barriers;  // full[ring], empty[ring], partial[2], exchange[2], plan[2]
+  int messages;  // [turns][cluster][warps] WarpMessage, of the rows that this block finishes
+  int plan;      // [rows] ElementGrad
+  int barriers;  // full[ring], empty[ring], plan[rows], messages[turns]
   int bytes;
 };
 
-constexpr int kCtaMessageBytes = 48;
-constexpr int kWarpMessageBytes = 32;
+constexpr int kMessageBytes = 32;
 constexpr int kPlanBytes = 32;
 constexpr int kBarrierBytes = 8;
 
-PAPO_HD SharedLayout make_layout(int cluster, int warps, int ring, int stage_bytes) {
+// The blocks of a cluster finish its rows in turn: how many of the `rows` that a ring holds are one
+// block's, at most.
+PAPO_HD int turns_of(int cluster, int rows) { return (rows + cluster - 1) / cluster; }
+
+PAPO_HD SharedLayout make_layout(int cluster, int warps, int rows, int ring, int stage_bytes) {
+  const int turns = turns_of(cluster, rows);
   SharedLayout s;
-  s.exchange = ring * stage_bytes;
-  s.partial = s.exchange + 2 * cluster * kCtaMessageBytes;
-  s.plan = s.partial + 2 * warps * kWarpMessageBytes;
-  s.barriers = s.plan + 2 * kPlanBytes;
-  s.bytes = s.barriers + (2 * ring + 6) * kBarrierBytes;
+  s.messages = ring * stage_bytes;
+  s.plan = s.messages + turns * cluster * warps * kMessageBytes;
+  s.barriers = s.plan + rows * kPlanBytes;
+  s.bytes = s.barriers + (2 * ring + rows + turns) * kBarrierBytes;
   return s;
 }
 
 // The same for a block that takes all slices of its rows.
 struct StatsLayout {
-  int partial;   // [slices][warps] WarpMessage
+  int messages;  // [slices][warps] WarpMessage
   int barriers;  // full[ring], empty[ring], partial, taken
   int bytes;
 };
 
 PAPO_HD StatsLayout make_stats_layout(int slices, int warps, int ring, int stage_bytes) {
   StatsLayout s;
-  s.partial = ring * stage_bytes;
-  s.barriers = s.partial + slices * warps * kWarpMessageBytes;
+  s.messages = ring * stage_bytes;
+  s.barriers = s.messages + slices * warps * kMessageBytes;
   s.bytes = s.barriers + (2 * ring + 2) * kBarrierBytes;
   return s;
 }
@@ -205,6 +209,11 @@ PAPO_HD int useful_warps(int64_t words, int words_per_warp, int most) {
 
 // ---- the choice ---------------------------------------------------------------------------------
 
+// The threads of a block that sums with so many warps and writes gradients with as many.
+PAPO_HD int64_t writing_threads(int64_t warps) { return 32 * (2 * warps + kServiceWarps); }
+// The same without a gradient.
+PAPO_HD int64_t summing_threads(int64_t warps) { return 32 * (warps + kServiceWarps); }
+constexpr int kResidentThreads = 32 * (2 * kMaxWarps + kServiceWarps);
 constexpr int kRegisters = 65536;     // of a multiprocessor
 constexpr int kOnChipRegisters = 96;  // that a thread has at most where rows stay on chip
 
@@ -242,10 +251,9 @@ inline Tile make_tile(int64_t columns, int element_bytes, int cluster, int warps
   t.stage = static_cast<int>(stage);
   t.stages = stages;
   t.ring = ring;
-  t.blocks = blocks;
+  t.blocks = t.summing = blocks;
   t.stage_bytes = static_cast<int>(bytes);
-  t.shared_bytes = make_layout(cluster, warps, ring, t.stage_bytes).bytes;
-  t.ahead = ring > 2 * stages;
+  t.shared_bytes = make_layout(cluster, warps, t.rows(), ring, t.stage_bytes).bytes;
   return t;
 }
 
@@ -281,12 +289,15 @@ inline Tile stream_tile(int64_t columns, int element_bytes) {
 
 // The same tile with as many blocks on a multiprocessor as fit. Short rows leave room for more.
 inline Tile crowded(Tile t, const DeviceLimits& device) {
-  const int threads = 32 * (t.warps + kServiceWarps);
-  const auto fits = [&](int blocks) {
-    return t.shared_bytes <= shared_budget(device, blocks) &&
-           blocks * threads * kOnChipRegisters <= kRegisters;
+  const auto more = [&](int blocks, int64_t threads) {
+    while (t.shared_bytes <= shared_budget(device, blocks + 1) &&
+           (blocks + 1) * threads * kOnChipRegisters <= kRegisters) {
+      ++blocks;
+    }
+    return blocks;
   };
-  while (fits(t.blocks + 1)) ++t.blocks;
+  t.blocks = more(t.blocks, writing_threads(t.warps));
+  t.summing = more(t.blocks, summing_threads(t.warps));
   return t;
 }
 

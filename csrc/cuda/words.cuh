@@ -162,7 +162,7 @@ PAPO_DEVICE Word funnel(const Word& low, const Word& high, uint32_t off) {
 // Elements in a buffer in shared memory, which has one word more than they fill.
 template <typename T>
 struct SharedRow {
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = 2;
 
   uint32_t address;  // of element 0
 

@@ -17,7 +17,7 @@ PAPO_DEVICE float element_grad(float x, const ElementGrad& g, const Scaling& s) 
     const float from = machine::max_nan((capped - g.center) * s.unit, kFloor);
     const float du = e * fmaf(e, fmaf(g.b1, from, g.b0), fmaf(g.a1, from, g.a0));
     if (s.softcap == 0.0f || x == -infinity<float>()) return du;
-    return du * softcap_slope(capped * s.inv_softcap);
+    return du * softcap_slope(tanh_of(x * s.inv_softcap));
   } else if constexpr (kMode == GradMode::kGeneral) {
     const float e = machine::exp2_fast(fmaf(x, s.unit, -g.m));
     const float from = fmaf(x, s.unit, -g.center);

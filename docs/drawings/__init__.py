@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import cluster_pipeline, cpu_kernels, entropy, five_sums
+from . import cluster_pipeline, cpu_kernels, entropy, five_sums, gpu_kernels
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
@@ -18,6 +18,10 @@ def draw_all() -> dict[str, str]:
     results = ROOT / "benchmarks" / "results"
     return {
         "cpu-kernels.svg": cpu_kernels.draw(results / "cpu-2026-11-24.json"),
+        "gpu-kernels.svg": gpu_kernels.draw(
+            results / "gpu-check-h200-2026-11-28-peers.json",
+            results / "gpu-check-h200-2026-11-28-last.json",
+        ),
         "five-sums.svg": five_sums.draw(),
         "cluster-pipeline.svg": cluster_pipeline.draw(),
         "entropy.svg": entropy.draw(sorted(results.glob("main-job-*.json"))),

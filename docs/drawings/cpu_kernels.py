@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from .bars import Bar, draw_axis, draw_bars
 from .svg import Canvas
 
 SHAPE = "[64,151936]"
 DTYPES = ("float32", "bfloat16")
 WIDTH, HEIGHT = 880, 372
 PLOT = 212  # width of the longest bar
-TOP, GROUP, BAR, PITCH = 84, 104, 17, 24
+TOP, GROUP = 84, 104
 
 
 class Panel(NamedTuple):
@@ -87,31 +88,14 @@ def draw(path: Path) -> str:
 def _panel(canvas: Canvas, panel: Panel, times: dict[str, dict[str, float]]) -> None:
     longest = max(times[dtype][case] for dtype in DTYPES for case in panel.cases.values())
     scale, left = PLOT / longest, panel.left + 92
-    bottom = TOP + GROUP * len(DTYPES)
     canvas.text(panel.left, 50, panel.title, bold=True)
     canvas.text(panel.left, 67, panel.note, color="muted", size=11.5)
-    tick = 0.0
-    while tick <= longest:
-        x = left + scale * tick
-        canvas.path([(x, bottom), (x, bottom + 4)], "muted", width=1)
-        unit = " ms" if tick == 0 else ""
-        canvas.text(x, bottom + 18, f"{tick:g}{unit}", color="muted", size=11, anchor="middle")
-        tick += panel.step
     for i, dtype in enumerate(DTYPES):
         top = TOP + GROUP * i + 8
         canvas.text(left - 8, top + 12, dtype, color="muted", size=11.5, anchor="end")
-        for j, (label, case) in enumerate(panel.cases.items()):
-            y = top + 20 + PITCH * j
-            ms = times[dtype][case]
-            ratio = ms / times[dtype][panel.cases["papo"]]
-            ours = label == "papo"
-            canvas.text(left - 8, y + 13, label, size=12.5, anchor="end", bold=ours)
-            canvas.rect(left, y, scale * ms, BAR, COLORS[label])
-            value = f"{_digits(ms)} ms" if ours else f"{_digits(ms)} ms, {ratio:.1f}×"
-            canvas.text(left + scale * ms + 6, y + 13, value, size=12.5, bold=ours)
-    canvas.path([(left, TOP), (left, bottom), (left + PLOT, bottom)], "muted", width=1)
-
-
-def _digits(ms: float) -> str:
-    """Three digits."""
-    return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f}"
+        bars = [
+            Bar(label, times[dtype][case], COLORS[label], label == "papo")
+            for label, case in panel.cases.items()
+        ]
+        draw_bars(canvas, left, top + 20, scale, bars)
+    draw_axis(canvas, left, TOP, TOP + GROUP * len(DTYPES), scale, longest, panel.step)

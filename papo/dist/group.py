@@ -72,8 +72,9 @@ def start(backend: str | None = None) -> None:
     ):
         os.environ.setdefault(name, str(value))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed would now compile an all-reduce for inference on CPUs, which nothing here calls.
-    engine.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would now ask compilers what it could build, and on a CPU build an all-reduce for
+    # inference. Nothing here calls what it builds.
+    engine.deepspeed.ops.__compatible_ops__ = {}
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     device = _take_device(place)
     store: dist.Store = dist.HashStore()

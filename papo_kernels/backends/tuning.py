@@ -163,7 +163,7 @@ class ForcedTile(NamedTuple):
 
     Attributes:
         kernel: ``PAPO_KERNEL``: "resident", rows on chip, or "streamed", rows from global memory.
-        tile: ``PAPO_TILE``: blocks that share a row, compute warps per block, buffers that a
+        tile: ``PAPO_TILE``: blocks that share a row, warps of a block that sum, buffers that a
             block's part of a row fills, buffers per block, blocks per multiprocessor.
         stats: ``PAPO_STATS_TILE``, for statistics, where a block takes whole rows: teams of `warps`
             warps, buffers, blocks per multiprocessor. 0,0,0: clusters take them, as `tile` says.

@@ -37,7 +37,12 @@ inline float exp2_fast(float x) {
   const uint32_t hash = as_bits(x) * 2654435761u >> 16;
   return as_float(as_bits(y) + hash % 5u - 2u);
 }
-inline float product(float a, float b) { return a * b; }
+template <typename T>
+T product(T a, T b) {
+  T y = a * b;
+  asm("" : "+m"(y));  // or the compiler, which contracts as nvcc does, fuses it with an addition
+  return y;
+}
 inline double power_of_two(int n) { return ldexp(1.0, n); }
 inline float max_nan(float a, float b) {
   return a != a || b != b ? as_float(0x7fffffffu) : fmaxf(a, b);
@@ -93,7 +98,7 @@ inline uint32_t funnel_right(uint32_t lo, uint32_t hi, uint32_t shift) {
 }
 
 inline Pair add(Pair a, Pair b) { return {a.lo + b.lo, a.hi + b.hi}; }
-inline Pair mul(Pair a, Pair b) { return {a.lo * b.lo, a.hi * b.hi}; }
+inline Pair mul(Pair a, Pair b) { return {product(a.lo, b.lo), product(a.hi, b.hi)}; }
 inline Pair fma(Pair a, Pair b, Pair c) {
   return {fmaf(a.lo, b.lo, c.lo), fmaf(a.hi, b.hi, c.hi)};
 }

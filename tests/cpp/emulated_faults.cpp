@@ -46,7 +46,7 @@ void read_rounds(const Steps& steps, int lane) {
 }
 
 void exchange(const Steps& steps, int lane) {
-  if (lane == 0) machine::send(kMessage, 1 - machine::cluster_rank(), 1.0, 2.0, kExchange);
+  if (lane == 0) machine::send(kMessage, 1 - machine::cluster_rank(), Word{}, kExchange);
   if (!steps.take("wait for a message")) return;
   if (steps.take("cluster scope")) {
     machine::barrier_wait_cluster(kExchange, 0, "exchange");

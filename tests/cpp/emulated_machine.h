@@ -139,14 +139,12 @@ inline void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint3
 
 inline int cluster_rank() { return emulator::block().rank; }
 inline void cluster_sync() { emulator::meet_cluster(); }
-inline void send(uint32_t target, int rank, double a, double b, uint32_t barrier) {
+inline void send(uint32_t target, int rank, const Word& w, uint32_t barrier) {
   emulator::Machine& m = emulator::machine();
   if (rank < 0 || rank >= m.cluster) emulator::fail("message to no block of the cluster");
   emulator::Block& to = *m.blocks[static_cast<size_t>(emulator::block().first_of_cluster + rank)];
-  emulator::start_transfer(to, target, 16, barrier, true, [=](unsigned char* into) {
-    memcpy(into, &a, 8);
-    memcpy(into + 8, &b, 8);
-  });
+  emulator::start_transfer(to, target, 16, barrier, true,
+                           [=](unsigned char* into) { memcpy(into, w.r, 16); });
 }
 
 }  // namespace machine

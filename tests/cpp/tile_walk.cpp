@@ -156,7 +156,7 @@ bool kept(const Tile& t, const DeviceLimits& device) {
   return power_of_two(t.cluster) && t.cluster <= device.max_cluster && power_of_two(t.warps) &&
          t.warps <= kMaxWarps && t.stages > 0 && t.ring > t.stages && t.ring <= kMaxRing &&
          t.blocks > 0 && t.shared_bytes <= device.shared_per_block &&
-         32 * (t.warps + kServiceWarps) * t.blocks * kOnChipRegisters <= kRegisters &&
+         writing_threads(t.warps) * t.blocks * kOnChipRegisters <= kRegisters &&
          t.blocks * (static_cast<int64_t>(t.shared_bytes) + kReservedShared) <=
              device.shared_per_multiprocessor;
 }
@@ -165,15 +165,15 @@ void check_resident(const Tile& t, int64_t columns, int bytes, const DeviceLimit
   const int v = static_cast<int>(columns), per_word = kWordBytes / bytes;
   CHECK(power_of_two(t.cluster) && t.cluster <= device.max_cluster, "cluster %d", t.cluster);
   CHECK(power_of_two(t.warps) && t.warps <= kMaxWarps, "warps %d", t.warps);
-  CHECK(32 * (t.warps + kServiceWarps) <= kResidentThreads, "threads");
+  CHECK(writing_threads(t.warps) <= kResidentThreads, "threads");
   CHECK(t.ring > t.stages && t.ring <= kMaxRing, "ring %d", t.ring);
-  CHECK(!t.ahead || t.ring > 2 * t.stages, "a row ahead needs room for two and one more");
+  CHECK((t.rows() + 1) * t.stages > t.ring, "a row waits for the one whose message it takes");
   CHECK(t.shared_bytes <= device.shared_per_block, "shared %d", t.shared_bytes);
   CHECK(t.slice % per_word == 0 && t.stage % per_word == 0, "whole words");
   CHECK(t.stage_bytes % 16 == 0 && t.stage_bytes >= buffer_bytes(t.stage, bytes), "stage");
   CHECK(t.stage_bytes <= kMostStageBytes, "a barrier counts no more bytes than that");
-  const SharedLayout s = make_layout(t.cluster, t.warps, t.ring, t.stage_bytes);
-  CHECK(s.exchange % 16 == 0 && s.partial % 16 == 0 && s.plan % 16 == 0, "words");
+  const SharedLayout s = make_layout(t.cluster, t.warps, t.rows(), t.ring, t.stage_bytes);
+  CHECK(s.messages % 16 == 0 && s.plan % 16 == 0, "words");
   CHECK(s.barriers % 8 == 0 && s.bytes == t.shared_bytes, "layout");
   int64_t next = 0;
   for (int rank = 0; rank < t.cluster; ++rank) {
@@ -209,7 +209,7 @@ void check_stats(const StatsTile& s, const Tile& t, const DeviceLimits& device) 
   CHECK(s.ring > s.teams && s.ring <= kMaxRing && t.stages == 1, "ring %d", s.ring);
   CHECK(s.shared_bytes <= shared_budget(device, s.blocks), "shared %d", s.shared_bytes);
   const StatsLayout l = make_stats_layout(t.cluster, t.warps, s.ring, t.stage_bytes);
-  CHECK(l.partial % 16 == 0 && l.barriers % 8 == 0 && l.bytes == s.shared_bytes, "layout");
+  CHECK(l.messages % 16 == 0 && l.barriers % 8 == 0 && l.bytes == s.shared_bytes, "layout");
 }
 
 void check_tiles() {
@@ -242,7 +242,7 @@ void check_h200() {
   for (const int64_t v : {32000, 128256, 151936, 151937}) {
     const Chosen c = choose(TileChoice{}, v, 2, h200);
     const Tile& t = c.tile;
-    CHECK(t.ahead && t.stages == 1 && t.ring >= 3 && t.blocks == 2, "V %d", static_cast<int>(v));
+    CHECK(t.rows() >= 3 && t.stages == 1 && t.blocks == 2, "V %d", static_cast<int>(v));
     CHECK(t.cluster == (v == 32000 ? 2 : 8), "V %d", static_cast<int>(v));
     CHECK(c.stats.teams == 2 && c.stats.blocks == 2, "V %d: %d teams", static_cast<int>(v),
           c.stats.teams);
@@ -253,7 +253,7 @@ void check_h200() {
       CHECK(derived_tile(v, bytes, h200).cluster > 0, "V %d does not fit", static_cast<int>(v));
     }
   }
-  CHECK(derived_tile(262144, 2, h200).ahead && derived_tile(128256, 4, h200).ahead, "long rows");
+  CHECK(derived_tile(262144, 2, h200).rows() > 1 && derived_tile(128256, 4, h200).rows() > 1, "long rows");
 }
 
 // Every tile that can be asked for: it keeps every limit, or names the one that it does not.

@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-DPAPO_EMULATED", "-DPAPO_WITH_CUDA"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-Icsrc/include", "-Icsrc/cuda", "-Itests/cpp"),
+    # nvcc fuses a product and a sum wherever it can.
+    *("-ffp-contract=fast", "-fexpensive-optimizations"),
+    *(["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
 
 I32, I64, F64, PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_size_t
@@ -157,11 +161,11 @@ Tile = _struct(
             "stages",
             "ring",
             "blocks",
+            "summing",
             "stage_bytes",
             "shared_bytes",
         )
     ),
-    ("ahead", ctypes.c_bool),
 )
 StatsTile = _struct(
     "StatsTile", *((name, I32) for name in ("teams", "ring", "blocks", "rounds", "shared_bytes"))
@@ -171,9 +175,9 @@ Chosen = _struct("Chosen", ("tile", Tile), ("stats", StatsTile), ("error", ctype
 H100 = DeviceLimits(132, 232448, 233472, 16)
 # Made-up devices, as arguments of `emulated`. The small ones spread short rows over clusters.
 DEVICES: dict[str, dict[str, int]] = {
-    # Blocks of 12 KB hold three rows: a row's sums run ahead of the gradient before it.
+    # Blocks of 12 KB hold three rows: sums run ahead of gradients.
     "ahead": {},
-    # Two buffers fit at most: sums and gradient of a row follow each other.
+    # Two buffers fit at most: a row's sums wait for the gradient of the row before.
     "in_turn": {"shared_per_block": 9000, "shared_per_multiprocessor": 6000},
     # As on sm_80: rows are streamed.
     "no_clusters": {"max_cluster": 0},

@@ -27,7 +27,14 @@ from papo_kernels import (
     token_stats,
 )
 from tests.cases import Case
-from tests.oracle import acc_dtype, assert_close, plain_policy_loss, plain_token_stats
+from tests.oracle import (
+    acc_dtype,
+    assert_close,
+    plain_policy_loss,
+    plain_token_stats,
+    sampled_token_scale,
+    slope_scale,
+)
 
 PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 LOSS_INPUTS = ("advantages", "token_weight", "old_logp", "ref_logp", "objective", "weighting")
@@ -269,15 +276,19 @@ def _magnitude(case: HeadCase) -> Tensor:
     return plain_logits(absolute, leaves).amax(1) / case.tokens.temperature
 
 
-def _scales(case: HeadCase, dlogits: Tensor, swing: Tensor) -> dict[str, Tensor]:
-    """Per parameter: what its gradient's rounding is measured in. `swing [N, 1]` is how far an
-    element of dlogits moves, beyond its own size, with the logits' rounding."""
+def _scales(
+    case: HeadCase, dlogits: Tensor, swing: Tensor, sampled: Tensor | float = 0.0
+) -> dict[str, Tensor]:
+    """Per parameter: what its gradient's rounding is measured in. `swing [N, 1]`, times an
+    element's probability, is how far it moves in dlogits, beyond its own size, with the logits'
+    rounding; `sampled [N, 1]` how far the sampled token's moves besides."""
     leaves = {
         name: x.double().abs().nan_to_num(0.0, posinf=0.0) for name, x in case.parameters.items()
     }
     columns = dlogits.shape[1]
     probability = torch.softmax(case.tokens.logits / case.tokens.temperature, 1).nan_to_num(0.0)
-    size = dlogits.abs() + swing * probability
+    is_sampled = torch.arange(columns, device=dlogits.device) == case.tokens.targets[:, None]
+    size = dlogits.abs() + swing * probability + sampled * is_sampled
     hidden, weight = leaves["hidden"], leaves["weight"][:columns]
     scales = {"hidden": size @ weight, "weight": size.t() @ hidden, "bias": size.sum(0)}
     if "lora_a" in leaves:
@@ -294,10 +305,14 @@ def _scales(case: HeadCase, dlogits: Tensor, swing: Tensor) -> dict[str, Tensor]
 
 
 def _check_gradients(
-    case: HeadCase, leaves: dict[str, Tensor], answers: list[Any], swing: Tensor
+    case: HeadCase,
+    leaves: dict[str, Tensor],
+    answers: list[Any],
+    swing: Tensor,
+    sampled: Tensor | float = 0.0,
 ) -> None:
     (_, exact, dlogits), (_, plain, _) = answers
-    scales = _scales(case, dlogits, swing)
+    scales = _scales(case, dlogits, swing, sampled)
     for name, leaf in leaves.items():
         assert leaf.grad.dtype == leaf.dtype
         # The logits' gradient is rounded to a half dtype for the products that follow.
@@ -344,4 +359,7 @@ def check_head_policy_loss(case: HeadCase, **compute: Any) -> None:
         assert_close(name, a, e, p, dloss.sum() if name == "loss" else per_token)
     assert torch.equal(actual.clipped, exact.clipped)
     actual.loss.backward()
-    _check_gradients(case, leaves, answers, dloss[:, None] / case.tokens.temperature)
+    tokens = replace(case.tokens, vocab_size=None)
+    sampled = sampled_token_scale(tokens, exact, slope_scale(tokens, exact, size))
+    swing = dloss[:, None] / tokens.temperature
+    _check_gradients(case, leaves, answers, swing, sampled[:, None])

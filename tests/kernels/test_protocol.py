@@ -128,7 +128,11 @@ def test_state_of_a_row(call):
     d = torch.where(u.isneginf(), 0.0, u - state[:, :1])
     e = torch.where(u.isneginf(), 0.0, d.exp())
     sums = torch.stack([e.sum(1), (e * d).sum(1), (e * e).sum(1), (e * e * d).sum(1)], 1)
-    torch.testing.assert_close(state[used, 1:5], sums[used], rtol=2e-6, atol=2e-6)
+    # Triton's tanh is made of an exp2 and a division that are each off by up to two units in the
+    # last place: where it starts, at 0.625, these move it by 8e-8 and 6e-8, and rounding by 3e-8.
+    # u moves by 25 / 0.8 times that, and every e^d by as much of itself.
+    allowed = 2e-6 + (25.0 / 0.8 * 1.7e-7 if call.impl.name == "triton" else 0.0)
+    torch.testing.assert_close(state[used, 1:5], sums[used], rtol=allowed, atol=allowed)
     sampled = u.gather(1, call.targets.clamp(min=0)[:, None])[:, 0]
     torch.testing.assert_close(state[used, 5], sampled[used], rtol=3e-7, atol=0)
 

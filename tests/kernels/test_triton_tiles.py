@@ -138,6 +138,23 @@ def test_the_ratio_of_an_unchanged_policy_is_exactly_one(n):
     assert out[6].eq(1.0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7, None])
+def test_logp_is_rounded_once(temperature):
+    """However far below the maximum the token is. What 1 / temperature, the difference of logits
+    and their product are rounded by moved the slope of a KL term, e^(ref_logp - logp), so much that
+    what it left of the surrogate's lost its digits."""
+    z = rows(6, 40, torch.float32, seed=3) * 20.0
+    z[:, 0] = 77.7
+    targets = torch.arange(1, 7, device=DEVICE)
+    own = torch.linspace(0.3, 1.9, 6, device=DEVICE)
+    row = RowParams(temperature or 1.0, 0.0, 40, temperatures=None if temperature else own)
+    logp = impl().token_stats_fwd(z, targets, row)[0].double()
+    u = z.double() / (temperature or own.double()[:, None])
+    exact = u.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    # Half a unit in its last place, and what log Z has of its own rounding.
+    assert ((logp - exact).abs() <= 2.0**-24 * exact.abs() + 2e-7).all()
+
+
 def test_nearly_certain_tokens():
     check_nearly_certain_tokens("triton", DEVICE, 128)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
@@ -176,3 +177,14 @@ def test_a_signals_failure_is_not_a_loss() -> None:
     seen = Peers(dist.HashStore(), 0, [Member.this()] * 2)
     seen._tell(failure)
     assert seen.failure() == failure and not seen._is_lost()
+
+
+def test_joining_asks_no_compiler_what_deepspeed_could_build(monkeypatch) -> None:
+    ops = group.engine.deepspeed.ops
+    monkeypatch.delitem(vars(ops), "__compatible_ops__", raising=False)
+    monkeypatch.setattr(ops, "_probe_compatible_ops", lambda: pytest.fail("asked"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # what joining sets is taken back
+        monkeypatch.delenv(name)
+    with group.joined("gloo"):
+        assert dist.get_world_size() == 1

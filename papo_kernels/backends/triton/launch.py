@@ -9,6 +9,8 @@ which takes longer than many a kernel runs.
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import math
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
 
 from papo_kernels.types import RowParams
 
@@ -62,7 +65,11 @@ class Plan:
         self.index = device.index if device.type == "cuda" else None
         self.config = config.config(device, dtype, row.vocab_size)
         t, elsewhere = row.temperature, -math.inf if row.sharded else math.nan
-        self.numbers = Numbers(1.0 / t, math.log2(math.e) / t, float(row.softcap), elsewhere)
+        high = ctypes.c_float(1.0 / t).value
+        scales = (high, 1.0 / t - high, math.log2(math.e) / t)
+        softcap = float(row.softcap)
+        inv_softcap = 1.0 / softcap if softcap > 0.0 else 0.0
+        self.numbers = Numbers(*scales, softcap, inv_softcap, elsewhere)
         self.n_segments = count_segments(self.config, row.vocab_size, dtype.itemsize)
         self.few = (
             self.config.programs * count_multiprocessors(device)
@@ -100,6 +107,7 @@ class Plan:
             compiled, how = started
             compiled[programs, parts, 1](*args, how)
         else:
+            hash_all()
             how = self.variant(flags)
             compiled = first_launch(kernel, self, (programs, parts, 1), *args, how)
             if isinstance(compiled, CompiledKernel):
@@ -212,6 +220,27 @@ def temperatures(row: RowParams) -> Tensor | None:
 
 
 # ---- launches -------------------------------------------------------------------------------
+
+
+# The modules with device functions, each behind those from which it takes some.
+_MODULES = (
+    *("row_state", "row_grad", "policy_loss", "tile", "source", "gradient"),
+    *("token_stats", "fused_loss"),
+)
+
+
+@cache
+def hash_all() -> None:
+    """Hashes all device functions in one order, in every process.
+
+    What Triton keeps on disk goes by a kernel's hash, which up to 3.6 depends on which of the
+    functions that it calls another kernel has had hashed before. A process that called kernels in
+    another order would compile them again.
+    """
+    for name in _MODULES:
+        for function in vars(importlib.import_module(f"{__package__}.{name}")).values():
+            if isinstance(function, JITFunction):
+                _ = function.cache_key
 
 
 @cache

@@ -85,7 +85,7 @@ def gradient(z, grad, s, HAS_SOFTCAP: tl.constexpr, HAS_SQUARES: tl.constexpr):
     """dlogits of a block of float32 logits, except for the sampled token."""
     x = z
     if HAS_SOFTCAP:
-        t = tanh(z * (1.0 / s.softcap))
+        t = tanh(z * s.inv_softcap)
         x = of_tanh(z, t, s.softcap)
     y = floored((x - grad.z_ref) * s.log2_scale)
     e = tl.exp2(y)

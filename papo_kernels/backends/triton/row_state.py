@@ -35,12 +35,15 @@ HIGHEST = tl.constexpr(3.4028234663852886e38)
 
 
 class Scaling(NamedTuple):
-    """u = softcap(z) inv_temperature; ``log2_scale`` is log2(e) / temperature; ``elsewhere`` stands
-    in for the logit of a token in another shard."""
+    """u = softcap(z) inv_temperature, a number of which ``inv_temperature_low`` is what rounding to
+    float32 left over; ``log2_scale`` is log2(e) / temperature; ``elsewhere`` stands in for the
+    logit of a token in another shard."""
 
     inv_temperature: tl.tensor
+    inv_temperature_low: tl.tensor
     log2_scale: tl.tensor
     softcap: tl.tensor
+    inv_softcap: tl.tensor
     elsewhere: tl.tensor
 
 
@@ -71,10 +74,11 @@ class RowSums(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The sampled token: its softcapped logit, and its u - row_max."""
+    """The sampled token: its softcapped logit, and its u - row_max, which is ``d + d_low``."""
 
     z: tl.tensor
     d: tl.tensor
+    d_low: tl.tensor
 
 
 class RowStats(NamedTuple):
@@ -128,8 +132,8 @@ def of_tanh(z, t, softcap):
 
 
 @triton.jit
-def capped(z, softcap):
-    return of_tanh(z, tanh(z * (1.0 / softcap)), softcap)
+def capped(z, s):
+    return of_tanh(z, tanh(z * s.inv_softcap), s.softcap)
 
 
 @triton.jit
@@ -236,9 +240,22 @@ def merged(lanes, s):
 
 
 @triton.jit
+def left_over(a, b, total):
+    """What rounding a + b to ``total`` left over."""
+    of_b = total - a
+    return (a - (total - of_b)) + (b - of_b)
+
+
+@triton.jit
 def sampled(z, z_max, s):
     """The token of softcapped logit ``z``. Halves: a difference may leave float32."""
-    return Sampled(z, (0.5 * z - 0.5 * z_max) * s.inv_temperature * 2.0)
+    a, b = 0.5 * z, -0.5 * z_max
+    half = a + b
+    d = half * s.inv_temperature
+    low = tl.fma(half, s.inv_temperature, -d) + half * s.inv_temperature_low
+    low += left_over(a, b, half) * s.inv_temperature
+    d *= 2.0
+    return Sampled(z, d, tl.where(tl.abs(d) < POS_INF, low * 2.0, 0.0))
 
 
 @triton.jit
@@ -259,11 +276,15 @@ def finished(sums, token):
     q = ((1.0 - e) + sums.rest) * inv_Z
     inv_Z2 = inv_Z * inv_Z
     Q_r = ((1.0 - ee) + sums.rest2) * inv_Z2
+    # KL estimators grow as e^-logp, so its last digit counts.
+    logp = token.d - log_Z
+    low = left_over(token.d, -log_Z, logp) + token.d_low
+    logp = tl.where(masked, logp, logp + low)
     S_r = ((sums.T2 * LN2 - ee * d) * inv_Z2) - (mu * LN2) * Q_r
     p_a = e * inv_Z
     s_a = tl.where(masked, 0.0, d - mu * LN2)
     return RowStats(
-        logp=token.d - log_Z,
+        logp=logp,
         entropy=log_Z - mu * LN2,
         unit_polarity=S_r - p_a * q * s_a,
         lse=sums.row_max + log_Z,
@@ -306,7 +327,10 @@ def loaded_state(at, s):
         z_ref,
         shift.to(tl.float32) * LOG2E,
     )
-    return sums, Sampled(logit_at(target_u, s), (target_u - row_max).to(tl.float32))
+    d = target_u - row_max
+    high = d.to(tl.float32)
+    low = tl.where(tl.abs(high) < POS_INF, (d - high).to(tl.float32), 0.0)
+    return sums, Sampled(logit_at(target_u, s), high, low)
 
 
 @triton.jit

@@ -33,11 +33,14 @@ INTEGERS = ("stride", "dlogits_stride", "vocab_size", "n_columns")
 
 
 class Numbers(NamedTuple):
-    """The numbers of a call that all kernels need; the first two where rows share a temperature."""
+    """The numbers of a call that all kernels need, the first three where rows share a
+    temperature."""
 
     inv_temperature: float
+    inv_temperature_low: float
     log2_scale: float
     softcap: float
+    inv_softcap: float
     elsewhere: float  # logit of a token that lies in another shard: -inf, NaN in whole rows
 
 
@@ -57,14 +60,18 @@ def scaling(numbers, temperatures, i, how):
         t = tl.load(temperatures + i)
         t = tl.where((t > 0.0) & (t < POS_INF), t, float("nan"))
         inv_temperature = tl.div_rn(1.0, t)
+        inv_temperature_low = tl.fma(-inv_temperature, t, 1.0) * inv_temperature
         log2_scale = inv_temperature * LOG2E
     else:
         inv_temperature = tl.cast(numbers.inv_temperature, tl.float32)
+        inv_temperature_low = tl.cast(numbers.inv_temperature_low, tl.float32)
         log2_scale = tl.cast(numbers.log2_scale, tl.float32)
     return Scaling(
         inv_temperature,
+        inv_temperature_low,
         log2_scale,
         tl.cast(numbers.softcap, tl.float32),
+        tl.cast(numbers.inv_softcap, tl.float32),
         tl.cast(numbers.elsewhere, tl.float32),
     )
 
@@ -94,7 +101,7 @@ def target_logit(row, target, vocab_size, s, how):
     z = tl.load(row.ptr + (row.head + tl.where(valid, target, 0)), mask=valid, other=0.0)
     z = z.to(tl.float32)
     if how.HAS_SOFTCAP:
-        z = capped(z, s.softcap)
+        z = capped(z, s)
     return tl.where(valid, z, tl.where(target == ELSEWHERE, s.elsewhere, float("nan")))
 
 

@@ -175,7 +175,7 @@ def load_tile(row, word, n_words, s, how, VECTORS: tl.constexpr, EVICTION: tl.co
         blocks = unpacked(words, DTYPE)
         if how.HAS_SOFTCAP:
             for i in tl.static_range(len(blocks)):
-                tile = tile + (capped(blocks[i], s.softcap),)
+                tile = tile + (capped(blocks[i], s),)
         else:
             tile = tile + blocks
     return tile
@@ -204,7 +204,7 @@ def rest_of_row(row, n_columns, s, how):
     z = tl.load(row.ptr + (row.head + column), mask=column < n_columns, other=NEG_INF)
     z = z.to(tl.float32)
     if how.HAS_SOFTCAP:
-        z = capped(z, s.softcap)
+        z = capped(z, s)
     return single_states(z, s.log2_scale)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, environment, produced, time_interleaved, write_json
-from benchmarks.peers import logp_entropy
+from benchmarks.reference import logp_entropy_float32
 from benchmarks.shapes import CPU_SHAPES, Shape
 from papo_kernels import Compute, Objective, policy_loss, token_stats
 from papo_kernels.backends import extension as _native
@@ -88,9 +88,9 @@ def make_cases(shape: Shape) -> list[Case]:
     """Floors, ours, torch.compile, eager and, where installed, TRL, over one workload."""
     work = Workload(shape)
     words = work.logits.view(torch.int32)
-    compiled_stats = torch.compile(logp_entropy, dynamic=False)
+    compiled_stats = torch.compile(logp_entropy_float32, dynamic=False)
     compiled_loss = torch.compile(
-        lambda z, t, old, adv: loss_of(*logp_entropy(z, t), old, adv), dynamic=False
+        lambda z, t, old, adv: loss_of(*logp_entropy_float32(z, t), old, adv), dynamic=False
     )
     no_grad = torch.no_grad()
 
@@ -105,8 +105,8 @@ def make_cases(shape: Shape) -> list[Case]:
         Case("papo loss+grad, entropy", lambda: work.loss_inplace(ENTROPY_COEF), work.restore),
         Case("compile fwd", plain(lambda: compiled_stats(work.logits, work.targets))),
         Case("compile fwd+bwd", lambda: work.loss_compiled(compiled_loss)),
-        Case("eager fwd", plain(lambda: logp_entropy(work.logits, work.targets))),
-        Case("eager fwd+bwd", lambda: work.loss_with(logp_entropy)),
+        Case("eager fwd", plain(lambda: logp_entropy_float32(work.logits, work.targets))),
+        Case("eager fwd+bwd", lambda: work.loss_with(logp_entropy_float32)),
     ]
     if selective_log_softmax is not None:
         cases += [

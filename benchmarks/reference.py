@@ -22,10 +22,15 @@ class Disagreement(Exception):
 
 
 def logp_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What trainers compute without a kernel, in the precision of the logits."""
+    """In the precision of the logits."""
     logps = torch.log_softmax(logits, dim=-1)
     logp = logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return logp, -(logps.exp() * logps).sum(-1)
+
+
+def logp_entropy_float32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What trainers compute without a kernel, in float32."""
+    return logp_entropy(logits.float(), targets)
 
 
 def stats_sum(logits: Tensor, targets: Tensor) -> Tensor:

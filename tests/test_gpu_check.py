@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, reference
 from benchmarks.gpu_check import (
     build,
     counted,
@@ -287,6 +287,12 @@ def test_a_table_fits_the_screen_whatever_is_in_the_record(rehearsed):
     text = table.text(record)
     assert len(text) <= SCREEN
     assert "linear FAILED" in text, "every section keeps a part"
+
+
+def test_what_trainers_compute_without_a_kernel_is_float32():
+    logits = torch.randn(2, 9).bfloat16()
+    for result in reference.logp_entropy_float32(logits, torch.tensor([3, 8])):
+        assert result.dtype == torch.float32
 
 
 def test_peers_are_unpacked_from_wheels(tmp_path, monkeypatch):

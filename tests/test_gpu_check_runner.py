@@ -241,6 +241,13 @@ def test_a_folder_that_is_none_is_an_error_before_anything_starts(wrong, monkeyp
         check.arguments()
 
 
+def test_a_stage_of_another_call_is_an_error_before_anything_starts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--call", "3", "--stages", "sweep"])
+    with pytest.raises(SystemExit, match="2"):
+        check.arguments()
+    assert "expected some of build-for-training" in capsys.readouterr().err
+
+
 def test_a_rehearsal_stays_off_the_folder_of_measurements(monkeypatch):
     seen = []
     monkeypatch.setattr(check, "run_call", lambda *arguments: seen.append(arguments) or 0)

@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.stages:
         try:
-            stages.only(stages.of_call(0, "", WORK, None, {}), args.stages)
+            stages.only(stages.of_call(args.call or 0, "", WORK, None, {}), args.stages)
         except ValueError as error:
             parser.error(str(error))
     if args.wheels and not args.wheels.is_dir():

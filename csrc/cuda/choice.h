@@ -84,7 +84,7 @@ inline const char* why_unfit(const TileChoice& c, const Tile& t, const StatsTile
   if (c.stats_ring < c.stats_teams) {
     return beyond("ring", c.stats_ring, "the least, a buffer a team,", c.stats_teams);
   }
-  return why_crowded(32 * (warps + kServiceWarps), c.stats_blocks, s.shared_bytes, device);
+  return why_crowded(summing_threads(warps), c.stats_blocks, s.shared_bytes, device);
 }
 
 }  // namespace choice

@@ -270,9 +270,9 @@ PAPO_DEVICE void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// A wait sleeps for at most so many nanoseconds, and is woken when the phase ends. Without this hint
-// it gives up after a few cycles, and is tried again so often that half of all instructions were
-// these tries. A build that counts its tries does not sleep.
+// A wait sleeps for at most so many nanoseconds, and is woken when the phase ends. Without this
+// hint it gives up after a few cycles, and is tried again so often that half of all instructions
+// were these tries. A build that counts its tries does not sleep.
 #if defined(PAPO_SPIN_LIMIT)
 constexpr uint32_t kSleep = 0;
 #else

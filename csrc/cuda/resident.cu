@@ -364,8 +364,8 @@ Status count_clusters(const RowsCall& call, const DeviceLimits& limits, const La
       return resident_clusters(kernel_of<decltype(in), decltype(out)>(call),
                                shape_of(call.tile, writes, limits), launch.device, kClusterPtx);
     };
-    // Where no block that writes gradients fits, rows are not on chip without one either: their sums
-    // would have other bits.
+    // Where no block that writes gradients fits, rows are not on chip without one either: their
+    // sums would have other bits.
     *clusters = count(true);
     if (*clusters > 0 && !call.wants_gradient()) *clusters = count(false);
     return Status::success();

@@ -200,7 +200,7 @@ Status launch_stats(const RowsCall& call, const DeviceLimits& limits, const Laun
     using In = decltype(in);
     const auto kernel =
         call.own_temperatures() ? stats_kernel<In, true> : stats_kernel<In, false>;
-    LaunchShape shape = {0, 32 * (stats.teams * call.tile.warps + kServiceWarps), 1,
+    LaunchShape shape = {0, static_cast<int>(summing_threads(stats.teams * call.tile.warps)), 1,
                          exclusive_bytes(limits, stats.blocks, stats.shared_bytes)};
     const int blocks = resident_clusters(kernel, shape, launch.device, kClusterPtx);
     *ran = blocks > 0 && call.logits.rows >= static_cast<int64_t>(stats.rounds) * blocks;

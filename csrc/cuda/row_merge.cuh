@@ -42,6 +42,9 @@ PAPO_DEVICE RowScan load_message(uint32_t address, double inv_temperature) {
   return scan;
 }
 
+// The larger of the two. A NaN from either side stays.
+PAPO_DEVICE double larger_target(double a, double b) { return b > a || b != b ? b : a; }
+
 // Merges the parts of `lanes` consecutive lanes, a power of two. Every lane gets the same bits, as
 // in each step both sides add the same two numbers.
 PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
@@ -49,10 +52,7 @@ PAPO_DEVICE RowScan merge_lanes(RowScan scan, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
     const double other = machine::shuffle_xor(top, mask);
     top = other > top ? other : top;
-    const double target_u = machine::shuffle_xor(scan.target_u, mask);
-    // A NaN from either side stays.
-    const bool theirs = target_u > scan.target_u || target_u != target_u;
-    scan.target_u = theirs ? target_u : scan.target_u;
+    scan.target_u = larger_target(scan.target_u, machine::shuffle_xor(scan.target_u, mask));
   }
   // No comparison with a bad part is true. Its NaN reaches every lane through the sums.
   RowState<double> r = scan.state.rescaled(top, exp_of_distance);
@@ -71,9 +71,8 @@ PAPO_DEVICE RowScan merge_two(const RowScan& a, const RowScan& b) {
   const double top = b.state.max > a.state.max ? b.state.max : a.state.max;
   const RowState<double> x = a.state.rescaled(top, exp_of_distance);
   const RowState<double> y = b.state.rescaled(top, exp_of_distance);
-  const bool theirs = b.target_u > a.target_u || b.target_u != b.target_u;
   return {{top, x.Z + y.Z, x.T + y.T, x.Z2 + y.Z2, x.T2 + y.T2},
-          theirs ? b.target_u : a.target_u};
+          larger_target(a.target_u, b.target_u)};
 }
 
 // A row from its `count` messages, a power of two, which lie one behind the other.

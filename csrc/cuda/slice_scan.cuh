@@ -96,8 +96,8 @@ PAPO_DEVICE void meet_stage(LaneTop<T>& top, const Stage<T>& stage, const TeamWa
 
 // ---- the sums -----------------------------------------------------------------------------------
 
-// How a lane's words are added; the order is the same, and so are the bits. Measured on an H200, where
-// code that runs once a row takes twice the time of the same instructions in a loop:
+// How a lane's words are added; the order is the same, and so are the bits. Measured on an H200,
+// where code that runs once a row takes twice the time of the same instructions in a loop:
 enum class Batch {
   kOne,  // one short loop, the next word on its way: faster beside warps that write gradients
   kTwo,  // two words in flight, and single ones behind them: faster elsewhere

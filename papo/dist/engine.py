@@ -43,10 +43,18 @@ with warnings.catch_warnings():
 
 
 class StepResult(NamedTuple):
-    """`grad_norm` before clipping, inf or NaN where the gradient is; `applied`: weights changed."""
+    """What a step did.
+
+    Attributes:
+        grad_norm: before clipping, inf or NaN where the gradient is.
+        applied: whether weights changed.
+        first_order: sum over all trained parameters of the kept gradient (`Engine.keep_gradient`)
+            times the change; NaN where none was kept or nothing changed.
+    """
 
     grad_norm: float
     applied: bool
+    first_order: float = math.nan
 
 
 class GuardedAdamW(torch.optim.AdamW):

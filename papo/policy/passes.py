@@ -47,9 +47,10 @@ def evaluating(engine: ForwardEngine) -> Iterator[None]:
         engine.train(True)
 
 
-def stats_of(engine: ForwardEngine, batch: MicroBatch) -> TokenStats:
-    """Statistics of a micro-batch's tokens, float32 [N] each, without gradient."""
-    with torch.no_grad():
+def stats_of(engine: ForwardEngine, batch: MicroBatch, *, gradient: bool = False) -> TokenStats:
+    """Statistics of a micro-batch's tokens, float32 [N] each; log-prob and entropy with a gradient
+    where it is asked for."""
+    with torch.set_grad_enabled(gradient):
         return TokenStats(*engine.forward(batch.model_inputs()))
 
 

@@ -1,15 +1,22 @@
-"""How much an update changed the mean entropy, measured on the same tokens before and after it."""
+"""The mean entropy's change by an update, measured on the same tokens before and after it, and the
+gradient that predicts it."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
 from papo.dist import collectives
+from papo.policy.batch import TrainingSequence
+from papo.policy.passes import evaluating, stats_of
 from papo.policy.update import Update
 from papo.train.stats import Passes, Pieces
+from papo.train.step import TrainingEngine
 
 T = TypeVar("T")
 
@@ -41,14 +48,10 @@ class EntropyMeasurement:
             pieces: the update's.
         """
         sequences = [s for piece in pieces for s in piece if s.weight > 0]
-        mine = [(s.group, i, len(s.response_ids)) for i, s in enumerate(sequences)]
-        everyones = sorted(collectives.gather_lists(mine))
-        share = tokens / max(1, sum(length for _, _, length in everyones))
+        total = collectives.sum_named({"tokens": sum(len(s.response_ids) for s in sequences)})
+        share = tokens / max(1.0, total["tokens"])
         if tokens and share < 1:
-            chosen = set(spread(everyones, share))
-            pieces = passes.pieces(
-                [s for place, s in zip(mine, sequences, strict=True) if place in chosen]
-            )
+            pieces = passes.pieces(share_of(sequences, share))
         elif not passes.engine.dropout:
             return cls(passes, pieces)
         return cls(passes, pieces, passes.mean_entropy(pieces))
@@ -59,6 +62,53 @@ class EntropyMeasurement:
             return update
         before = update.sums.mean(update.sums.entropy) if self.before is None else self.before
         return replace(update, measured_delta=self.passes.mean_entropy(self.pieces) - before)
+
+
+@dataclass(frozen=True)
+class EntropyGradient:
+    """The gradient of the mean entropy over a share of the completions.
+
+    Attributes:
+        share: of the completions, in (0, 1]; taken from every part of the batch.
+    """
+
+    engine: TrainingEngine
+    passes: Passes
+    share: float
+
+    def keep(self, sequences: Sequence[TrainingSequence]) -> float:
+        """Set it aside in the engine (`TrainingEngine.keep_gradient`); a collective.
+
+        The weights, the optimizer and the random numbers of training stay as they are.
+
+        Args:
+            sequences: this rank's.
+
+        Returns:
+            Its norm, in nats per unit of weight; NaN where no completion trains.
+        """
+        pieces = self.passes.pieces(share_of([s for s in sequences if s.weight > 0], self.share))
+        lengths = [len(s.response_ids) for piece in pieces for s in piece if s.weight > 0]
+        tokens = collectives.sum_named({"tokens": sum(lengths)})["tokens"]
+        if not tokens:
+            return math.nan
+        with evaluating(self.engine) if self.engine.dropout else contextlib.nullcontext():
+            for i, piece in enumerate(pieces):
+                batch = self.passes.batcher.batch(piece)
+                entropy = stats_of(self.engine, batch, gradient=True).entropy
+                mean = torch.where(batch.live, entropy, 0.0).sum() / tokens
+                self.engine.backward(mean, last=i == len(pieces) - 1)
+        return self.engine.keep_gradient()
+
+
+def share_of(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:
+    """This rank's part of a share of all ranks' `sequences`; a collective.
+
+    How many ranks share the sequences does not change which of them are taken.
+    """
+    mine = [(s.group, i, len(s.response_ids)) for i, s in enumerate(sequences)]
+    chosen = set(spread(sorted(collectives.gather_lists(mine)), share))
+    return [s for place, s in zip(mine, sequences, strict=True) if place in chosen]
 
 
 def spread(items: Sequence[T], share: float) -> list[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +31,22 @@ class TrainingEngine(ForwardEngine, Protocol):
 
     def step(self, lr: float, *, blocked: bool) -> StepResult:
         """Clip, update (unless `blocked` or the gradient is not finite) and clear the gradients."""
+
+    def keep_gradient(self) -> float:
+        """Set aside what `backward` has accumulated, in place of a step; its norm.
+
+        Weights and optimizer stay as they are. The next `step` tells its inner product with the
+        change of the weights (`StepResult.first_order`) and lets go of it.
+        """
+
+    def moved_along_kept(self, change: float) -> AbstractContextManager[None]:
+        """Forward passes inside see weights moved along the kept gradient, as AdamW would scale it.
+
+        The weights come back bit for bit, and the gradient stays kept.
+
+        Args:
+            change: first-order change of what the gradient is of; in nats for an entropy's.
+        """
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class StepResult(NamedTuple):
     Attributes:
         grad_norm: before clipping, inf or NaN where the gradient is.
         applied: whether weights changed.
-        first_order: sum over all trained parameters of the kept gradient (`Engine.keep_gradient`)
-            times the change; NaN where none was kept or nothing changed.
+        first_order: sum over all trained parameters of the kept average (`Engine.average_gradient`)
+            times the change; NaN where there is none or nothing changed.
     """
 
     grad_norm: float

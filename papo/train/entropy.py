@@ -66,26 +66,30 @@ class EntropyMeasurement:
 
 @dataclass(frozen=True)
 class EntropyGradient:
-    """The gradient of the mean entropy over a share of the completions.
+    """The gradient of the mean entropy, averaged over the steps in the engine.
+
+    It is nearly the same from batch to batch, so that a few completions of each will do.
 
     Attributes:
         share: of the completions, in (0, 1]; taken from every part of the batch.
+        decay: of the average.
     """
 
     engine: TrainingEngine
     passes: Passes
     share: float
+    decay: float
 
-    def keep(self, sequences: Sequence[TrainingSequence]) -> float:
-        """Set it aside in the engine (`TrainingEngine.keep_gradient`); a collective.
+    def take(self, sequences: Sequence[TrainingSequence]) -> float:
+        """Fold the gradient at the present weights into the average; a collective.
 
-        The weights, the optimizer and the random numbers of training stay as they are.
+        The weights, AdamW's state and the random numbers of training stay as they are.
 
         Args:
             sequences: this rank's.
 
         Returns:
-            Its norm, in nats per unit of weight; NaN where no completion trains.
+            The norm of this gradient, in nats per unit of weight; NaN where no completion trains.
         """
         pieces = self.passes.pieces(share_of([s for s in sequences if s.weight > 0], self.share))
         lengths = [len(s.response_ids) for piece in pieces for s in piece if s.weight > 0]
@@ -98,7 +102,7 @@ class EntropyGradient:
                 entropy = stats_of(self.engine, batch, gradient=True).entropy
                 mean = torch.where(batch.live, entropy, 0.0).sum() / tokens
                 self.engine.backward(mean, last=i == len(pieces) - 1)
-        return self.engine.keep_gradient()
+        return self.engine.average_gradient(self.decay)
 
 
 def share_of(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:

@@ -32,20 +32,24 @@ class TrainingEngine(ForwardEngine, Protocol):
     def step(self, lr: float, *, blocked: bool) -> StepResult:
         """Clip, update (unless `blocked` or the gradient is not finite) and clear the gradients."""
 
-    def keep_gradient(self) -> float:
-        """Set aside what `backward` has accumulated, in place of a step; its norm.
+    def average_gradient(self, decay: float) -> float:
+        """Fold what `backward` has accumulated into the kept average, in place of a step; its norm.
 
-        Weights and optimizer stay as they are. The next `step` tells its inner product with the
-        change of the weights (`StepResult.first_order`) and lets go of it.
-        """
-
-    def moved_along_kept(self, change: float) -> AbstractContextManager[None]:
-        """Forward passes inside see weights moved along the kept gradient, as AdamW would scale it.
-
-        The weights come back bit for bit, and the gradient stays kept.
+        Weights and AdamW's state stay as they are. A `step` tells the average's inner product with
+        the change of the weights (`StepResult.first_order`).
 
         Args:
-            change: first-order change of what the gradient is of; in nats for an entropy's.
+            decay: of the bias-corrected average, in [0, 1).
+        """
+
+    def moved_along_average(self, change: float) -> AbstractContextManager[None]:
+        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
+
+        The weights come back bit for bit.
+
+        Args:
+            change: first-order change of what the average is the gradient of; in nats for an
+                entropy's.
         """
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from .plot import Panel, Range, span, thousands, ticks
 from .svg import Canvas
 
-WIDTH, HEIGHT = 880, 560
+WIDTH, HEIGHT = 880, 620
 PLOT_WIDTH, PLOT_HEIGHT = 222, 172
-LEFTS, TOPS = (54, 350, 640), (98, 334)
-KINDS = {"sgd": "SGD", "adam": "AdamW"}
+LEFTS, TOPS = (54, 346, 632), (96, 366)
+KINDS = {"sgd": "SGD", "adam": "Adam"}
 QUANTITIES = {
-    "own": ("its own entropy, measured", "nats"),
-    "true": ("the batch's mean entropy", "nats"),
+    "own": "its own entropy",
+    "true": "the batch's mean entropy",
 }
 SIGNS = {"positive": ("A > 0", "blue"), "negative": ("A < 0", "orange")}
 
@@ -37,8 +37,10 @@ def draw(summary: dict[str, Any], source: str, task: str = "chain_sum") -> str:
     middle = (TOPS[0] + TOPS[1]) / 2
     _panel(canvas, (LEFTS[0], middle), found, "predicted", ("predicted: A·c", ""))
     for row, (kind, label) in enumerate(KINDS.items()):
-        for left, (name, (title, unit)) in zip(LEFTS[1:], QUANTITIES.items(), strict=True):
-            _panel(canvas, (left, TOPS[row]), found, f"{name} {kind}", (title, unit), label)
+        for left, (name, title) in zip(LEFTS[1:], QUANTITIES.items(), strict=True):
+            _panel(
+                canvas, (left, TOPS[row]), found, f"{name} {kind}", (f"{label}: {title}", "nats")
+            )
     tokens = sum(sum(found[sign]["tokens"]) for sign in SIGNS)
     canvas.text(
         18,
@@ -57,7 +59,6 @@ def _panel(
     found: dict[str, Any],
     name: str,
     title: tuple[str, str],
-    kind: str = "",
 ) -> None:
     edges = found["edges"]
     bins = len(edges) - 1
@@ -69,7 +70,7 @@ def _panel(
     scale, power = thousands(y_span)
     words, unit = title
     unit = f"{power}{unit}".strip()
-    canvas.text(left, top - 26, f"{kind}: {words}" if kind else words, bold=True)
+    canvas.text(left, top - 26, words, bold=True)
     canvas.text(left, top - 10, f"mean, {unit}" if unit else "mean", color="muted", size=11.5)
     panel.y_ticks(ticks(y_span, 4), scale=scale)
     for sign, (_, color) in SIGNS.items():

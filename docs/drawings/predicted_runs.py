@@ -9,16 +9,16 @@ from typing import Any
 from .plot import Panel, number, span, thousands, ticks
 from .svg import Canvas
 
-WIDTH, HEIGHT = 880, 566
+WIDTH, HEIGHT = 880, 590
 PLOT_WIDTH, PLOT_HEIGHT = 236, 174
-LEFTS, TOPS = (54, 340, 626), (88, 320)
+LEFTS, TOPS = (54, 340, 626), (92, 336)
 # Label, color and width of each line; polarity's unit is not nats, and is scaled to the measured's.
 LINES = {
     "measured": ("measured", "ink", 1.6),
     "first order": ("first order", "blue", 1.6),
-    "polarity through AdamW": ("polarity through AdamW, scaled", "orange", 1.1),
+    "polarity through AdamW": ("polarity, scaled", "orange", 1.1),
 }
-SERIES = {"levels": "change of a step", "differences": "less the change of the step before"}
+SERIES = {"levels": "change of a step", "differences": "less the step before"}
 
 
 def draw(summary: dict[str, Any], source: str) -> str:
@@ -30,24 +30,23 @@ def draw(summary: dict[str, Any], source: str) -> str:
         "change that first order predicted, and polarity's; above as they are, below as "
         "differences from step to step.",
     )
-    canvas.text(18, 26, "Change of mean entropy by a step of a whole run", size=15, bold=True)
-    x = 436.0
+    canvas.text(18, 26, "Change of mean entropy by each step of a run", size=15, bold=True)
+    x = 520.0
     for label, color, width in LINES.values():
         canvas.path([(x, 22), (x + 22, 22)], color, width=width)
         canvas.text(x + 28, 26, label, size=12)
-        x += 52 + 6.4 * len(label)
+        x += 46 + 6.6 * len(label)
     for left, (method, found) in zip(LEFTS, summary["runs"].items(), strict=False):
-        seed, series = next(iter(found["series"].items()))
+        series = next(iter(found["series"].values()))
         for top, name in zip(TOPS, SERIES, strict=True):
-            title = f"{method}, seed {seed}: {SERIES[name]}"
-            if name == "differences":
-                title = SERIES[name]
+            title = f"{method}: {SERIES[name]}"
             value = found["predictions"]["first order"][name]["value"]
             _panel(canvas, (left, top), _lines(series, name), title, value)
     canvas.text(
         18,
         HEIGHT - 12,
-        f"ρ: rank correlation of first order with the measured, mean of the seeds. {source}",
+        "Each method's first seed. ρ: rank correlation of first order, mean of the seeds. "
+        f"Polarity: through AdamW. {source}",
         color="muted",
         size=11.5,
     )
@@ -95,4 +94,4 @@ def _panel(
     for label, line in reversed(lines.items()):
         _, color, width = LINES[label]
         panel.line(line, color, width=width)
-    panel.x_ticks([x for x in ticks(x_span) if x >= x_span[0]], label="step")
+    panel.x_ticks(ticks(x_span), label="step" if top == TOPS[-1] else "")

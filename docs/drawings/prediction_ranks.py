@@ -10,7 +10,7 @@ from .svg import Canvas
 WIDTH = 880
 LEFT, TOP, PITCH, PLOT_WIDTH, GAP = 214, 84, 22, 138, 26
 GOAL = 0.9
-KINDS = {"sgd": "SGD", "adam": "AdamW"}
+KINDS = {"sgd": "SGD", "adam": "Adam, β_{1} = 0"}
 LABELS = {
     "polarity": "polarity",
     "sampled term": "its sampled term alone",
@@ -26,6 +26,7 @@ LABELS = {
     "others": "of eight other batches",
     "averaged": "averaged: an eighth a step",
 }
+BOLD = ("polarity", "averaged")
 FIRST_OF_GROUP = {"polarity": "scores of tokens", "own": "first order in the weights"}
 
 
@@ -37,11 +38,9 @@ def draw(summary: dict[str, Any], source: str) -> str:
         WIDTH,
         height,
         "Bar chart: rank correlation of every predictor with the measured change of entropy, for "
-        "SGD and AdamW on each task. Scores of tokens are below first order in the weights.",
+        "SGD and Adam on each task. Scores of tokens are below first order in the weights.",
     )
-    canvas.text(
-        18, 26, "Rank correlation with the measured change of entropy", size=15, bold=True
-    )
+    canvas.text(18, 26, "Rank correlation with the measured change of entropy", size=15, bold=True)
     rows, y = {}, TOP
     for name, label in LABELS.items():
         if name in FIRST_OF_GROUP:
@@ -66,9 +65,6 @@ def draw(summary: dict[str, Any], source: str) -> str:
         size=11.5,
     )
     return canvas.svg()
-
-
-BOLD = ("polarity", "averaged")
 
 
 def _column(

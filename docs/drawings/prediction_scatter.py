@@ -11,8 +11,8 @@ WIDTH, HEIGHT = 880, 686
 PLOT_WIDTH, PLOT_HEIGHT = 352, 214
 LEFTS, TOPS = (64, 502), (78, 386)
 COLORS = {"chain_sum": "blue", "mawps": "orange"}
-KINDS = {"sgd": "SGD", "adam": "AdamW, without momentum"}
-PREDICTORS = {"polarity": "polarity: mean of A·c", "averaged": "first order, averaged gradient"}
+KINDS = {"sgd": "SGD", "adam": "Adam, β_{1} = 0"}
+PREDICTORS = {"polarity": "polarity", "averaged": "first order, averaged gradient"}
 
 
 def draw(summary: dict[str, Any], source: str) -> str:
@@ -26,17 +26,13 @@ def draw(summary: dict[str, Any], source: str) -> str:
         WIDTH,
         HEIGHT,
         "Scatter charts of the predicted and the measured change of mean entropy, a point a batch: "
-        "polarity beside first order with an averaged gradient, for steps of SGD and of AdamW.",
+        "polarity beside first order with an averaged gradient, for steps of SGD and of Adam.",
     )
     canvas.text(18, 26, "Change of a batch's mean entropy, nats", size=15, bold=True)
-    tasks = list(summary["isolated"])
-    for i, task in enumerate(tasks):
-        x = 480 + 110 * i
+    for i, (task, found) in enumerate(summary["isolated"].items()):
+        x = LEFTS[1] + 4 + 180 * i
         canvas.dots([(x, 22)], COLORS[task], size=8)
-        batches = summary["isolated"][task]["batches"]
-        canvas.text(x + 9, 26, f"{task}, {batches}", size=12)
-    if tasks:
-        canvas.text(480 + 110 * len(tasks), 26, "batches", size=12, color="muted")
+        canvas.text(x + 10, 26, f"{task}, {found['batches']} batches", size=12.5)
     for row, kind in enumerate(KINDS):
         for column, predictor in enumerate(PREDICTORS):
             _panel(canvas, summary["isolated"], (row, column), kind, predictor)
@@ -65,9 +61,7 @@ def _panel(
     panel.y_ticks(ticks(y_span, 4), scale=y_scale)
     in_nats = predictor != "polarity"
     unit = f"{x_power}nats" if in_nats else x_power
-    panel.x_ticks(
-        ticks(x_span), scale=x_scale, label=f"predicted, {unit}" if unit else "predicted"
-    )
+    panel.x_ticks(ticks(x_span), scale=x_scale, label=f"predicted, {unit}" if unit else "predicted")
     canvas.text(left + 6, top + 14, f"measured, {y_power}nats", color="muted", size=11.5)
     panel.line([(0, y_span[0]), (0, y_span[1])], "muted", width=1)
     if in_nats:
@@ -78,6 +72,4 @@ def _panel(
     for i, (task, figures) in enumerate(found.items()):
         value = f"ρ = {figures['predictors'][predictor]['value']:.2f}".replace("-", "−")
         at = top + PLOT_HEIGHT - 10 - 17 * (len(found) - 1 - i)
-        canvas.text(
-            left + PLOT_WIDTH - 8, at, value, color=COLORS[task], anchor="end", bold=True
-        )
+        canvas.text(left + PLOT_WIDTH - 8, at, value, color=COLORS[task], anchor="end", bold=True)

@@ -69,8 +69,11 @@ def rank_correlations(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
 def _ranks(values: Tensor, counts: Tensor) -> Tensor:
     """Mean rank of each element among a sample's; [samples, n]."""
     distinct, which = torch.unique(values, return_inverse=True)
-    drawn = torch.zeros(len(counts), len(distinct), dtype=torch.float64)
-    drawn.index_add_(1, which, counts)
+    if len(distinct) == len(values):
+        drawn = counts[:, which.argsort()]
+    else:
+        drawn = torch.zeros(len(counts), len(distinct), dtype=torch.float64)
+        drawn.index_add_(1, which, counts)
     return (drawn.cumsum(1) - (drawn - 1.0) / 2.0)[:, which]
 
 

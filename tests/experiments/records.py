@@ -73,9 +73,7 @@ def batch(number: int, detailed: bool, g: torch.Generator) -> dict[str, Any]:
         }
         for kind in kinds
     }
-    scores = {
-        name: [1e-2 * (truth + 1.5 * _normal(g)), 1e-2 * _normal(g)] for name in SCORES
-    }
+    scores = {name: [1e-2 * (truth + 1.5 * _normal(g)), 1e-2 * _normal(g)] for name in SCORES}
     return {
         "batch": number,
         "tokens": 400 + number,

@@ -39,8 +39,7 @@ def summarized(records: list[Row]) -> dict[str, Any]:
             for kind, sizes in kinds.items()
         },
         "cosine": {
-            name: _spread([row["cosine"][name] for row in records])
-            for name in records[0]["cosine"]
+            name: _spread([row["cosine"][name] for row in records]) for name in records[0]["cosine"]
         },
         "seconds": {
             name: averages.median(row["seconds"][name] for row in records)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from experiments.validity import statistics
+from experiments.validity.runs import CONFIGS
 from experiments.validity.summary.reading import Row, rounded
-from papo.policy.prediction import rank_correlation
+from papo.policy.prediction import FEWEST, rank_correlation
 from papo.record.jsonl import read_rows
 
 MEASURED = "entropy/measured_delta"
@@ -29,13 +30,16 @@ SERIES = {
 
 def summarized(folder: Path) -> dict[str, Any]:
     """Figures of every method's runs, `<method>-<seed>` in `folder`, and their series."""
-    runs: dict[str, dict[str, list[Row]]] = {}
-    for path in sorted(folder.glob("*-*/metrics.jsonl")):
-        method, _, seed = path.parent.name.rpartition("-")
-        steps = [row for row in read_rows(path) if _usable(row)]
-        if len(steps) > statistics.BLOCK:
-            runs.setdefault(method, {})[seed] = steps
-    return {method: _method(seeds) for method, seeds in runs.items()}
+    found = {}
+    for method in CONFIGS:
+        seeds = {}
+        for path in sorted(folder.glob(f"{method}-*/metrics.jsonl")):
+            steps = [row for row in read_rows(path) if _usable(row)]
+            if len(steps) > FEWEST:
+                seeds[path.parent.name.removeprefix(f"{method}-")] = steps
+        if seeds:
+            found[method] = _method(seeds)
+    return found
 
 
 def _usable(row: Row) -> bool:
@@ -60,8 +64,7 @@ def _method(seeds: dict[str, list[Row]]) -> dict[str, Any]:
         }
     return {
         "predictions": predictions,
-        "entropy": {seed: _values(s, "entropy/mean")[[0, -1]].tolist() for seed, s in seeds.items()},
-        "seconds": {seed: averages.median(row["time/step"] for row in s) for seed, s in seeds.items()},
+        "seconds": averages.median(row["time/step"] for steps in seeds.values() for row in steps),
         "series": rounded({seed: _series(steps) for seed, steps in seeds.items()}, 4),
     }
 

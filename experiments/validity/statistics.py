@@ -23,30 +23,27 @@ _AT_ONCE = 2**22  # numbers of a table of samples x elements
 Estimate = dict[str, Any]
 
 
-@functools.lru_cache(maxsize=8)
-def resamples(units: int, samples: int = SAMPLES) -> Tensor:
-    """Counts of `units` drawn with replacement; float64 [samples, units]."""
-    drawn = torch.randint(units, (samples, units), generator=torch.Generator().manual_seed(0))
-    return _counts(drawn, units)
+def resamples(units: int, samples: int | None = None) -> Tensor:
+    """Counts of `units` drawn with replacement; float64 [samples, units], `SAMPLES` by default."""
+    return _drawn(units, 1, samples or SAMPLES, 0)
 
 
-@functools.lru_cache(maxsize=8)
 def block_resamples(
-    units: int, block: int = BLOCK, samples: int = SAMPLES, seed: int = 0
+    units: int, block: int = BLOCK, samples: int | None = None, seed: int = 0
 ) -> Tensor:
     """Counts of a moving-block bootstrap: blocks of units that follow each other are drawn until
     there are `units`, the last block cut short; float64 [samples, units]."""
-    block = min(block, units)
+    return _drawn(units, min(block, units), samples or SAMPLES, seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(units: int, block: int, samples: int, seed: int) -> Tensor:
     blocks = -(-units // block)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(units - block + 1, (samples, blocks), generator=generator)
     drawn = (starts[..., None] + torch.arange(block)).flatten(1)[:, :units]
-    return _counts(drawn, units)
-
-
-def _counts(drawn: Tensor, units: int) -> Tensor:
-    empty = torch.zeros(len(drawn), units, dtype=torch.float64)
-    return empty.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    counts = torch.zeros(samples, units, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
 def rank_correlations(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:

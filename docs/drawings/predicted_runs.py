@@ -45,8 +45,8 @@ def draw(summary: dict[str, Any], source: str) -> str:
     canvas.text(
         18,
         HEIGHT - 12,
-        "Each method's first seed. ρ: rank correlation of first order, mean of the seeds. "
-        f"Polarity: through AdamW. {source}",
+        "Lines: first seed, polarity through AdamW. ρ: first order's rank correlation, mean of the "
+        f"seeds. {source}",
         color="muted",
         size=11.5,
     )

@@ -8,7 +8,7 @@ from .plot import Panel
 from .svg import Canvas
 
 WIDTH = 880
-LEFT, TOP, PITCH, PLOT_WIDTH, GAP = 214, 84, 22, 138, 26
+LEFT, TOP, PITCH, PLOT_WIDTH, GAP = 206, 84, 22, 126, 42
 GOAL = 0.9
 KINDS = {"sgd": "SGD", "adam": "Adam, β_{1} = 0"}
 LABELS = {
@@ -24,7 +24,7 @@ LABELS = {
     "own eighth": "of an eighth of them",
     "another": "of one other batch",
     "others": "of eight other batches",
-    "averaged": "averaged: an eighth a step",
+    "averaged": "averaged over steps",
 }
 BOLD = ("polarity", "averaged")
 FIRST_OF_GROUP = {"polarity": "scores of tokens", "own": "first order in the weights"}
@@ -83,6 +83,8 @@ def _column(
         canvas.path([(ends[0], middle), (ends[1], middle)], "ink", width=1.2)
         for x in ends:
             canvas.path([(x, middle - 3), (x, middle + 3)], "ink", width=1.2)
+        value = f"{estimate['value']:.2f}".replace("-", "−")
+        canvas.text(panel.at(1.0, 0)[0] + 6, y + 14, value, size=11, bold=ours)
     panel.line([(0, 0), (0, 1)], "muted", width=1)
     panel.line([(GOAL, 0), (GOAL, 1)], "green", width=1.2, dash="4 3")
     panel.x_ticks([0.0, 0.5, 1.0])

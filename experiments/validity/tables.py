@@ -287,12 +287,14 @@ def runs(summary: Summary) -> str:
     """Means over the seeds."""
     rows = []
     for method, found in summary["runs"].items():
-        seeds = ", ".join(found["series"])
+        run = f"{method}, seeds {', '.join(found['series'])}"
+        steps = ", ".join(map(str, found["steps"]))
         for name, prediction in found["predictions"].items():
             cells = [estimate(prediction[s]) for s in ("levels", "differences", "detrended")]
-            label = f"{method}, seeds {seeds}: {name}"
-            rows.append([label, *cells, share(prediction["right signs"])])
-    return table(["Spearman [95%]", "levels", "differences", "detrended", "right signs"], rows)
+            facts = [share(prediction["right signs"]), steps, share(found["time"])]
+            rows.append([f"{run}: {name}", *cells, *facts])
+    head = ["Spearman [95%]", "levels", "differences", "detrended", "right signs"]
+    return table([*head, "steps", "time"], rows)
 
 
 def tabular(summary: Summary) -> str:

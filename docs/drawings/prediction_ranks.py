@@ -41,7 +41,8 @@ def draw(summary: dict[str, Any], source: str) -> str:
         "SGD and Adam on each task. Scores of tokens are below first order in the weights.",
     )
     canvas.text(18, 26, "Rank correlation with the measured change of entropy", size=15, bold=True)
-    rows, y = {}, TOP
+    rows: dict[str, float] = {}
+    y = TOP
     for name, label in LABELS.items():
         if name in FIRST_OF_GROUP:
             y += 22

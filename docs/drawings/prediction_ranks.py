@@ -21,7 +21,7 @@ LABELS = {
     "calibrated": "calibrated sums",
     "own": "gradient of its own tokens",
     "own quarter": "of a quarter of them",
-    "own eighth": "of an eighth of them",
+    "own prompt": "of those of one prompt",
     "another": "of one other batch",
     "others": "of eight other batches",
     "averaged": "averaged over steps",

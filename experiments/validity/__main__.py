@@ -1,16 +1,20 @@
 """``python -m experiments.validity VERB``: PROTOCOL.md, part by part.
 
-tabular                     part 1 (seconds)
-isolated --task TASK        parts 2 and 3
-own --task TASK             part 4
+tabular                  part 1
+isolated --task TASK     parts 2, 3 and 6
+own --task TASK          part 4
+runs                     part 5
+summary                  records to experiments/results/validity-DATE.json
+tables                   the newest summary to the tables of docs/evidence.md
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from experiments.validity import isolated, own, tabular
+from experiments.validity import isolated, own, runs, summary, tables, tabular
 from experiments.validity.workbench import TASKS
 
 RECORDS = Path("build/validity")
@@ -20,19 +24,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=("tabular", "isolated", "own"))
+    parser.add_argument("verb", choices=("tabular", "isolated", "own", "runs", "summary", "tables"))
     parser.add_argument("--task", choices=list(TASKS), default="chain_sum")
     parser.add_argument("--records", type=Path, default=RECORDS, help="where raw records lie")
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="of the config"
     )
     args = parser.parse_args()
-    if args.verb == "tabular":
-        tabular.main(args.records)
-    elif args.verb == "isolated":
-        isolated.main(args.records, args.task, args.set)
-    else:
-        own.main(args.records, args.task, args.set)
+    verbs: dict[str, Callable[[], object]] = {
+        "tabular": lambda: tabular.main(args.records),
+        "isolated": lambda: isolated.main(args.records, args.task, args.set),
+        "own": lambda: own.main(args.records, args.task, args.set),
+        "runs": lambda: runs.main(args.records, args.set),
+        "summary": lambda: summary.main(args.records),
+        "tables": tables.main,
+    }
+    verbs[args.verb]()
 
 
 if __name__ == "__main__":

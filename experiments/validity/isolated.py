@@ -24,8 +24,8 @@ from papo.model.load import decoder_of
 from papo_kernels import TokenStats
 
 OTHERS = 8
-DETAILED = 40  # batches with every size, bfloat16 and tokens
-BATCHES = {"chain_sum": 100, "mawps": 50}
+DETAILED = 24  # batches with every size, bfloat16 and tokens
+BATCHES = {"chain_sum": 100, "mawps": 40}
 SEED = 1
 DECAY = 0.8  # of the averaged gradient, as `metrics.predict_decay`
 SIZES = {
@@ -46,33 +46,34 @@ class Others:
 
     Attributes:
         square: of the squared policy gradient.
+        square_bf16: the same of the bfloat16 side.
         entropy: gradient of the mean entropy.
         another: the last batch's.
-        averaged: running average of those of one completion of eight, not yet bias-corrected.
-        square_bf16: as `square`, of the bfloat16 side.
+        quarter, prompt: running averages of those of a quarter, not yet bias-corrected.
     """
 
     square: Vector = field(default_factory=list)
+    square_bf16: Vector = field(default_factory=list)
     entropy: Vector = field(default_factory=list)
     another: Vector = field(default_factory=list)
-    averaged: Vector = field(default_factory=list)
-    square_bf16: Vector = field(default_factory=list)
+    quarter: Vector = field(default_factory=list)
+    prompt: Vector = field(default_factory=list)
 
     def take(self, bench: Workbench, batch: Batch) -> None:
         """Another of the batches that come before."""
+        share = 1.0 / OTHERS
         gradient = bench.policy_gradient(batch.micro, bench.float32)
-        self.square = _added(self.square, (g.square_() for g in gradient), 1.0 / OTHERS)
+        self.square = _added(self.square, (g.square_() for g in gradient), share)
         if bench.bfloat16 is not None:
             gradient = bench.policy_gradient(batch.micro, bench.bfloat16)
-            self.square_bf16 = _added(
-                self.square_bf16, (g.square_() for g in gradient), 1.0 / OTHERS
-            )
+            self.square_bf16 = _added(self.square_bf16, (g.square_() for g in gradient), share)
         parts = EntropyGradients.of(bench, batch)
         self.another = parts.own
-        self.entropy = _added(self.entropy, parts.own, 1.0 / OTHERS)
-        for average in self.averaged:
+        self.entropy = _added(self.entropy, parts.own, share)
+        for average in (*self.quarter, *self.prompt):
             average.mul_(DECAY)
-        self.averaged = _added(self.averaged, parts.eighth, 1.0 - DECAY)
+        self.quarter = _added(self.quarter, parts.quarter, 1.0 - DECAY)
+        self.prompt = _added(self.prompt, parts.prompt, 1.0 - DECAY)
 
 
 def _added(total: Vector, vector: Iterable[Tensor], factor: float) -> Vector:
@@ -83,34 +84,42 @@ def _added(total: Vector, vector: Iterable[Tensor], factor: float) -> Vector:
 
 @dataclass
 class EntropyGradients:
-    """Gradients of the mean entropy of all of a batch's tokens and of some of them."""
+    """Gradients of the mean entropy.
+
+    Attributes:
+        own: over all of a batch's tokens.
+        quarter: over two completions of each prompt.
+        prompt: over all completions of one prompt.
+        seconds: that each took.
+    """
 
     own: Vector
     quarter: Vector
-    eighth: Vector
-    seconds: float
-    seconds_eighth: float
+    prompt: Vector
+    seconds: dict[str, float]
 
     @classmethod
     def of(cls, bench: Workbench, batch: Batch) -> EntropyGradients:
-        """By one pass over every completion, the eighth first."""
-        begin = time.perf_counter()
-        parts = batch.parts()
-        sums = []
-        seconds = []
-        for part in parts:
+        """In as many passes as `Batch.parts` has, so that every completion is in one of them."""
+        sums, seconds, counts = [], [], []
+        for part in batch.parts():
+            begin = time.perf_counter()
             sums.append(bench.entropy_gradient(part, bench.float32))
             seconds.append(time.perf_counter() - begin)
-        counts = [sum(len(s.response_ids) for s in part) for part in parts]
-        first, second, rest = sums
-        quarter_sum = [a + b for a, b in zip(first, second, strict=True)]
-        own = [rest_.add_(q).div_(sum(counts)) for rest_, q in zip(rest, quarter_sum, strict=True)]
+            counts.append(sum(len(s.response_ids) for s in part))
+        both, first, each, rest = sums
+        quarter = [(a + b) / (counts[0] + counts[2]) for a, b in zip(both, each, strict=True)]
+        prompt = [a.add_(b) for a, b in zip(both, first, strict=True)]
+        rest = [r.add_(e).add_(p) for r, e, p in zip(rest, each, prompt, strict=True)]
         return cls(
-            own,
-            [q.div_(counts[0] + counts[1]) for q in quarter_sum],
-            [f.div_(counts[0]) for f in first],
-            seconds[-1],
-            seconds[0],
+            [r.div_(sum(counts)) for r in rest],
+            quarter,
+            [p.div_(counts[0] + counts[1]) for p in prompt],
+            {
+                "own": sum(seconds),
+                "own quarter": seconds[0] + seconds[2],
+                "own prompt": seconds[0] + seconds[1],
+            },
         )
 
 
@@ -155,14 +164,15 @@ class Isolated:
         begin = time.perf_counter()
         base = side.stats(batch.micro)
         pass_seconds = time.perf_counter() - begin
-        averaged = self._with_own(parts.eighth)
+        averaged = self._with_own(self._others.quarter, parts.quarter)
         named = {
             "own": parts.own,
             "own quarter": parts.quarter,
-            "own eighth": parts.eighth,
+            "own prompt": parts.prompt,
             "another": self._others.another,
             "others": self._others.entropy,
             "averaged": averaged,
+            "averaged prompts": self._with_own(self._others.prompt, parts.prompt),
         }
         scores = batch_scores(base, batch.micro)
         length = step_length(self._logits(batch), batch.micro)
@@ -176,9 +186,8 @@ class Isolated:
             "seconds": {
                 "sampling": batch.seconds,
                 "policy gradient": policy_seconds,
-                "entropy gradient": parts.seconds,
-                "entropy gradient of an eighth": parts.seconds_eighth,
                 "pass": pass_seconds,
+                **parts.seconds,
             },
         }
         row["measured"], tokens = self._measured(batch, gradient, base, detailed)
@@ -187,12 +196,11 @@ class Isolated:
             self._add_bf16(row, batch, averaged)
         return row, tokens
 
-    def _with_own(self, eighth: Vector) -> Vector:
-        """The running average with this batch's part, bias-corrected."""
+    def _with_own(self, average: Vector, part: Vector) -> Vector:
+        """A running average with this batch's part, bias-corrected."""
         correction = 1.0 - DECAY ** (OTHERS + 1)
         return [
-            (a * DECAY + e * (1.0 - DECAY)) / correction
-            for a, e in zip(self._others.averaged, eighth, strict=True)
+            (a * DECAY + x * (1.0 - DECAY)) / correction for a, x in zip(average, part, strict=True)
         ]
 
     def _logits(self, batch: Batch) -> Tensor:

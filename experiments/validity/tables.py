@@ -32,10 +32,11 @@ SCORES = {
 FIRST_ORDER = {
     "own": "own tokens, all",
     "own quarter": "own tokens, a quarter",
-    "own eighth": "own tokens, an eighth",
+    "own prompt": "own tokens, one prompt of four",
     "another": "one other batch",
     "others": "eight other batches",
-    "averaged": "averaged: an eighth of each",
+    "averaged": "averaged: a quarter of each",
+    "averaged prompts": "averaged: one prompt of each",
     "others, last 1 blocks": "others, last block",
     "others, last 4 blocks": "others, last 4 blocks",
     "others, last 8 blocks": "others, last 8 blocks",
@@ -156,10 +157,8 @@ def _time_share(found: dict[str, Any], part: str) -> float:
 
 
 def _costs(found: dict[str, Any]) -> dict[str, float]:
-    whole, part = (
-        _time_share(found, name) for name in ("entropy gradient", "entropy gradient of an eighth")
-    )
-    return {"own": whole, "own eighth": part, "averaged": part}
+    parts = {name: _time_share(found, name) for name in ("own", "own quarter", "own prompt")}
+    return {**parts, "averaged": parts["own quarter"], "averaged prompts": parts["own prompt"]}
 
 
 def first_order(summary: Summary) -> str:
@@ -182,7 +181,7 @@ def goal(summary: Summary) -> str:
     """The goal that was set beforehand, predictor by predictor."""
     columns = [found["predictors"] for _, found in _columns(summary)]
     rows = []
-    for name in (*SCORES, "own", "own eighth", "averaged"):
+    for name in (*SCORES, "own", "own quarter", "averaged", "averaged prompts"):
         lowest = min(found[name]["value"] for found in columns)
         above = all(
             found[name]["interval"][0] > max(found[rival]["interval"][1] for rival in RIVALS)

@@ -82,14 +82,17 @@ class Batch:
     seconds: float
 
     def parts(self) -> tuple[list[TrainingSequence], ...]:
-        """The first completion of each prompt, its fifth, and the other six: an eighth of the
-        batch, what makes it a quarter, and the rest."""
+        """Two completions of the first prompt, its others, two of each other prompt, the rest.
+
+        The first and the second are a quarter of the batch, and so are the first and the third.
+        """
         seen: dict[int, int] = {}
-        parts: tuple[list[TrainingSequence], ...] = ([], [], [])
+        parts: tuple[list[TrainingSequence], ...] = ([], [], [], [])
         for sequence in self.sequences:
             place = seen.get(sequence.group, 0)
             seen[sequence.group] = place + 1
-            parts[{0: 0, 4: 1}.get(place, 2)].append(sequence)
+            first = sequence.group == self.sequences[0].group
+            parts[(0 if first else 2) + (place not in (0, 4))].append(sequence)
         return parts
 
     @property

@@ -18,13 +18,11 @@ MAIN = {"sgd": 0.004, "adam": 4e-6, "sign": 4e-6, "adam-bf16": 4e-6}
 SCORES = ("polarity", "sampled term", "STEER, signed", "covariance", "A·L")
 WHOLE = ("own", "others", "averaged")
 FIRST_ORDER = (
-    *("own", "own quarter", "own eighth", "another", "others", "averaged"),
+    *("own", "own quarter", "own prompt", "another", "others", "averaged", "averaged prompts"),
     *(f"others, last {k} blocks" for k in (1, 4, 8, 15)),
     *("others, every 16th", "others, every 256th"),
 )
-SECONDS = (
-    *("sampling", "policy gradient", "entropy gradient", "entropy gradient of an eighth", "pass"),
-)
+SECONDS = ("sampling", "policy gradient", "own", "own quarter", "own prompt", "pass")
 
 
 def write_all(folder: Path, batches: int = 24, detailed: int = 10) -> Path:

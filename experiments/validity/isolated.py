@@ -290,6 +290,14 @@ class Isolated:
         with self._bench.moved(along, size):
             return self._bench.float32.stats(batch.micro).logp
 
+    def _rounded(self, step: Vector, size: float) -> Vector:
+        """What a step of a size does to the bfloat16 weights, over its size."""
+        masters = zip(self._bench.float32.parameters, step, strict=True)
+        return [
+            (p.bfloat16().float() - p.sub(x, alpha=size).bfloat16().float()) / size
+            for p, x in masters
+        ]
+
     def _add_bf16(self, row: dict[str, Any], batch: Batch, averaged: Vector) -> None:
         """What the trainer's bfloat16 makes of an Adam step."""
         bench, side = self._bench, self._bench.bfloat16
@@ -299,9 +307,11 @@ class Isolated:
         own = [g / batch.tokens for g in bench.entropy_gradient(batch.sequences, side)]
         step = list(scaled("adam", gradient, self._others.square_bf16))
         named = {"own": own, "others": self._others.entropy, "averaged": averaged}
+        with torch.no_grad():
+            low = self._rounded(step, BF16_SIZES[0])
         row["first_order"]["adam-bf16"] = {
-            name: -sum(dot(a, b) for a, b in zip(step, vector, strict=True))
-            for name, vector in named.items()
+            **{name: _product(step, vector) for name, vector in named.items()},
+            **{f"{name}, rounded": _product(low, vector) for name, vector in named.items()},
         }
         row["measured"]["adam-bf16"] = {}
         for size in BF16_SIZES:
@@ -309,6 +319,11 @@ class Isolated:
                 after = side.stats(batch.micro)
             change = (after.entropy.double() - base.entropy.double()).mean()
             row["measured"]["adam-bf16"][repr(size)] = float(change)
+
+
+def _product(step: Vector, vector: Vector) -> float:
+    """First-order change of what `vector` is the gradient of, for a step of size 1."""
+    return -sum(dot(a, b) for a, b in zip(step, vector, strict=True))
 
 
 def _hidden(side: Side, batch: Batch) -> Tensor:

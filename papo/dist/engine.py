@@ -225,7 +225,8 @@ class Engine:
     def finite(self) -> bool:
         """Whether the weights and moments that this rank updates are; no collective."""
         assert self.adamw is not None
-        flat = [t for p, s in self.adamw.state.items() for t in (p, *(s[k] for k in MOMENTS if k in s))]
+        state = self.adamw.state
+        flat = [t for p in state for t in (p, *(state[p][k] for k in MOMENTS if k in state[p]))]
         # Among the optimizer's own tensors is padding, which DeepSpeed leaves as the memory was.
         return _all_finite(flat) or _all_finite(self._held())
 

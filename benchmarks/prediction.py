@@ -4,7 +4,7 @@
 folder. Spearman's correlation with the measured change over all measured steps, with the 2.5 and
 97.5 percentiles of 2000 bootstrap samples of the steps (which depend on each other: the true
 interval is wider), and Pearson's of the differences from step to step, in which a trend that both
-share has little part. A prediction that a run did not make, with `metrics.predict_share` 0, is left out.
+share has little part. A prediction that a run did not make (`metrics.predict_share` 0) is left out.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from papo.train.entropy import EntropyMeasurement
 from papo.train.stats import attach
 from papo_kernels import Compute, PolarityWeighting
 from tests.distributed import tasks
+from tests.distributed.average_tasks import run_average as run_average
 from tests.distributed.configs import deepspeed_dict
 from tests.distributed.tasks import passes, sequences, update, whole_weights
 from tests.kernels.tracking import memory

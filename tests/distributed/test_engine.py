@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import average_cases
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance
 
@@ -53,6 +54,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
                 "source",
                 {"source": source, "conserve": conserve},
             )
+    tasks |= average_cases.asked(average_cases.ALONE)
     done = run_tasks(1, tasks, "tests.distributed.engine_tasks")
     return {key: ranks[0] for key, ranks in done.items()}
 
@@ -140,3 +142,9 @@ def test_polarity_of_rollout_and_update_agree_on_the_first_update(results, conse
     assert update["grad_norm"] == pytest.approx(rollout["grad_norm"], rel=1e-6)
     assert update["branches"] == pytest.approx(rollout["branches"], rel=1e-6)
     assert update["sums"]["loss"] == pytest.approx(rollout["sums"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", range(len(average_cases.ALONE)))
+def test_gradients_are_averaged_beside_the_updates(results, case: int) -> None:
+    stage, dtype, _ = average_cases.ALONE[case]
+    average_cases.check(results[f"average-{case}"], stage, dtype)

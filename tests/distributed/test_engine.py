@@ -61,8 +61,9 @@ def results(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("dtype", "tied"), [("fp32", True), ("fp32", False), ("bf16", True)])
 def test_the_logits_of_a_step_never_exist_whole(results, dtype, tied) -> None:
-    """A whole step (old statistics, forward, backward, clipping, AdamW, probe) takes the head's
-    workspace and a few copies of weight and hidden states; none of it grows with N times V.
+    """A whole step (the entropy's gradient, old statistics, forward, backward, clipping, AdamW,
+    probe) takes the head's workspace and a few copies of weight and hidden states; none of it grows
+    with N times V.
     """
     used = results[f"memory-{dtype}-{tied}"]
     assert used["largest"] <= CHUNK_MIB * MiB

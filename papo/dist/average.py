@@ -77,7 +77,10 @@ class GradientAverage:
         return norm
 
     def dot_last_change(self, parts: Named, adamw: GuardedAdamW, *, applied: bool) -> float:
-        """Inner product with what the last update added to all weights; a collective.
+        """Inner product with what the last update added to all compute weights; a collective.
+
+        These are the masters rounded to the model's dtype. Most steps are smaller than the distance
+        of two bfloat16 numbers: few weights change at all, and those by much more than their step.
 
         Args:
             applied: whether it changed them; else NaN.
@@ -87,8 +90,9 @@ class GradientAverage:
         for name, partition in parts if applied else ():
             state = [read_share(partition, kind) for kind in (MASTER, *MOMENTS)]
             for kept, master, first, second in _chunks(self._shares[name], *state):
-                change = adamw.last_change(master, first, second, updates).to(kept.device)
-                total += change.mul_(kept).sum()
+                before = master - adamw.last_change(master, first, second, updates)
+                change = master.to(self._dtype).float() - before.to(self._dtype)
+                total += change.to(kept.device).mul_(kept).sum()
         # Every rank sums, whatever it found.
         product = collectives.sum_named({"product": total})["product"]
         return product if applied else math.nan

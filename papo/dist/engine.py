@@ -51,7 +51,8 @@ class StepResult(NamedTuple):
         grad_norm: before clipping, inf or NaN where the gradient is.
         applied: whether weights changed.
         first_order: sum over all trained parameters of the kept average (`Engine.average_gradient`)
-            times the change; NaN where there is none or nothing changed.
+            times the change of the weights that passes compute with, rounding to bfloat16 included;
+            NaN where there is none or nothing changed.
     """
 
     grad_norm: float

@@ -99,9 +99,10 @@ def reference_gradient(e: Engine, seed: int) -> torch.Tensor:
 
 
 def first_order(e: Engine, before: dict[str, torch.Tensor]) -> float:
-    """Average times what masters have changed by since `before`."""
-    after, kept = held(e, MASTER), average(e)
-    change = {n: after[f"{MASTER}/{n}"].double() - before[f"{MASTER}/{n}"].double() for n in kept}
+    """Average times what compute weights have changed by since `before`."""
+    after, kept = held(e, COMPUTE), average(e)
+    keys = {n: f"{COMPUTE}/{n}" for n in kept}
+    change = {n: after[key].double() - before[key].double() for n, key in keys.items()}
     return float(whole(e, kept) @ whole(e, change))
 
 

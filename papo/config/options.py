@@ -210,8 +210,21 @@ class WeightingConfig(Section):
     source: Literal["update", "rollout"] = "update"
     """Whose polarity to use: that of the policy being updated (computed in the loss kernel), or
     that of the old policy (one more forward pass)."""
+    polarity: Literal["local", "shared"] = "local"
+    """What a token's polarity counts: the change of its own position's entropy, or that of the
+    batch's mean entropy through all parameters, which the tokens share. `shared` costs another
+    forward pass and needs `source: rollout` and `metrics.predict_share` above 0. Until that
+    gradient has been taken once, polarity is `local`."""
     sigma_decay: Decay = 0.95
     """Decay of the running mean square behind sigma."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightingConfig:
+        refuse(
+            self.polarity == "shared" and self.source != "rollout",
+            f"weighting.polarity='shared': expected weighting.source=rollout, got {self.source!r}",
+        )
+        return self
 
 
 class PhaseConfig(Section):

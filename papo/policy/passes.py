@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -35,6 +36,20 @@ class ForwardEngine(Protocol):
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like."""
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a kept average of a gradient exists; the same on every rank."""
+
+    def moved_along_average(self, change: float) -> AbstractContextManager[None]:
+        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
+
+        The weights come back bit for bit.
+
+        Args:
+            change: first-order change of what the average is the gradient of; in nats for an
+                entropy's.
+        """
 
 
 @contextlib.contextmanager

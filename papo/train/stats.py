@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from papo.dist import collectives
 from papo.policy.batch import Batcher, TrainingSequence, micro_batches
@@ -16,6 +17,9 @@ from papo.policy.weighting import WeightController
 from papo_kernels import TokenStats
 
 Pieces = Sequence[Sequence[TrainingSequence]]
+
+# Nats of mean entropy that the weights are moved by for shared polarity.
+SHARED_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,28 @@ class Passes:
                 per_sequence += [TokenStats(*parts) for parts in zip(*columns, strict=True)]
         return per_sequence
 
+    def shared_unit_polarity(
+        self, sequences: Sequence[TrainingSequence], stats: Sequence[TokenStats]
+    ) -> list[Tensor]:
+        """How much raising each token's log-prob raises the mean entropy through the parameters.
+
+        Per unit of the step that raises the mean entropy by a nat per nat: the derivative of the
+        log-prob along the engine's kept average, scaled as by AdamW. A collective.
+
+        Args:
+            stats: the sequences', at the present weights.
+
+        Returns:
+            float32 [T] of each sequence, on the CPU.
+        """
+        with self.engine.moved_along_average(SHARED_CHANGE):
+            moved = self.token_stats(sequences)
+        # A log-prob of -inf stays where it is: its gradient is 0.
+        return [
+            torch.where(there.logp == here.logp, 0.0, (there.logp - here.logp) / SHARED_CHANGE)
+            for there, here in zip(moved, stats, strict=True)
+        ]
+
     def mean_entropy(self, pieces: Pieces) -> float:
         """Mean entropy in nats over all ranks' tokens that train, NaN where there are none; a
         collective."""
@@ -75,7 +101,7 @@ def attach(
 
     `old_logp` is set where a rollout serves several updates: a single one is on-policy, its ratio 1
     by definition. `ref_logp` is set where the KL term is on, and `factor` where the weights come
-    from the old policy's polarity.
+    from the old policy's polarity; `unit_polarity` with it where that is the shared one.
 
     Args:
         old: the policy, whose weights are still the sampler's.
@@ -84,14 +110,19 @@ def attach(
     """
     result = list(sequences)
     if updates_per_rollout > 1 or weighting.from_rollout:
-        stats = list(zip(result, old.token_stats(result), strict=True))
+        stats = old.token_stats(result)
         if weighting.from_rollout:
+            units = [o.unit_polarity for o in stats]
+            if weighting.shared and old.engine.has_average:
+                units = old.shared_unit_polarity(result, stats)
+                result = [replace(s, unit_polarity=u) for s, u in zip(result, units, strict=True)]
             factors = [
-                weighting.rollout_weights(s.advantage, o.unit_polarity, phase) for s, o in stats
+                weighting.rollout_weights(s.advantage, u, phase)
+                for s, u in zip(result, units, strict=True)
             ]
             result = [replace(s, factor=f) for s, f in zip(result, factors, strict=True)]
         if updates_per_rollout > 1:
-            result = [replace(s, old_logp=o.logp) for s, (_, o) in zip(result, stats, strict=True)]
+            result = [replace(s, old_logp=o.logp) for s, o in zip(result, stats, strict=True)]
     if reference is not None:
         ref = reference.token_stats(result)
         result = [replace(s, ref_logp=r.logp) for s, r in zip(result, ref, strict=True)]

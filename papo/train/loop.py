@@ -108,6 +108,8 @@ class Loop:
         measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
             s.row_check.check(sequences)
+            if s.entropy_gradient is not None:
+                s.entropy_gradient.take(sequences)
             sequences = attach(sequences, s.passes, s.reference, s.weighting, phase, count)
         updates = []
         for u, part in enumerate(experience.mini_batches(sequences, count)):

@@ -93,7 +93,7 @@ class Updater:
         result = self.engine.step(lr, blocked=bool(reason))
         if not reason and not result.applied:
             reason = f"gradient norm is {result.grad_norm}"
-        return Update(total, branches, result.grad_norm, lr, reason)
+        return Update(total, branches, result.grad_norm, lr, reason, result.first_order)
 
     def _branch_sums(
         self, out: PolicyLossOutput, batch: MicroBatch, gradient: Tensor

@@ -211,10 +211,9 @@ class WeightingConfig(Section):
     """Whose polarity to use: that of the policy being updated (computed in the loss kernel), or
     that of the old policy (one more forward pass)."""
     polarity: Literal["local", "shared"] = "local"
-    """What a token's polarity counts: the change of its own position's entropy, or that of the
-    batch's mean entropy through all parameters, which the tokens share. `shared` costs another
-    forward pass and needs `source: rollout` and `metrics.predict_share` above 0. Until that
-    gradient has been taken once, polarity is `local`."""
+    """Whose entropy polarity is about: that of the token's own position (`local`), or the mean over
+    the batch, which a token moves through the parameters that all of them share (`shared`, one
+    more forward pass). `shared` needs `source: rollout` and `metrics.predict_share` above 0."""
     sigma_decay: Decay = 0.95
     """Decay of the running mean square behind sigma."""
 

@@ -20,7 +20,7 @@ from papo.errors import PapoError
 from papo.inputs import read_bytes, read_json_object
 from papo.outputs import replace_file
 
-FORMAT = 3
+FORMAT = 4
 OTHER_FORMAT = "checkpoint format"  # so begins the only fault of an intact checkpoint
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"

@@ -79,8 +79,8 @@ def test_a_newer_versions_checkpoint_is_no_damaged_one(tmp_path: Path) -> None:
     """Another version may go on from it."""
     save(tmp_path, 1)
     newer = save(tmp_path, 2)
-    write_manifest(newer, read_manifest(newer).model_copy(update={"format": 4}))
-    with pytest.raises(PapoError, match=r"step-00000002: checkpoint format 4, this version"):
+    write_manifest(newer, read_manifest(newer).model_copy(update={"format": 5}))
+    with pytest.raises(PapoError, match=r"step-00000002: checkpoint format 5, this version"):
         resolve("auto", tmp_path)
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]
 

@@ -136,6 +136,13 @@ def test_one_completion_per_prompt_is_refused(load):
         ("data.held_out_size=0", "data.held_out_size=0: expected > 0 while evaluation"),
         ("optim.updates_per_rollout=5", "expected at most rollout.prompts_per_step=4"),
         ("model.attn_implementation=flash_attention_2", "optim.max_row_tokens=2048: expected 0"),
+        (
+            "metrics.predict_share=1.5",
+            "metrics.predict_share=1.5: expected less than or equal to 1",
+        ),
+        ("metrics.predict_share=-0.1", "expected greater than or equal to 0"),
+        ("metrics.predict_share=.nan", "metrics.predict_share=nan: expected less than or equal"),
+        ("metrics.predict_decay=1", "metrics.predict_decay=1: expected less than 1"),
         ("rollout=3", "rollout=3: expected a section with keys"),
         ("model={}", "model.path is missing: "),
     ],

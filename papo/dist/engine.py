@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from papo.dist import collectives
+from papo.dist.adamw import GuardedAdamW
+from papo.dist.average import GradientAverage
 from papo.dist.partition import (
     MASTER,
     MOMENTS,
@@ -57,20 +59,6 @@ class StepResult(NamedTuple):
     first_order: float = math.nan
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves weights and moments untouched where the step was found bad.
-
-    DeepSpeed calls `step` after it has reduced the gradients: this is the last place before
-    anything changes.
-    """
-
-    blocked = False
-
-    def step(self, closure: Any = None) -> Any:
-        """One update, or none while `blocked`."""
-        return None if self.blocked else super().step(closure)
-
-
 def local_device() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
@@ -107,6 +95,11 @@ class Engine:
                 weight_decay=optim.weight_decay,
                 fused=True,
             )
+        offloaded = "offload_optimizer" in ds_config["zero_optimization"]
+        self.average = GradientAverage(
+            torch.bfloat16 if self.computes_in_bf16 else torch.float32,
+            torch.device("cpu") if offloaded else self.device,
+        )
         self._view = _empty_twin(policy.causal_lm)
         # DeepSpeed makes its float32 masters from bfloat16 weights. A checkpoint's further digits
         # would be lost, and small updates with them: a master that starts on the bfloat16 grid must
@@ -172,20 +165,71 @@ class Engine:
         _return_freed_memory()
         self._ds.step()
         norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
-        return StepResult(norm, applied=not blocked and math.isfinite(norm))
+        applied, first_order = not blocked and math.isfinite(norm), math.nan
+        if self.has_average:
+            parts = self._partitions()
+            first_order = self.average.dot_last_change(parts, self.adamw, applied=applied)
+        return StepResult(norm, applied, first_order)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is an average of gradients."""
+        return self.average.count > 0
+
+    def average_gradient(self, decay: float) -> float:
+        """Fold what `backward` has accumulated into the kept average, in place of a step; its norm.
+
+        The norm is of all ranks' gradient, before clipping. One that is not finite is not folded.
+        Weights and AdamW's state stay as they are, bit for bit.
+
+        Args:
+            decay: of the bias-corrected average, in [0, 1).
+        """
+        assert self.adamw is not None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # streams of DeepSpeed's own write gradients
+        norm = self.average.fold(self._partitions(), decay)
+        self.adamw.blocked = True
+        _return_freed_memory()
+        self._ds.step()  # clears them
+        return norm
+
+    @contextlib.contextmanager
+    def moved_along_average(self, change: float) -> Iterator[None]:
+        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
+
+        The move is the average over AdamW's present root of the second moment, over 1 before its
+        first update. The weights come back bit for bit; float32 masters of bfloat16 weights never
+        change. Without an average nothing is moved.
+
+        Args:
+            change: first-order change of what the average is the gradient of; in nats for an
+                entropy's.
+        """
+        assert self.adamw is not None
+        if not self.has_average:
+            yield
+            return
+        # Weights that ZeRO-3 has gathered and kept would hide the move, and then outlast it.
+        self._ds.empty_partition_cache()
+        try:
+            with self.average.moved(self._partitions(), self.adamw, change):
+                yield
+        finally:
+            self._ds.empty_partition_cache()
 
     def finite(self) -> bool:
         """Whether the weights and moments that this rank updates are; no collective."""
         assert self.adamw is not None
-        flat = [t for p, s in self.adamw.state.items() for t in (p, *(s[k] for k in MOMENTS))]
+        flat = [t for p, s in self.adamw.state.items() for t in (p, *(s[k] for k in MOMENTS if k in s))]
         # Among the optimizer's own tensors is padding, which DeepSpeed leaves as the memory was.
         return _all_finite(flat) or _all_finite(self._held())
 
     def _held(self) -> Iterator[Tensor]:
         """This rank's float32 masters and moments, without padding."""
-        for _, parameter in self.trained_parameters():
-            partition = self.partition(parameter)
-            yield from (partition.read(kind) for kind in (MASTER, *MOMENTS))
+        kinds = (MASTER, *MOMENTS) if self.has_moments else (MASTER,)
+        for _, partition in self._partitions():
+            yield from (partition.read(kind) for kind in kinds)
 
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[PreTrainedModel]:
@@ -240,12 +284,15 @@ class Engine:
         """This rank's part of a trained parameter and of its optimizer state."""
         if self._stage == 3:
             return ZeRO3Partition(parameter, self._zero, collectives.rank())
-        if hasattr(parameter, "_hp_mapping"):
-            return FragmentPartition(parameter)
+        if self.adamw and hasattr(parameter, "_hp_mapping"):
+            return FragmentPartition(parameter, self.adamw)
         state = self.adamw.state.get(parameter, {}) if self.adamw else {}
         moments = {key: state[key] for key in MOMENTS if key in state}
         ranks = collectives.rank(), collectives.world_size()
         return ReplicatedPartition(parameter, moments, *ranks)
+
+    def _partitions(self) -> list[tuple[str, Partition]]:
+        return [(name, self.partition(p)) for name, p in self.trained_parameters()]
 
     @property
     def has_moments(self) -> bool:
@@ -255,10 +302,7 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Updates AdamW has made (its bias correction depends on it)."""
-        steps = (
-            [int(s["step"]) for s in self.adamw.state.values() if "step" in s] if self.adamw else []
-        )
-        return max(steps, default=0)
+        return self.adamw.updates if self.adamw else 0
 
     @optimizer_steps.setter
     def optimizer_steps(self, value: int) -> None:

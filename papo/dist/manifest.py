@@ -62,6 +62,7 @@ class TrainerState(BaseModel):
     step: _Count
     cursor: _Count = 0
     optimizer_steps: _Count
+    averaged_gradients: _Count = 0
     shapes: dict[str, list[_Count]]
     score: FiniteFloat | None = None
     bad_steps: _Count = 0

@@ -97,7 +97,7 @@ def sign(folder: Path, **changes: Any) -> None:
         keys = list(load_file(path)) if path.suffix == ".safetensors" else []
         files[name] = entry_of(path, keys)
     write_manifest(
-        folder, Manifest(format=3, resumable=True, files=files).model_copy(update=changes)
+        folder, Manifest(format=FORMAT, resumable=True, files=files).model_copy(update=changes)
     )
 
 

@@ -195,7 +195,7 @@ def test_a_manifest_of_anything_is_one_line(folder: Path, content: bytes) -> Non
 
 def test_a_checkpoint_of_another_format_says_so(folder: Path) -> None:
     sign_text(folder, MANIFESTS["another format"])
-    assert verify(folder) == ["checkpoint format 4, this version reads 3"]
+    assert verify(folder) == ["checkpoint format 5, this version reads 4"]
 
 
 TRAINERS: dict[str, bytes] = {

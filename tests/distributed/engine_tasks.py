@@ -243,10 +243,8 @@ def run_shared(stage: int) -> dict[str, Any]:
     lr, eps = 1.0, 1e6
     policy = Policy(causal_lm, temperature=1.0)
     e = Engine(policy, deepspeed_dict(stage, "fp32"), OptimConfig(eps=eps))
-    part, controller = (
-        tasks.with_token_weights(sequences(8), tasks.Loss()),
-        WeightController(WeightingConfig(source="rollout", polarity="shared")),
-    )
+    controller = WeightController(WeightingConfig(source="rollout", polarity="shared"))
+    part = tasks.with_token_weights(sequences(8), tasks.Loss())
     norm = EntropyGradient(e, passes(e, 3), share=1.0, decay=0.8).take(part)
     before = whole_weights(e)
     with mock.patch.object(stats, "SHARED_CHANGE", 0.01):

@@ -56,10 +56,11 @@ class Passes:
     def shared_unit_polarity(
         self, sequences: Sequence[TrainingSequence], stats: Sequence[TokenStats]
     ) -> list[Tensor]:
-        """How much raising each token's log-prob raises the mean entropy through the parameters.
+        """How far each token's log-prob rises per nat that the mean entropy rises, where the weights
+        move along the engine's kept average, scaled as by AdamW; a collective.
 
-        Per unit of the step that raises the mean entropy by a nat per nat: the derivative of the
-        log-prob along the engine's kept average, scaled as by AdamW. A collective.
+        It is also the change of the mean entropy by an update that raises this log-prob alone, but
+        for a factor that all tokens have in common (docs/method.md).
 
         Args:
             stats: the sequences', at the present weights.

@@ -56,7 +56,7 @@ class Passes:
     def shared_unit_polarity(
         self, sequences: Sequence[TrainingSequence], stats: Sequence[TokenStats]
     ) -> list[Tensor]:
-        """How far each token's log-prob rises per nat that the mean entropy rises, where the weights
+        """How far each token's log-prob rises per nat that the mean entropy rises, where weights
         move along the engine's kept average, scaled as by AdamW; a collective.
 
         It is also the change of the mean entropy by an update that raises this log-prob alone, but

@@ -176,7 +176,7 @@ def test_interrupted_killed_and_resumed_is_unbroken(
 
 
 def two_rank_config(folder: Path, tiny: Path) -> Path:
-    """Dynamic sampling, two updates per rollout, a KL term, kept ids and shared polarity: everything
+    """Dynamic sampling, two updates per rollout, a KL term, kept ids, shared polarity: everything
     that makes ranks differ in what they do.
 
     Without dropout, which depends on the number of ranks, and in float32, in which rounding does

@@ -4,7 +4,7 @@
 folder. Spearman's correlation with the measured change over all measured steps, with the 2.5 and
 97.5 percentiles of 2000 bootstrap samples of the steps (which depend on each other: the true
 interval is wider), and Pearson's of the differences from step to step, in which a trend that both
-share has little part.
+share has little part. A prediction that a run did not make (`metrics.predict_share` 0) is left out.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ def interval(predicted: Tensor, measured: Tensor) -> list[float]:
     return ends
 
 
-def figures(steps: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The correlations of one prediction."""
+def figures(steps: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The correlations of one prediction, None where there is none."""
+    found = [row for row in steps if row[name] is not None]
+    if not found:
+        return None
     pairs = torch.tensor(
-        [[row[name], row["entropy/measured_delta"]] for row in steps], dtype=torch.float64
+        [[row[name], row["entropy/measured_delta"]] for row in found], dtype=torch.float64
     )
     predicted, measured = pairs.T
     return {
@@ -70,13 +73,15 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="benchmarks/results/prediction-*.json")
     args = parser.parse_args()
     results = [result(run) for run in args.runs]
-    print(f"{'':<34}{'Spearman':>9}{'interval':>16}{'Pearson of differences':>24}")
+    print(f"{'':<42}{'Spearman':>9}{'interval':>16}{'Pearson of differences':>24}")
     for r in results:
         for label in PREDICTIONS.values():
             name, f = f"{r['method']}, seed {r['seed']}: {label}", r[label]
+            if f is None:
+                continue
             low, high = f["interval"]
             print(
-                f"{name:<38}{f['spearman']:5.2f}{low:9.2f} to {high:.2f}"
+                f"{name:<46}{f['spearman']:5.2f}{low:9.2f} to {high:.2f}"
                 f"{f['pearson_of_differences']:16.2f}"
             )
     if args.save:

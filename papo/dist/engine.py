@@ -210,13 +210,17 @@ class Engine:
         if not self.has_average:
             yield
             return
-        # Weights that ZeRO-3 has gathered and kept would hide the move, and then outlast it.
-        self._ds.empty_partition_cache()
+        self._release_gathered()
         try:
             with self.average.moved(self._partitions(), self.adamw, change):
                 yield
         finally:
-            self._ds.empty_partition_cache()
+            self._release_gathered()
+
+    def _release_gathered(self) -> None:
+        """Have ZeRO-3 gather weights anew, some of which it keeps from one pass to the next."""
+        if self._stage == 3:
+            self._zero.empty_partition_cache()
 
     def finite(self) -> bool:
         """Whether the weights and moments that this rank updates are; no collective."""

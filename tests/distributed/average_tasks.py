@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.distributed.configs import deepspeed_dict
 from tests.distributed.tasks import Loss, model, my_part, passes, sequences
 
 DECAY = 0.7
+FOLDS = 3
 CLIP = 1e-2
 
 
@@ -103,68 +105,72 @@ def first_order(e: Engine, before: dict[str, torch.Tensor]) -> float:
     return float(whole(e, kept) @ whole(e, change))
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 def run_average(stage: int, dtype: str, **offload: str) -> dict[str, Any]:
     """Updates with gradients averaged between them, beside the same updates without."""
     e, plain = (engine_of(stage, dtype, **offload) for _ in range(2))
-    said: dict[str, list[Any]] = {
-        name: [] for name in ("norm", "true_norm", "kept", "first_order", "true", "weights")
-    }
+    before, change = state(e), 1e-4 if dtype == "fp32" else -1e-2
+    with e.moved_along_average(1.0):
+        said: dict[str, list[Any]] = {"nothing": [not e.has_average, same(state(e), before)]}
     gradients = []
-    for seed in (0, 1, 2):
-        true = reference_gradient(e, seed)
-        gradients.append(true)
+    for seed in range(FOLDS):
+        gradients.append(reference_gradient(e, seed))
         before = state(e)
-        said["norm"].append(fold(e, seed))
-        said["true_norm"].append(float(true.norm()))
-        said["kept"].append(same(state(e), before) and e.optimizer_steps == seed)
-        done = one_update(e, seed)
-        assert done.applied and one_update(plain, seed).applied
-        said["first_order"].append(done.first_order)
-        said["true"].append(first_order(e, before))
-        said["weights"].append(same(state(e), state(plain)))
-    shares = [DECAY ** (2 - i) for i in range(3)]
+        norm = fold(e, seed)
+        kept = same(state(e), before) and e.optimizer_steps == seed
+        if seed == 0:
+            said["moves"] = [moved(e, seed, change)]
+        done, beside = one_update(e, seed), one_update(plain, seed)
+        pairs = {
+            "norms": (norm, float(gradients[-1].norm())),
+            "first_orders": (done.first_order, first_order(e, before)),
+            "kept": kept,
+            "followed": done.applied and same(state(e), state(plain)),
+            "without": math.isnan(beside.first_order),
+        }
+        for name, pair in pairs.items():
+            said.setdefault(name, []).append(pair)
+    shares = [DECAY ** (FOLDS - 1 - i) for i in range(FOLDS)]
     expected = sum(s * g for s, g in zip(shares, gradients, strict=True)) / sum(shares)
+    average_off = float((whole(e, average(e)) - expected).norm() / expected.norm())
+    said["moves"].append(moved(e, FOLDS - 1, change))
+    return {**said, "average_off": average_off, **spoiled(e)}
+
+
+def spoiled(e: Engine) -> dict[str, Any]:
+    """A gradient that is not a number on one rank, folded and then stepped with."""
+    kept, before, over = average(e), state(e), passes(e, 2)
+    pieces = over.pieces(part(0))
+
+    def backward() -> None:
+        factor = math.nan if collectives.rank() == 0 else 1.0
+        for i, piece in enumerate(pieces):
+            entropy = e.forward(over.batcher.batch(piece).model_inputs())[1]
+            e.backward(entropy.sum() * factor, last=i == len(pieces) - 1)
+
+    backward()
+    norm = e.average_gradient(DECAY)
+    backward()
+    step = e.step(1e-2, blocked=False)
     return {
-        **said,
-        "average": relative(whole(e, average(e)), expected),
-        **not_finite(e),
-        **moved(e, 1e-3 if dtype == "fp32" else 0.1),
+        "spoiled": not math.isfinite(norm) and not step.applied and math.isnan(step.first_order),
+        "unspoiled": same(average(e), kept) and same(state(e), before) and e.average.count == FOLDS,
     }
 
 
-def not_finite(e: Engine) -> dict[str, Any]:
-    """A gradient that is not a number, on one rank, is not folded in; nor is it by a step."""
-    kept, before = average(e), state(e)
-    over = passes(e, 2)
-    pieces = over.pieces(part(0))
-    for i, piece in enumerate(pieces):
-        spoiled = math.nan if collectives.rank() == 0 else 1.0
-        entropy = e.forward(over.batcher.batch(piece).model_inputs())[1]
-        e.backward(entropy.sum() * spoiled, last=i == len(pieces) - 1)
-    norm = e.average_gradient(DECAY)
-    same_average = same(average(e), kept) and e.average.count == 3
-    return {"bad": math.isfinite(norm), "bad_kept": same_average and same(state(e), before)}
-
-
-def moved(e: Engine, change: float) -> dict[str, Any]:
-    """The mean entropy's change where weights are moved for one of `change`."""
+def moved(e: Engine, seed: int, change: float) -> dict[str, Any]:
+    """What the mean entropy and the weights' place along the average change by where they are moved
+    for an entropy change, over that change."""
     over = passes(e, 8)
-    pieces = over.pieces(part(2))
+    pieces = over.pieces(part(seed))
     before, entropy = state(e), over.mean_entropy(pieces)
-    with e.moved_along_average(change):
-        up = over.mean_entropy(pieces) - entropy
-        masters = same(held(e, *MOMENTS), {k: v for k, v in before.items() if "exp" in k})
-        now = held(e, COMPUTE)
-    step = {k: now[k].double() - before[k].double() for k in now}
-    directions = whole(e, average(e)) @ whole(e, step)
+    with contextlib.suppress(ArithmeticError), e.moved_along_average(change):
+        inside, measured = state(e), over.mean_entropy(pieces) - entropy
+        raise ArithmeticError
+    step = {k: inside[k].double() - before[k].double() for k in inside if COMPUTE in k}
     return {
-        "up": up / change,
-        "along": float(directions) / change,
-        "moments_kept": masters,
+        "entropy": measured / change,
+        "along": float(whole(e, average(e)) @ whole(e, step)) / change,
+        "moved": sorted({k.split("/")[0] for k in before if not before[k].equal(inside[k])}),
         "restored": same(state(e), before) and over.mean_entropy(pieces) == entropy,
     }
 

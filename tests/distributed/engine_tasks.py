@@ -19,6 +19,7 @@ from papo.train.entropy import EntropyGradient, EntropyMeasurement
 from papo.train.stats import attach
 from papo_kernels import Compute, PolarityWeighting
 from tests.distributed import tasks
+from tests.distributed.average_tasks import run_average as run_average
 from tests.distributed.configs import deepspeed_dict
 from tests.distributed.tasks import passes, sequences, update, whole_weights
 from tests.kernels.tracking import memory
@@ -74,8 +75,8 @@ def wide_sequences(count: int) -> list[Any]:
 
 
 def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, Any]:
-    """Allocations of statistics, forward, backward, step and measurement on `count` x 64 tokens of
-    a wide vocabulary. The second step: moments exist by then.
+    """Allocations of the entropy's gradient, statistics, forward, backward, step and measurement on
+    `count` x 64 tokens of a wide vocabulary. The second step: moments and an average exist by then.
     """
     causal_lm = small_llama(
         0,
@@ -89,10 +90,13 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
     ).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     e = engine_of(causal_lm, dtype=dtype, chunk_bytes=chunk_mib * MiB)
     weighting = PolarityWeighting(strength=0.5, phase=0.5)
+    gradient = EntropyGradient(e, passes(e, 64), 1.0, 0.5)
+    gradient.take(wide_sequences(1))
     step(e, wide_sequences(1), weighting=weighting)
 
     def whole_step() -> None:
         part = wide_sequences(count)
+        gradient.take(part)
         old = passes(e, 64).token_stats(part)
         part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
         done = measured_step(e, part, weighting=weighting)

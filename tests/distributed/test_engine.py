@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import average_cases
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance
 
@@ -54,14 +55,16 @@ def results(tmp_path_factory) -> dict[str, Any]:
                 {"source": source, "conserve": conserve},
             )
     tasks |= {f"shared-{stage}": ("shared", {"stage": stage}) for stage in (1, 3)}
+    tasks |= average_cases.asked(average_cases.ALONE)
     done = run_tasks(1, tasks, "tests.distributed.engine_tasks")
     return {key: ranks[0] for key, ranks in done.items()}
 
 
 @pytest.mark.parametrize(("dtype", "tied"), [("fp32", True), ("fp32", False), ("bf16", True)])
 def test_the_logits_of_a_step_never_exist_whole(results, dtype, tied) -> None:
-    """A whole step (old statistics, forward, backward, clipping, AdamW, probe) takes the head's
-    workspace and a few copies of weight and hidden states; none of it grows with N times V.
+    """A whole step (the entropy's gradient, old statistics, forward, backward, clipping, AdamW,
+    probe) takes the head's workspace and a few copies of weight and hidden states; none of it grows
+    with N times V.
     """
     used = results[f"memory-{dtype}-{tied}"]
     assert used["largest"] <= CHUNK_MIB * MiB
@@ -150,3 +153,9 @@ def test_shared_polarity_adds_up_to_what_the_update_does(results, stage: int) ->
     assert got["same"]
     assert got["first_order"] == pytest.approx(got["polarity"], abs=0.01 * got["sizes"])
     assert abs(got["polarity"]) > 0.05 * got["sizes"]
+
+
+@pytest.mark.parametrize("case", range(len(average_cases.ALONE)))
+def test_gradients_are_averaged_beside_the_updates(results, case: int) -> None:
+    stage, dtype, _ = average_cases.ALONE[case]
+    average_cases.check(results[f"average-{case}"], stage, dtype)

@@ -59,7 +59,8 @@ def test_a_run_leaves_what_it_promises(unbroken: Path, tiny: Path) -> None:
     steps = [r for r in rows(unbroken) if "reward/mean" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
     assert all(r["optim/skipped"] == 0 and r["entropy/mean"] > 0 for r in steps)
-    assert all(r["entropy/measured_delta"] is not None for r in steps)
+    effects = ("entropy/predicted_delta", "entropy/measured_delta")
+    assert all(r[name] is not None for r in steps for name in effects)
     assert any(abs(r["phase/phi"]) > 0 for r in steps)
     labels = [e["label"] for e in json.loads((run / "summary.json").read_text())["evaluations"]]
     assert labels == ["before", "after"]

@@ -25,6 +25,10 @@ class ForwardEngine(Protocol):
     def dropout(self) -> bool:
         """Whether passes with gradient see another policy than those without."""
 
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether weights and activations of a pass are bfloat16."""
+
     def forward(
         self,
         batch: ModelInputs,

@@ -18,8 +18,9 @@ from papo_kernels import TokenStats
 
 Pieces = Sequence[Sequence[TrainingSequence]]
 
-# Nats of mean entropy that the weights are moved by for shared polarity.
-SHARED_CHANGE = 0.1
+# Nats of mean entropy that the weights are moved by for shared polarity. Log-probs bend over more;
+# less drowns in how bfloat16 rounds activations.
+SHARED_CHANGE, SHARED_CHANGE_BF16 = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ class Passes:
         Returns:
             float32 [T] of each sequence, on the CPU.
         """
-        with self.engine.moved_along_average(SHARED_CHANGE):
+        change = SHARED_CHANGE_BF16 if self.engine.computes_in_bf16 else SHARED_CHANGE
+        with self.engine.moved_along_average(change):
             moved = self.token_stats(sequences)
         # A log-prob of -inf stays where it is: its gradient is 0.
         return [
-            torch.where(there.logp == here.logp, 0.0, (there.logp - here.logp) / SHARED_CHANGE)
+            torch.where(there.logp == here.logp, 0.0, (there.logp - here.logp) / change)
             for there, here in zip(moved, stats, strict=True)
         ]
 

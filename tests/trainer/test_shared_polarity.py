@@ -29,7 +29,13 @@ from tests.trainer.tiny import small_llama
 
 
 class MovingEngine(PlainEngine):
-    """With weights that move along the average of the gradients."""
+    """With weights that move along the average of the gradients.
+
+    Attributes:
+        change: of the last move.
+    """
+
+    computes_in_bf16 = False
 
     @property
     def has_average(self) -> bool:
@@ -51,6 +57,7 @@ class MovingEngine(PlainEngine):
 
     @contextlib.contextmanager
     def moved_along_average(self, change: float) -> Iterator[None]:
+        self.change = change
         kept = [p.detach().clone() for p in self.parameters]
         step = change / self.slope()
         with torch.no_grad():
@@ -266,6 +273,21 @@ def test_polarity_is_local_where_that_is_asked_for_or_there_is_no_average() -> N
             assert s.unit_polarity is None
             expected = weights.rollout_weights(s.advantage, own.unit_polarity, 0.7)
             assert torch.equal(s.factor, expected)
+
+
+@pytest.mark.parametrize(("in_bf16", "change"), [(False, 0.1), (True, 0.5)])
+def test_weights_are_moved_further_where_activations_are_rounded(
+    in_bf16: bool, change: float
+) -> None:
+    engine, over = with_average()
+    engine.computes_in_bf16 = in_bf16
+    part = attach(arms(), over, None, controller(polarity="shared"), 0.7, updates_per_rollout=1)
+    assert engine.change == change
+    here = over.token_stats(arms())
+    with engine.moved_along_average(change):
+        moved = over.token_stats(arms())
+    for s, m, h in zip(part, moved, here, strict=True):
+        assert torch.equal(s.unit_polarity, (m.logp - h.logp) / change)
 
 
 def test_the_reference_policy_stays_where_it_is() -> None:

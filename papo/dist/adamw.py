@@ -49,4 +49,4 @@ class GuardedAdamW(torch.optim.AdamW):
         step.mul_(-group["lr"] / correction)
         # after = (1 - decay) * before + step
         decay = group["lr"] * group["weight_decay"]
-        return step.sub_((master - step).mul_(decay / (1 - decay)))
+        return step.sub_(master - step, alpha=decay / (1 - decay))

@@ -21,7 +21,7 @@ from papo.dist.partition import (
 )
 
 AVERAGE = "entropy_gradient"  # in a checkpoint
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 # Its multiples are spread evenly over the 2^16 steps of float32 between two bfloat16 numbers.
 _GOLDEN = 40503
 
@@ -63,9 +63,9 @@ class GradientAverage:
     def fold(self, parts: Named, decay: float) -> float:
         """Fold the present gradients in, unless they are not finite; their norm. A collective."""
         gradients = {name: read_share(partition, GRADIENT) for name, partition in parts}
-        square = sum(
-            torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients.values()
-        )
+        # In float32 a chunk at a time, as all sums here: of many millions it would lose 3 digits.
+        pieces = [piece for g in gradients.values() for (piece,) in _chunks(g)]
+        square = sum(torch.linalg.vector_norm(piece).double().square() for piece in pieces)
         norm = math.sqrt(collectives.sum_named({"square": square})["square"])
         if not math.isfinite(norm):
             return norm
@@ -88,7 +88,7 @@ class GradientAverage:
             state = [read_share(partition, kind) for kind in (MASTER, *MOMENTS)]
             for kept, master, first, second in _chunks(self._shares[name], *state):
                 change = adamw.last_change(master, first, second, updates).to(kept.device)
-                total += change.mul_(kept).sum(dtype=torch.float64)
+                total += change.mul_(kept).sum()
         # Every rank sums, whatever it found.
         product = collectives.sum_named({"product": total})["product"]
         return product if applied else math.nan
@@ -102,15 +102,19 @@ class GradientAverage:
         """
         product = torch.zeros((), dtype=torch.float64, device=self._device)
         for name, partition in parts:
-            for kept, direction in self._directions(name, partition, adamw):
-                product += (kept * direction).sum(dtype=torch.float64)
+            for _, kept, direction in self._directions(name, partition, adamw):
+                product += direction.mul_(kept).sum()
         length = collectives.sum_named({"product": product})["product"]
         scale = change / length if length else 0.0
         start = {name: read_share(partition, COMPUTE).clone() for name, partition in parts}
         try:
             for name, partition in parts:
-                steps = [d.mul_(scale) for _, d in self._directions(name, partition, adamw)]
-                partition.set_compute(_moved(start[name], steps, partition.share.start))
+                moved = start[name].clone()
+                for first, _, direction in self._directions(name, partition, adamw):
+                    piece = moved[first : first + len(direction)]
+                    step = direction.mul_(scale).to(piece.device)
+                    piece.copy_(_added(piece, step, partition.share.start + first))
+                partition.set_compute(moved)
             yield
         finally:
             for name, partition in parts:
@@ -118,20 +122,18 @@ class GradientAverage:
 
     def _directions(
         self, name: str, partition: Partition, adamw: GuardedAdamW
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Average and average divided by AdamW's divisor, a chunk at a time, float32."""
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First element, average, and average over AdamW's divisor (float32), a chunk at a time."""
         updates = adamw.updates
         kept = self.share(name, len(partition.share))
-        if not updates:
-            yield from ((chunk.float(), chunk.float().clone()) for (chunk,) in _chunks(kept))
-            return
-        for chunk, exp_avg_sq in _chunks(kept, read_share(partition, MOMENTS[1])):
-            divisor = adamw.divisor(exp_avg_sq, updates).to(chunk.device)
-            yield chunk.float(), chunk.float() / divisor
+        second = read_share(partition, MOMENTS[1]) if updates else kept
+        for i, (chunk, exp_avg_sq) in enumerate(_chunks(kept, second)):
+            divisor = adamw.divisor(exp_avg_sq, updates).to(chunk.device) if updates else 1.0
+            yield i * _CHUNK, chunk, chunk.float() / divisor
 
 
-def _moved(start: Tensor, steps: Sequence[Tensor], first: int) -> Tensor:
-    """`start` plus the steps laid end to end, in its dtype.
+def _added(weights: Tensor, step: Tensor, first: int) -> Tensor:
+    """`weights` plus `step` (float32), as the weights' dtype has it.
 
     Steps are often smaller than half the distance of two bfloat16 numbers, where rounding to the
     nearest would undo them. A pattern over the elements rounds some up and some down: a number is
@@ -140,15 +142,13 @@ def _moved(start: Tensor, steps: Sequence[Tensor], first: int) -> Tensor:
     Args:
         first: the place of the first element in the whole parameter.
     """
-    if not steps:
-        return start
-    moved = start.float() + torch.cat(list(steps)).to(start.device)
-    if start.dtype != torch.bfloat16:
+    moved = step.add_(weights)
+    if weights.dtype != torch.bfloat16:
         return moved
-    place = torch.arange(first, first + len(moved), device=moved.device)
-    pattern = (place * _GOLDEN % (1 << 16)).int()
-    bits = moved.view(torch.int32).add_(pattern).bitwise_and_(-(1 << 16))
-    return bits.view(torch.float32).bfloat16()
+    first %= 1 << 16  # the pattern's period
+    place = torch.arange(first, first + len(moved), dtype=torch.int32, device=moved.device)
+    pattern = (place * _GOLDEN).bitwise_and_((1 << 16) - 1)
+    return moved.view(torch.int32).add_(pattern).bitwise_and_(-(1 << 16)).view(torch.float32)
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

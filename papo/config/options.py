@@ -210,8 +210,20 @@ class WeightingConfig(Section):
     source: Literal["update", "rollout"] = "update"
     """Whose polarity to use: that of the policy being updated (computed in the loss kernel), or
     that of the old policy (one more forward pass)."""
+    polarity: Literal["local", "shared"] = "local"
+    """Whose entropy polarity is about: that of the token's own position (`local`), or the mean over
+    the batch, which a token moves through the parameters that all of them share (`shared`, one
+    more forward pass). `shared` needs `source: rollout` and `metrics.predict_share` above 0."""
     sigma_decay: Decay = 0.95
     """Decay of the running mean square behind sigma."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightingConfig:
+        refuse(
+            self.polarity == "shared" and self.source != "rollout",
+            f"weighting.polarity='shared': expected weighting.source=rollout, got {self.source!r}",
+        )
+        return self
 
 
 class PhaseConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -24,6 +25,10 @@ class ForwardEngine(Protocol):
     def dropout(self) -> bool:
         """Whether passes with gradient see another policy than those without."""
 
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether weights and activations of a pass are bfloat16."""
+
     def forward(
         self,
         batch: ModelInputs,
@@ -35,6 +40,20 @@ class ForwardEngine(Protocol):
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like."""
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a kept average of a gradient exists; the same on every rank."""
+
+    def moved_along_average(self, change: float) -> AbstractContextManager[None]:
+        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
+
+        The weights come back bit for bit.
+
+        Args:
+            change: first-order change of what the average is the gradient of; in nats for an
+                entropy's.
+        """
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,16 +39,6 @@ class TrainingEngine(ForwardEngine, Protocol):
 
         Args:
             decay: of the bias-corrected average, in [0, 1).
-        """
-
-    def moved_along_average(self, change: float) -> AbstractContextManager[None]:
-        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
-
-        The weights come back bit for bit.
-
-        Args:
-            change: first-order change of what the average is the gradient of; in nats for an
-                entropy's.
         """
 
 
@@ -112,15 +101,19 @@ class Updater:
         """Branch sums of a micro-batch, before and after weighting, wherever that happened.
 
         Weights from the old policy (`batch.factor`) are in the advantages already. They are divided
-        out again for what is "before".
+        out again for what is "before". Where shared polarity made them, the sums are of it too.
         """
         factor = torch.ones_like(out.weight) if batch.factor is None else batch.factor
-        polarity = out.polarity / factor
+        advantages = batch.advantages / factor
+        if batch.unit_polarity is None:
+            polarity, unit_polarity = out.polarity / factor, out.unit_polarity
+        else:
+            polarity, unit_polarity = advantages * batch.unit_polarity, batch.unit_polarity
         return branch_sums(
             polarity,
-            batch.advantages / factor,
+            advantages,
             out.weight * factor,
             batch.live,
             out.clipped & (gradient == 0),
-            self.controller.shape_of(polarity, out.unit_polarity),
+            self.controller.shape_of(polarity, unit_polarity),
         )

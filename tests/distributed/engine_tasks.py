@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,7 +14,7 @@ from papo.dist.partition import MASTER
 from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
-from papo.train import build
+from papo.train import build, stats
 from papo.train.entropy import EntropyGradient, EntropyMeasurement
 from papo.train.stats import attach
 from papo_kernels import Compute, PolarityWeighting
@@ -233,6 +234,35 @@ def run_source(source: str, conserve: bool) -> dict[str, Any]:
         "sums": done.sums._asdict(),
         "branches": done.branches._asdict(),
         "grad_norm": done.grad_norm,
+    }
+
+
+def run_shared(stage: int) -> dict[str, Any]:
+    """An update of plain gradient descent: the change of the mean entropy by what the weights did,
+    and by what the tokens' shared polarity adds up to.
+    """
+    causal_lm = tasks.model(True)
+    with torch.no_grad():
+        causal_lm.get_input_embeddings().weight.mul_(15)
+    lr, eps = 1.0, 1e6
+    policy = Policy(causal_lm, temperature=1.0)
+    e = Engine(policy, deepspeed_dict(stage, "fp32"), OptimConfig(eps=eps))
+    controller = WeightController(WeightingConfig(source="rollout", polarity="shared"))
+    part = tasks.with_token_weights(sequences(8), tasks.Loss())
+    norm = EntropyGradient(e, passes(e, 3), share=1.0, decay=0.8).take(part)
+    before = whole_weights(e)
+    with mock.patch.object(stats, "SHARED_CHANGE", 0.01):
+        part = attach(part, passes(e, 3), None, controller, 0.7, updates_per_rollout=1)
+    same = whole_weights(e) == before
+    batch = passes(e, 8).batcher.batch(part)
+    each = batch.token_weight * batch.advantages * batch.unit_polarity
+    done = step(e, part, lr=lr, controller=controller)
+    rate = lr / eps * min(1.0, 1.0 / done.grad_norm)
+    return {
+        "same": same,
+        "first_order": done.first_order,
+        "polarity": rate * norm**2 * float(each.sum()),
+        "sizes": rate * norm**2 * float(each.abs().sum()),
     }
 
 

@@ -54,6 +54,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
                 "source",
                 {"source": source, "conserve": conserve},
             )
+    tasks |= {f"shared-{stage}": ("shared", {"stage": stage}) for stage in (1, 3)}
     tasks |= average_cases.asked(average_cases.ALONE)
     done = run_tasks(1, tasks, "tests.distributed.engine_tasks")
     return {key: ranks[0] for key, ranks in done.items()}
@@ -143,6 +144,15 @@ def test_polarity_of_rollout_and_update_agree_on_the_first_update(results, conse
     assert update["grad_norm"] == pytest.approx(rollout["grad_norm"], rel=1e-6)
     assert update["branches"] == pytest.approx(rollout["branches"], rel=1e-6)
     assert update["sums"]["loss"] == pytest.approx(rollout["sums"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_shared_polarity_adds_up_to_what_the_update_does(results, stage: int) -> None:
+    """To the curvature along the way that the weights are moved, by 0.01 nats, and back."""
+    got = results[f"shared-{stage}"]
+    assert got["same"]
+    assert got["first_order"] == pytest.approx(got["polarity"], abs=0.01 * got["sizes"])
+    assert abs(got["polarity"]) > 0.05 * got["sizes"]
 
 
 @pytest.mark.parametrize("case", range(len(average_cases.ALONE)))

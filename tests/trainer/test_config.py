@@ -124,6 +124,11 @@ def test_one_completion_per_prompt_is_refused(load):
             "phase.fast_decay=0.95",
             "phase.fast_decay=0.95: expected less than phase.slow_decay=0.95",
         ),
+        (
+            "weighting.polarity=shared",
+            "weighting.polarity='shared': expected weighting.source=rollout, got 'update'",
+        ),
+        ("weighting.polarity=global", "weighting.polarity='global': expected 'local' or 'shared'"),
         ("reward.verifier=sympy", "reward.verifier='sympy': expected `auto`"),
         ("data.source=jsonl", "data.train_path is missing"),
         ("data.dataset=null", "data.dataset is missing"),
@@ -144,6 +149,13 @@ def test_one_completion_per_prompt_is_refused(load):
 )
 def test_bad_value_names_key_value_and_expectation(load, override, expected):
     assert expected in refusal(load, override)
+
+
+def test_shared_polarity_without_the_gradient_that_it_is_taken_along_is_refused(load):
+    shared = ["weighting={polarity: shared, source: rollout}"]
+    assert load(*shared).weighting.polarity == "shared"
+    line = refusal(load, *shared, "metrics.predict_share=0")
+    assert "metrics.predict_share=0.0: expected > 0 with weighting.polarity=shared" in line
 
 
 def test_soft_overlong_buffer_longer_than_the_limit_is_refused(load):

@@ -25,10 +25,6 @@ class ForwardEngine(Protocol):
     def dropout(self) -> bool:
         """Whether passes with gradient see another policy than those without."""
 
-    @property
-    def computes_in_bf16(self) -> bool:
-        """Whether weights and activations of a pass are bfloat16."""
-
     def forward(
         self,
         batch: ModelInputs,
@@ -40,6 +36,14 @@ class ForwardEngine(Protocol):
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout and the like."""
+
+
+class MovableEngine(ForwardEngine, Protocol):
+    """An engine whose weights can be moved for a pass."""
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether weights and activations of a pass are bfloat16."""
 
     @property
     def has_average(self) -> bool:

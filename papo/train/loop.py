@@ -108,7 +108,7 @@ class Loop:
         measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
             s.row_check.check(sequences)
-            if s.entropy_gradient is not None:
+            if s.entropy_gradient is not None and due(config.metrics.predict_every, self.step):
                 s.entropy_gradient.take(sequences)
             sequences = attach(sequences, s.passes, s.reference, s.weighting, phase, count)
         updates = []

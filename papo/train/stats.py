@@ -12,7 +12,7 @@ from torch import Tensor
 
 from papo.dist import collectives
 from papo.policy.batch import Batcher, TrainingSequence, micro_batches
-from papo.policy.passes import ForwardEngine, evaluating, stats_of
+from papo.policy.passes import MovableEngine, evaluating, stats_of
 from papo.policy.weighting import WeightController
 from papo_kernels import TokenStats
 
@@ -31,7 +31,7 @@ class Passes:
         size: sequences of a micro-batch.
     """
 
-    engine: ForwardEngine
+    engine: MovableEngine
     batcher: Batcher
     size: int
 

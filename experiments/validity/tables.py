@@ -37,6 +37,8 @@ FIRST_ORDER = {
     "others": "eight other batches",
     "averaged": "averaged: a quarter of each",
     "averaged prompts": "averaged: one prompt of each",
+    "own, rounded": "own tokens, all; bfloat16 weights",
+    "averaged, rounded": "averaged: a quarter of each; bfloat16 weights",
     "others, last 1 blocks": "others, last block",
     "others, last 4 blocks": "others, last 4 blocks",
     "others, last 8 blocks": "others, last 8 blocks",
@@ -130,7 +132,8 @@ def isolated(summary: Summary, task: str) -> str:
     head = [f"{TASKS[task]}: Spearman [95%], right signs"]
     head += [f"{KINDS[kind]} ({found['batches']})" for kind, found in kinds.items()]
     rows = [["*always falling*", *(share(found["falling"]) for found in kinds.values())]]
-    first_order = {name: FIRST_ORDER[name] for name in ("own", "others", "averaged")}
+    names = ("own", "others", "averaged", "own, rounded", "averaged, rounded")
+    first_order = {name: FIRST_ORDER[name] for name in names}
     for name, label in (SCORES | first_order).items():
         cells = [found["predictors"].get(name) for found in kinds.values()]
         label = f"first order: {label}" if name in first_order else label
@@ -169,6 +172,8 @@ def first_order(summary: Summary) -> str:
     head += [*(title for title, _ in columns), *(f"time, {TASKS[task]}" for task in tasks)]
     rows = []
     for name, label in FIRST_ORDER.items():
+        if "rounded" in name:
+            continue
         cosines = [found["cosine"].get(name, {}).get("median") for found in tasks.values()]
         cells = [figure(c) if c is not None else "" for c in cosines]
         cells += [estimate(found["predictors"][name]) for _, found in columns]

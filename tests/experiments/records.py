@@ -16,7 +16,7 @@ SIZES = {
 }
 MAIN = {"sgd": 0.004, "adam": 4e-6, "sign": 4e-6, "adam-bf16": 4e-6}
 SCORES = ("polarity", "sampled term", "STEER, signed", "covariance", "A·L")
-WHOLE = ("own", "others", "averaged")
+WHOLE = ("own", "others", "averaged", "own, rounded", "averaged, rounded")
 FIRST_ORDER = (
     *("own", "own quarter", "own prompt", "another", "others", "averaged", "averaged prompts"),
     *(f"others, last {k} blocks" for k in (1, 4, 8, 15)),

@@ -21,7 +21,8 @@ from papo.dist.partition import (
 )
 
 AVERAGE = "entropy_gradient"  # in a checkpoint
-_CHUNK = 1 << 18
+# Elements that are worked on at once: what fits a CPU's cache, or keeps a GPU busy.
+_CHUNK, _CHUNK_CUDA = 1 << 18, 1 << 24
 # Its multiples are spread evenly over the 2^16 steps of float32 between two bfloat16 numbers.
 _GOLDEN = 40503
 
@@ -62,16 +63,17 @@ class GradientAverage:
 
     def fold(self, parts: Named, decay: float) -> float:
         """Fold the present gradients in, unless they are not finite; their norm. A collective."""
-        gradients = {name: read_share(partition, GRADIENT) for name, partition in parts}
-        # In float32 a chunk at a time, as all sums here: of many millions it would lose 3 digits.
-        pieces = [piece for g in gradients.values() for (piece,) in _chunks(g)]
-        square = sum(torch.linalg.vector_norm(piece).double().square() for piece in pieces)
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        for _, partition in parts:
+            for (piece,) in _chunks(read_share(partition, GRADIENT)):
+                square += _sum(piece.square()).to(self._device)
         norm = math.sqrt(collectives.sum_named({"square": square})["square"])
         if not math.isfinite(norm):
             return norm
         self.count += 1
         weight = (1 - decay) / (1 - decay**self.count)  # keeps the bias corrected
-        for name, gradient in gradients.items():
+        for name, partition in parts:
+            gradient = read_share(partition, GRADIENT)
             for kept, new in _chunks(self.share(name, len(gradient)), gradient):
                 kept.copy_(kept.float().lerp_(new.to(kept.device), weight))
         return norm
@@ -92,7 +94,7 @@ class GradientAverage:
             for kept, master, first, second in _chunks(self._shares[name], *state):
                 before = master - adamw.last_change(master, first, second, updates)
                 change = master.to(self._dtype).float() - before.to(self._dtype)
-                total += change.to(kept.device).mul_(kept).sum()
+                total += _sum(change.to(kept.device).mul_(kept))
         # Every rank sums, whatever it found.
         product = collectives.sum_named({"product": total})["product"]
         return product if applied else math.nan
@@ -107,13 +109,17 @@ class GradientAverage:
         product = torch.zeros((), dtype=torch.float64, device=self._device)
         for name, partition in parts:
             for _, kept, direction in self._directions(name, partition, adamw):
-                product += direction.mul_(kept).sum()
+                product += _sum(direction.mul_(kept))
         length = collectives.sum_named({"product": product})["product"]
         scale = change / length if length else 0.0
-        start = {name: read_share(partition, COMPUTE).clone() for name, partition in parts}
+        masters = {
+            name: read_share(partition, COMPUTE).clone()
+            for name, partition in parts
+            if partition.is_master
+        }
         try:
             for name, partition in parts:
-                moved = start[name].clone()
+                moved = read_share(partition, COMPUTE).clone()
                 for first, _, direction in self._directions(name, partition, adamw):
                     piece = moved[first : first + len(direction)]
                     step = direction.mul_(scale).to(piece.device)
@@ -122,7 +128,8 @@ class GradientAverage:
             yield
         finally:
             for name, partition in parts:
-                partition.set_compute(start[name])
+                start = masters[name] if partition.is_master else read_share(partition, MASTER)
+                partition.set_compute(start)
 
     def _directions(
         self, name: str, partition: Partition, adamw: GuardedAdamW
@@ -131,9 +138,11 @@ class GradientAverage:
         updates = adamw.updates
         kept = self.share(name, len(partition.share))
         second = read_share(partition, MOMENTS[1]) if updates else kept
-        for i, (chunk, exp_avg_sq) in enumerate(_chunks(kept, second)):
+        first = 0
+        for chunk, exp_avg_sq in _chunks(kept, second):
             divisor = adamw.divisor(exp_avg_sq, updates).to(chunk.device) if updates else 1.0
-            yield i * _CHUNK, chunk, chunk.float() / divisor
+            yield first, chunk, chunk.float() / divisor
+            first += len(chunk)
 
 
 def _added(weights: Tensor, step: Tensor, first: int) -> Tensor:
@@ -151,10 +160,18 @@ def _added(weights: Tensor, step: Tensor, first: int) -> Tensor:
         return moved
     first %= 1 << 16  # the pattern's period
     place = torch.arange(first, first + len(moved), dtype=torch.int32, device=moved.device)
+    # The product may overflow: its last 16 bits are right all the same.
     pattern = (place * _GOLDEN).bitwise_and_((1 << 16) - 1)
     return moved.view(torch.int32).add_(pattern).bitwise_and_(-(1 << 16)).view(torch.float32)
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same pieces of 1-D tensors, small enough that temporaries of them do not count."""
-    return zip(*(t.split(_CHUNK) for t in tensors), strict=True)
+    size = _CHUNK_CUDA if any(t.is_cuda for t in tensors) else _CHUNK
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+def _sum(piece: Tensor) -> Tensor:
+    """Of a chunk, to be added up in float64: float32 is enough for as few as a CPU's, and faster
+    there."""
+    return piece.sum(dtype=torch.float64) if piece.is_cuda else piece.sum()

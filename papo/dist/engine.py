@@ -162,9 +162,7 @@ class Engine:
             grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(grads))
             blocked = blocked or not math.isfinite(norm)
-        self.adamw.blocked = blocked
-        _return_freed_memory()
-        self._ds.step()
+        self._ds_step(blocked)
         norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
         applied, first_order = not blocked and math.isfinite(norm), math.nan
         if self.has_average:
@@ -190,10 +188,22 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # streams of DeepSpeed's own write gradients
         norm = self.average.fold(self._partitions(), decay)
-        self.adamw.blocked = True
-        _return_freed_memory()
-        self._ds.step()  # clears them
+        self._ds_step(blocked=True)
         return norm
+
+    def _ds_step(self, blocked: bool) -> None:
+        """DeepSpeed's step, after which no gradient is left."""
+        assert self.adamw is not None
+        self.adamw.blocked = blocked
+        _return_freed_memory()
+        self._ds.step()
+        if self._stage == 3:
+            # DeepSpeed leaves them, and would step a weight that the next loss does not reach, such
+            # as an expert's, by the last gradient that it had.
+            self._zero.grad_partitions_flat_buffer.zero_()
+            for flat in self._zero.fp32_partitioned_groups_flat:
+                if flat.grad is not None:  # offloaded
+                    flat.grad.zero_()
 
     @contextlib.contextmanager
     def moved_along_average(self, change: float) -> Iterator[None]:
@@ -212,11 +222,9 @@ class Engine:
             yield
             return
         self._release_gathered()
-        try:
-            with self.average.moved(self._partitions(), self.adamw, change):
-                yield
-        finally:
-            self._release_gathered()
+        with self.average.moved(self._partitions(), self.adamw, change):
+            yield
+        self._release_gathered()
 
     def _release_gathered(self) -> None:
         """Have ZeRO-3 gather weights anew, some of which it keeps from one pass to the next."""

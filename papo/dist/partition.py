@@ -29,12 +29,14 @@ class Partition(Protocol):
             parameter once.
         compute: the weights of forward passes, flat, in the model's dtype: elements `start` to
             `stop` under ZeRO-3, else all.
+        is_master: whether these are the masters; else they are the masters rounded.
     """
 
     start: int
     stop: int
     share: range
     compute: Tensor
+    is_master: bool
 
     def read(self, kind: str) -> Tensor:
         """Elements `start` to `stop` of a kind, perhaps a view of them.
@@ -65,6 +67,8 @@ def read_share(partition: Partition, kind: str) -> Tensor:
 class ZeRO3Partition:
     """An equal part for every rank, the last ones padded."""
 
+    is_master = False
+
     def __init__(self, parameter: Any, optimizer: Any, rank: int) -> None:
         size, numel = parameter.ds_tensor.ds_numel, parameter.ds_numel
         self.start, self.stop = (min(numel, size * r) for r in (rank, rank + 1))
@@ -73,11 +77,13 @@ class ZeRO3Partition:
         self._parameter, self._optimizer = parameter, optimizer
 
     def _padded(self, kind: str) -> Tensor:
+        # DeepSpeed's public functions copy what is offloaded to the device, as if it had the room.
+        zero, which = self._optimizer, (self._parameter, True)
+        local: Tensor
         if kind == GRADIENT:
-            gradient: Tensor = self._optimizer.get_local_fp32_grad_for_param(self._parameter)
-            return gradient
-        key = None if kind == MASTER else kind
-        local: Tensor = self._optimizer.get_local_fp32_param(self._parameter, key)
+            local, _ = zero._get_fp32_grad_state_partition(*which)
+            return local.float()
+        local, _ = zero._get_fp32_opt_state_partition(*which, None if kind == MASTER else kind)
         return local.detach()
 
     def read(self, kind: str) -> Tensor:
@@ -86,7 +92,6 @@ class ZeRO3Partition:
     def write(self, kind: str, values: Tensor) -> None:
         padded = self._padded(kind)
         padded[: len(values)].copy_(values)
-        # With offload it is a copy on the device.
         key = None if kind == MASTER else kind
         self._optimizer.set_local_hp_param(padded, self._parameter, key)
         if kind == MASTER:
@@ -99,6 +104,8 @@ class ZeRO3Partition:
 class FragmentPartition:
     """ZeRO-1 and 2: an interval of all parameters laid end to end, so a fragment of this one or
     nothing; the compute weights are whole on every rank."""
+
+    is_master = False
 
     def __init__(self, parameter: Any, adamw: torch.optim.AdamW) -> None:
         mapping = parameter._hp_mapping  # None where the rank has nothing of the parameter
@@ -140,6 +147,8 @@ class FragmentPartition:
 
 class ReplicatedPartition:
     """float32 without ZeRO: every rank holds everything, and the parameter is its own master."""
+
+    is_master = True
 
     def __init__(self, parameter: nn.Parameter, moments: dict[str, Tensor], rank: int, world: int):
         numel = parameter.numel()

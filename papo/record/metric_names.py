@@ -73,6 +73,11 @@ METRICS: dict[str, Metric] = {
         "with `loss.surrogate: clip` the sum of token weight times w times polarity over all "
         "tokens of the step, 0 where clipped.",
     ),
+    "entropy/gradient_norm": Metric(
+        "nats per unit of weight",
+        "Norm of the gradient of the mean entropy, at the steps that take it "
+        "(`metrics.predict_every`); null where it is not finite, and then it predicts nothing.",
+    ),
     "entropy/measured_delta": Metric(
         "nats",
         "Mean entropy after an update minus before it, over all its tokens (or "

@@ -18,9 +18,11 @@ from papo_kernels import TokenStats
 
 Pieces = Sequence[Sequence[TrainingSequence]]
 
-# Nats of mean entropy that the weights are moved by for shared polarity. Log-probs bend over more;
-# less drowns in how bfloat16 rounds activations.
+# Nats of mean entropy that the weights are moved by for shared polarity, and the most of it as a
+# part of the mean entropy. Log-probs bend over more; less drowns in how bfloat16 rounds
+# activations.
 SHARED_CHANGE, SHARED_CHANGE_BF16 = 0.1, 0.5
+SHARED_PART = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,16 @@ class Passes:
         Returns:
             float32 [T] of each sequence, on the CPU.
         """
-        change = SHARED_CHANGE_BF16 if self.engine.computes_in_bf16 else SHARED_CHANGE
+        sums = {"tokens": 0.0, "entropy": 0.0}
+        for sequence, here in zip(sequences, stats, strict=True):
+            if sequence.weight > 0:
+                sums["tokens"] += len(here.entropy)
+                sums["entropy"] += float(here.entropy.double().sum())
+        total = collectives.sum_named(sums)
+        most = SHARED_CHANGE_BF16 if self.engine.computes_in_bf16 else SHARED_CHANGE
+        change = min(most, SHARED_PART * total["entropy"] / max(1.0, total["tokens"]))
+        if not change > 0.0:
+            return [torch.zeros_like(here.logp) for here in stats]
         with self.engine.moved_along_average(change):
             moved = self.token_stats(sequences)
         # A log-prob of -inf stays where it is: its gradient is 0.

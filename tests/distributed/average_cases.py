@@ -33,7 +33,7 @@ def check(got: dict[str, Any], stage: int, dtype: str) -> None:
     for norm, true in got["norms"]:
         assert norm == pytest.approx(true, rel=off)
     for told, true in got["first_orders"]:
-        assert abs(true) > 5e-6 and told == pytest.approx(true, abs=1e-9)
+        assert abs(true) > 1e-6 and told == pytest.approx(true, rel=1e-4, abs=5e-9)
     moved = ["compute", "master"] if (stage, dtype) == (0, "fp32") else ["compute"]
     for move in got["moves"]:
         assert move["restored"] and move["moved"] == moved

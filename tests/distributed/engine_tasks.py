@@ -237,6 +237,37 @@ def run_source(source: str, conserve: bool) -> dict[str, Any]:
     }
 
 
+class Sometimes(torch.nn.Module):
+    """A layer that has another behind it, as an expert that not every token is sent to."""
+
+    def __init__(self, inner: torch.nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner, self.behind, self.on = inner, torch.nn.Linear(width, width), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return y + self.behind(y) if self.on else y
+
+
+def run_unreached(stage: int, **offload: str) -> dict[str, float]:
+    """How far an update moves a weight that its loss does not reach, after gradients that did."""
+    causal_lm = tasks.model(False)
+    layer = causal_lm.model.layers[0]
+    layer.mlp = sometimes = Sometimes(layer.mlp, causal_lm.config.hidden_size)
+    e = engine_of(causal_lm, stage=stage, **offload)
+    part = tasks.with_token_weights(sequences(8), tasks.Loss())
+    reached = dict(e.trained_parameters())
+    weights = {"unreached": "model.layers.0.mlp.behind.weight", "reached": "lm_head.weight"}
+    before = {key: e.partition(reached[n]).read(MASTER).clone() for key, n in weights.items()}
+    EntropyGradient(e, passes(e, 4), share=1.0, decay=0.0).take(part)
+    sometimes.on = False
+    step(e, part)
+    return {
+        key: float((e.partition(reached[n]).read(MASTER) - before[key]).abs().max())
+        for key, n in weights.items()
+    }
+
+
 def run_shared(stage: int) -> dict[str, Any]:
     """An update of plain gradient descent: the change of the mean entropy by what the weights did,
     and by what the tokens' shared polarity adds up to.
@@ -244,7 +275,7 @@ def run_shared(stage: int) -> dict[str, Any]:
     causal_lm = tasks.model(True)
     with torch.no_grad():
         causal_lm.get_input_embeddings().weight.mul_(15)
-    lr, eps = 1.0, 1e6
+    lr, eps = 100.0, 1e6  # steps that float32 weights show
     policy = Policy(causal_lm, temperature=1.0)
     e = Engine(policy, deepspeed_dict(stage, "fp32"), OptimConfig(eps=eps))
     controller = WeightController(WeightingConfig(source="rollout", polarity="shared"))

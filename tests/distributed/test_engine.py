@@ -54,6 +54,8 @@ def results(tmp_path_factory) -> dict[str, Any]:
                 "source",
                 {"source": source, "conserve": conserve},
             )
+    tasks |= {f"unreached-{stage}": ("unreached", {"stage": stage}) for stage in (2, 3)}
+    tasks["unreached-3-offloaded"] = ("unreached", {"stage": 3, **BOTH})
     tasks |= {f"shared-{stage}": ("shared", {"stage": stage}) for stage in (1, 3)}
     tasks |= average_cases.asked(average_cases.ALONE)
     done = run_tasks(1, tasks, "tests.distributed.engine_tasks")
@@ -112,6 +114,13 @@ def test_masters_keep_the_checkpoints_digits(results, stage) -> None:
         "masters": True,
         "compute": True,
     }
+
+
+@pytest.mark.parametrize("stage", [2, 3, "3-offloaded"])
+def test_no_gradient_is_left_for_a_weight_that_the_next_loss_does_not_reach(results, stage) -> None:
+    """Such as an expert's. ZeRO-3 keeps gradients in a buffer that it never clears."""
+    moved = results[f"unreached-{stage}"]
+    assert moved["unreached"] == 0.0 and moved["reached"] > 1e-5
 
 
 @pytest.mark.parametrize(("stage", "dtype"), FROZEN)

@@ -154,8 +154,11 @@ def test_first_order_is_the_measured_change_of_a_small_step_and_polarity_is_not(
 # ---- in the loop --------------------------------------------------------------------------------
 
 
-def trained(share: float, dropout: bool, steps: int = 3) -> tuple[PlainEngine, list[Update], Any]:
-    """Steps of two updates by the session's own stages; the random numbers' state after them."""
+def trained(
+    share: float, dropout: bool, steps: int = 5
+) -> tuple[PlainEngine, list[Update], Any, list[dict[str, float]]]:
+    """Steps of two updates by the session's own stages; the random numbers' state after them, and
+    what was said of the entropy's gradient."""
     config = TrainConfig(
         name="test",
         steps=steps,
@@ -164,26 +167,31 @@ def trained(share: float, dropout: bool, steps: int = 3) -> tuple[PlainEngine, l
         rollout={"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 8},
         optim={"lr": 1e-3, "updates_per_rollout": 2, "max_grad_norm": 0.1},
         loss={"max_sampler_kl": "none"},
-        metrics={"predict_share": share},
+        metrics={"predict_share": share, "predict_every": 2},
     )
     session = Session.__new__(Session)
     session.config, session.progress = config, SimpleNamespace(say=pytest.fail)
     session.engine, session.batcher = llama(config.optim, dropout), BATCHER
     session.passes, session.reference = passes(session.engine, 3), None
     session._make_stages()
-    loop, updates = Loop(config, session), []
+    loop, updates, gradients = Loop(config, session), [], []
     for step in range(steps):
-        clock = StageClock()
-        updates += loop._updates(completions(step), 0.5, clock)
+        sequences = completions(step)
+        gradients.append(loop._take_entropy_gradient(sequences))
+        updates += loop._updates(sequences, 0.5, StageClock())
         loop.step += 1
-    return session.engine, updates, torch.get_rng_state()
+    return session.engine, updates, torch.get_rng_state(), gradients
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_training_is_the_same_with_and_without_a_prediction(dropout: bool) -> None:
     """Weights, moments and random numbers, bit for bit."""
-    engine, updates, random = trained(0.5, dropout)
-    other, expected, other_random = trained(0.0, dropout)
+    engine, updates, random, gradients = trained(0.5, dropout)
+    other, expected, other_random, none = trained(0.0, dropout)
+    assert [list(said) for said in gradients] == [["entropy/gradient_norm"], []] * 2 + [
+        ["entropy/gradient_norm"]
+    ]
+    assert all(value > 0.0 for said in gradients for value in said.values()) and not any(none)
     assert all(map(torch.equal, engine.parameters, other.parameters))
     for mine, theirs in zip(engine.parameters, other.parameters, strict=True):
         states = engine.adamw.state[mine], other.adamw.state[theirs]

@@ -275,19 +275,24 @@ def test_polarity_is_local_where_that_is_asked_for_or_there_is_no_average() -> N
             assert torch.equal(s.factor, expected)
 
 
-@pytest.mark.parametrize(("in_bf16", "change"), [(False, 0.1), (True, 0.5)])
-def test_weights_are_moved_further_where_activations_are_rounded(
-    in_bf16: bool, change: float
+@pytest.mark.parametrize("factor", [1.0, 0.01, 9.0])
+@pytest.mark.parametrize(("in_bf16", "most"), [(False, 0.1), (True, 0.5)])
+def test_weights_are_moved_by_no_more_than_a_third_of_the_entropy(
+    monkeypatch: pytest.MonkeyPatch, in_bf16: bool, most: float, factor: float
 ) -> None:
+    """Further where activations are rounded; less where log-probs would bend."""
+    monkeypatch.setitem(globals(), "ROWS", factor * ROWS)
     engine, over = with_average()
     engine.computes_in_bf16 = in_bf16
-    part = attach(arms(), over, None, controller(polarity="shared"), 0.7, updates_per_rollout=1)
-    assert engine.change == change
     here = over.token_stats(arms())
-    with engine.moved_along_average(change):
+    entropy = float(torch.cat([h.entropy for h in here]).double().mean())
+    part = attach(arms(), over, None, controller(polarity="shared"), 0.7, updates_per_rollout=1)
+    change = min(most, entropy / 3)
+    assert engine.change == pytest.approx(change, rel=1e-12)
+    with engine.moved_along_average(engine.change):
         moved = over.token_stats(arms())
     for s, m, h in zip(part, moved, here, strict=True):
-        assert torch.equal(s.unit_polarity, (m.logp - h.logp) / change)
+        assert torch.equal(s.unit_polarity, (m.logp - h.logp) / engine.change)
 
 
 def test_the_reference_policy_stays_where_it_is() -> None:

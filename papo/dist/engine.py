@@ -222,9 +222,11 @@ class Engine:
             yield
             return
         self._release_gathered()
-        with self.average.moved(self._partitions(), self.adamw, change):
-            yield
-        self._release_gathered()
+        try:
+            with self.average.moved(self._partitions(), self.adamw, change):
+                yield
+        finally:
+            self._release_gathered()
 
     def _release_gathered(self) -> None:
         """Have ZeRO-3 gather weights anew, some of which it keeps from one pass to the next."""

@@ -346,13 +346,14 @@ class MetricsConfig(Section):
     """Tokens to measure that change on, over all ranks. 0 takes all of the step's tokens, at the
     cost of one forward pass without gradient. A number takes whole completions from every part of
     the batch, at the cost of two passes over them."""
-    predict_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    predict_share: Annotated[float, Field(ge=0, le=1)] = 0.125
     """Share of a step's completions, taken from every part of the batch, that the gradient of the
     mean entropy is computed on before the step's updates. With it `entropy/predicted_delta` is
     predicted. It costs one forward and one backward pass over them, and one number per weight, of
     the compute dtype and partitioned as AdamW's moments are. 0 is off."""
-    predict_every: Positive = 4
-    """Steps from one such gradient to the next. In between, the last ones predict."""
+    predict_every: Positive = 1
+    """Steps from one such gradient to the next. In between, the last ones predict: less well, the
+    faster the policy changes."""
     predict_decay: Decay = 0.5
     """Decay of these gradients' average, each time one comes; 0 takes the last alone."""
     completions: bool = True

@@ -35,18 +35,3 @@ class GuardedAdamW(torch.optim.AdamW):
         group = self.param_groups[0]
         correction = 1 - group["betas"][1] ** updates
         return (exp_avg_sq / correction).sqrt_().add_(group["eps"])
-
-    def last_change(
-        self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, updates: int
-    ) -> Tensor:
-        """What the last update added to the weights, its weight decay included.
-
-        From the state after it, so that no copy of the weights before it is needed.
-        """
-        group = self.param_groups[0]
-        correction = 1 - group["betas"][0] ** updates
-        step = exp_avg / self.divisor(exp_avg_sq, updates)
-        step.mul_(-group["lr"] / correction)
-        # after = (1 - decay) * before + step
-        decay = group["lr"] * group["weight_decay"]
-        return step.sub_(master - step, alpha=decay / (1 - decay))

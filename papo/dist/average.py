@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -78,26 +78,23 @@ class GradientAverage:
                 kept.copy_(kept.float().lerp_(new.to(kept.device), weight))
         return norm
 
-    def dot_last_change(self, parts: Named, adamw: GuardedAdamW, *, applied: bool) -> float:
-        """Inner product with what the last update added to all compute weights; a collective.
+    def dot_change(self, parts: Named, before: Mapping[str, Tensor]) -> float:
+        """Inner product with the change of the compute weights; a collective.
 
-        These are the masters rounded to the model's dtype. Most steps are smaller than the distance
-        of two bfloat16 numbers: few weights change at all, and those by much more than their step.
+        With bfloat16 weights that is not the change of the masters. Most steps are smaller than the
+        distance of two bfloat16 numbers: few weights change at all, and those by much more than
+        their step.
 
         Args:
-            applied: whether it changed them; else NaN.
+            before: `compute_weights` before the change.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        updates = adamw.updates
-        for name, partition in parts if applied else ():
-            state = [read_share(partition, kind) for kind in (MASTER, *MOMENTS)]
-            for kept, master, first, second in _chunks(self._shares[name], *state):
-                before = master - adamw.last_change(master, first, second, updates)
-                change = master.to(self._dtype).float() - before.to(self._dtype)
+        for name, partition in parts:
+            after = read_share(partition, COMPUTE)
+            for kept, new, old in _chunks(self._shares[name], after, before[name]):
+                change = new.float().sub_(old) if new.dtype != torch.float32 else new - old
                 total += _sum(change.to(kept.device).mul_(kept))
-        # Every rank sums, whatever it found.
-        product = collectives.sum_named({"product": total})["product"]
-        return product if applied else math.nan
+        return collectives.sum_named({"product": total})["product"]
 
     @contextlib.contextmanager
     def moved(self, parts: Named, adamw: GuardedAdamW, change: float) -> Iterator[None]:
@@ -112,11 +109,7 @@ class GradientAverage:
                 product += _sum(direction.mul_(kept))
         length = collectives.sum_named({"product": product})["product"]
         scale = change / length if length else 0.0
-        masters = {
-            name: read_share(partition, COMPUTE).clone()
-            for name, partition in parts
-            if partition.is_master
-        }
+        masters = compute_weights([part for part in parts if part[1].is_master])
         try:
             for name, partition in parts:
                 moved = read_share(partition, COMPUTE).clone()
@@ -143,6 +136,11 @@ class GradientAverage:
             divisor = adamw.divisor(exp_avg_sq, updates).to(chunk.device) if updates else 1.0
             yield first, chunk, chunk.float() / divisor
             first += len(chunk)
+
+
+def compute_weights(parts: Named) -> dict[str, Tensor]:
+    """This rank's shares of the compute weights, copied."""
+    return {name: read_share(partition, COMPUTE).clone() for name, partition in parts}
 
 
 def _added(weights: Tensor, step: Tensor, first: int) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from papo.dist import collectives
 from papo.dist.adamw import GuardedAdamW
-from papo.dist.average import GradientAverage
+from papo.dist.average import GradientAverage, compute_weights
 from papo.dist.partition import (
     MASTER,
     MOMENTS,
@@ -96,10 +96,10 @@ class Engine:
                 weight_decay=optim.weight_decay,
                 fused=True,
             )
-        offloaded = "offload_optimizer" in ds_config["zero_optimization"]
+        self._offloads = "offload_optimizer" in ds_config["zero_optimization"]
         self.average = GradientAverage(
             torch.bfloat16 if self.computes_in_bf16 else torch.float32,
-            torch.device("cpu") if offloaded else self.device,
+            torch.device("cpu") if self._offloads else self.device,
         )
         self._view = _empty_twin(policy.causal_lm)
         # DeepSpeed makes its float32 masters from bfloat16 weights. A checkpoint's further digits
@@ -162,12 +162,13 @@ class Engine:
             grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(grads))
             blocked = blocked or not math.isfinite(norm)
+        parts = self._partitions() if self.has_average else []
+        before = compute_weights(parts)
         self._ds_step(blocked)
         norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
         applied, first_order = not blocked and math.isfinite(norm), math.nan
-        if self.has_average:
-            parts = self._partitions()
-            first_order = self.average.dot_last_change(parts, self.adamw, applied=applied)
+        if self.has_average and applied:
+            first_order = self.average.dot_change(self._partitions(), before)
         return StepResult(norm, applied, first_order)
 
     @property
@@ -188,7 +189,12 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # streams of DeepSpeed's own write gradients
         norm = self.average.fold(self._partitions(), decay)
-        self._ds_step(blocked=True)
+        if self._stage == 3 and not self._offloads:
+            self._zero.zero_grad()
+            self._release_gathered()
+            self._clear_buffers()
+        else:
+            self._ds_step(blocked=True)
         return norm
 
     def _ds_step(self, blocked: bool) -> None:
@@ -198,12 +204,15 @@ class Engine:
         _return_freed_memory()
         self._ds.step()
         if self._stage == 3:
-            # DeepSpeed leaves them, and would step a weight that the next loss does not reach, such
-            # as an expert's, by the last gradient that it had.
-            self._zero.grad_partitions_flat_buffer.zero_()
-            for flat in self._zero.fp32_partitioned_groups_flat:
-                if flat.grad is not None:  # offloaded
-                    flat.grad.zero_()
+            self._clear_buffers()
+
+    def _clear_buffers(self) -> None:
+        """Zero the gradients that ZeRO-3 leaves where they are: it would step a weight that the
+        next loss does not reach, such as an expert's, by the last gradient that it had."""
+        self._zero.grad_partitions_flat_buffer.zero_()
+        for flat in self._zero.fp32_partitioned_groups_flat if self._offloads else ():
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     @contextlib.contextmanager
     def moved_along_average(self, change: float) -> Iterator[None]:

@@ -354,8 +354,9 @@ class MetricsConfig(Section):
     predict_every: Positive = 1
     """Steps from one such gradient to the next. In between, the last ones predict: less well, the
     faster the policy changes."""
-    predict_decay: Decay = 0.5
-    """Decay of these gradients' average, each time one comes; 0 takes the last alone."""
+    predict_decay: Annotated[float, Field(ge=0, le=0.99)] = 0.5
+    """Decay of these gradients' average, each time one comes; 0 takes the last alone. Beyond 0.99
+    bfloat16 would round a new one away."""
     completions: bool = True
     """Write every completion to completions.jsonl."""
 

@@ -61,7 +61,7 @@ def is_free(key: str, config: TrainConfig) -> bool:
         folder = Path(config.data.dataset or "").expanduser()
         return config.data.source == "huggingface" and folder.is_dir()
     if key.startswith("metrics.predict_"):
-        return config.weighting.polarity != "shared"
+        return config.weighting.polarity != "shared" or config.weighting.strength == 0.0
     parts = key.split(".")
     return any(".".join(parts[:n]) in FREE for n in range(1, len(parts) + 1))
 

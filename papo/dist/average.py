@@ -97,15 +97,25 @@ class GradientAverage:
         return collectives.sum_named({"product": total})["product"]
 
     @contextlib.contextmanager
-    def moved(self, parts: Named, adamw: GuardedAdamW, change: float) -> Iterator[None]:
-        """Compute weights inside are moved along the average, divided as AdamW would; a collective.
+    def moved(
+        self, parts: Named, adamw: GuardedAdamW, max_grad_norm: float, change: float
+    ) -> Iterator[None]:
+        """Compute weights inside are moved along the average, divided as AdamW would divide it; a
+        collective.
 
         Args:
+            max_grad_norm: that it would be clipped to.
             change: inner product of average and move, where the average is not 0.
         """
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        for name, partition in parts:
+            for (kept,) in _chunks(self.share(name, len(partition.share))):
+                square += _sum(kept.float().square())
+        norm = math.sqrt(collectives.sum_named({"square": square})["square"])
+        clip = min(1.0, max_grad_norm / norm) if norm else 1.0
         product = torch.zeros((), dtype=torch.float64, device=self._device)
         for name, partition in parts:
-            for _, kept, direction in self._directions(name, partition, adamw):
+            for _, kept, direction in self._directions(name, partition, adamw, clip):
                 product += _sum(direction.mul_(kept))
         length = collectives.sum_named({"product": product})["product"]
         scale = change / length if length else 0.0
@@ -113,7 +123,7 @@ class GradientAverage:
         try:
             for name, partition in parts:
                 moved = read_share(partition, COMPUTE).clone()
-                for first, _, direction in self._directions(name, partition, adamw):
+                for first, _, direction in self._directions(name, partition, adamw, clip):
                     piece = moved[first : first + len(direction)]
                     step = direction.mul_(scale).to(piece.device)
                     piece.copy_(_added(piece, step, partition.share.start + first))
@@ -125,16 +135,16 @@ class GradientAverage:
                 partition.set_compute(start)
 
     def _directions(
-        self, name: str, partition: Partition, adamw: GuardedAdamW
+        self, name: str, partition: Partition, adamw: GuardedAdamW, clip: float
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """First element, average, and average over AdamW's divisor (float32), a chunk at a time."""
-        updates = adamw.updates
         kept = self.share(name, len(partition.share))
-        second = read_share(partition, MOMENTS[1]) if updates else kept
+        second = read_share(partition, MOMENTS[1]) if adamw.updates else kept
         first = 0
         for chunk, exp_avg_sq in _chunks(kept, second):
-            divisor = adamw.divisor(exp_avg_sq, updates).to(chunk.device) if updates else 1.0
-            yield first, chunk, chunk.float() / divisor
+            clipped = chunk.to(exp_avg_sq.device).float() * clip
+            divisor = adamw.divisor(exp_avg_sq if adamw.updates else None, clipped)
+            yield first, chunk, chunk.float() / divisor.to(chunk.device)
             first += len(chunk)
 
 

@@ -87,6 +87,7 @@ class Engine:
         self._stage = ds_config["zero_optimization"]["stage"]
         self.computes_in_bf16: bool = ds_config["bf16"]["enabled"]
         self.adamw: GuardedAdamW | None = None
+        self._max_grad_norm = math.inf if optim is None else optim.max_grad_norm
         if optim is not None:
             self.adamw = GuardedAdamW(
                 [p for p in policy.parameters() if p.requires_grad],
@@ -218,8 +219,7 @@ class Engine:
     def moved_along_average(self, change: float) -> Iterator[None]:
         """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
 
-        The move is the average over AdamW's present root of the second moment, over 1 before its
-        first update. The weights come back bit for bit; float32 masters of bfloat16 weights never
+        The move is the average over what AdamW would divide it by in an update. The weights come back bit for bit; float32 masters of bfloat16 weights never
         change. Without an average nothing is moved.
 
         Args:
@@ -232,7 +232,8 @@ class Engine:
             return
         self._release_gathered()
         try:
-            with self.average.moved(self._partitions(), self.adamw, change):
+            parts, bound = self._partitions(), self._max_grad_norm
+            with self.average.moved(parts, self.adamw, bound, change):
                 yield
         finally:
             self._release_gathered()

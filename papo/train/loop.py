@@ -107,7 +107,7 @@ class Loop:
     def _take_entropy_gradient(self, sequences: list[TrainingSequence]) -> dict[str, float]:
         """What the step's prediction is made with, where it is due; its norm."""
         gradient, every = self.s.entropy_gradient, self.config.metrics.predict_every
-        if gradient is None or not due(every, self.step):
+        if gradient is None or (self.s.engine.has_average and not due(every, self.step)):
             return {}
         return {"entropy/gradient_norm": gradient.take(sequences)}
 

@@ -62,6 +62,10 @@ class PlainEngine:
             first_order = float(sum((a * (p.detach() - b)).sum() for a, p, b in triples))
         return SimpleNamespace(grad_norm=norm, applied=applied, first_order=first_order)
 
+    @property
+    def has_average(self) -> bool:
+        return bool(self.average)
+
     def average_gradient(self, decay: float) -> float:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))

@@ -143,7 +143,7 @@ def test_one_completion_per_prompt_is_refused(load):
         ("metrics.predict_share=-0.1", "expected greater than or equal to 0"),
         ("metrics.predict_share=.nan", "metrics.predict_share=nan: expected less than or equal"),
         ("metrics.predict_every=0", "metrics.predict_every=0: expected greater than 0"),
-        ("metrics.predict_decay=1", "metrics.predict_decay=1: expected less than 1"),
+        ("metrics.predict_decay=0.995", "predict_decay=0.995: expected less than or equal to 0.99"),
         ("rollout=3", "rollout=3: expected a section with keys"),
         ("model={}", "model.path is missing: "),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from papo.config import OptimConfig, WeightingConfig
 from papo.dist import collectives
+from papo.dist.adamw import GuardedAdamW
 from papo.policy.batch import Batcher, TrainingSequence
 from papo.policy.module import Policy
 from papo.policy.weighting import WeightController, branch_sums
@@ -36,10 +38,6 @@ class MovingEngine(PlainEngine):
     """
 
     computes_in_bf16 = False
-
-    @property
-    def has_average(self) -> bool:
-        return bool(self.average)
 
     def direction(self) -> list[Tensor]:
         """The average, scaled as AdamW scales a step; as it is before AdamW's first update."""
@@ -324,3 +322,22 @@ def test_a_rank_without_sequences_makes_the_same_passes() -> None:
 
     idle, busy = on_ranks(2, work)
     assert idle == busy == [True] * 4
+
+
+@pytest.mark.parametrize("updates", [0, 1, 20])
+def test_a_gradient_is_divided_as_an_update_would_divide_it(updates: int) -> None:
+    """Also where a weight has never had one, as the embedding of a token that is rare."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(8))
+    adamw = GuardedAdamW([weight], lr=1.0, betas=(0.0, 0.999), weight_decay=0.0, fused=True)
+    for _ in range(updates):
+        weight.grad = torch.randn(8, generator=g) * (torch.arange(8) < 6)
+        adamw.step()
+    gradient = torch.randn(8, generator=g)
+    second = adamw.state[weight]["exp_avg_sq"].clone() if updates else None
+    divided = gradient / adamw.divisor(second, gradient)
+    before = weight.detach().clone()
+    weight.grad = gradient.clone()
+    adamw.step()
+    torch.testing.assert_close(divided, before - weight.detach(), rtol=1e-5, atol=1e-6)
+    assert float(divided.abs().max()) < 1.01 * math.sqrt(updates + 1)

@@ -11,11 +11,13 @@ tables                   the newest summary to the tables of docs/evidence.md
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from experiments.validity import isolated, own, runs, summary, tables, tabular
 from experiments.validity.workbench import TASKS
+from papo.errors import PapoError
 
 RECORDS = Path("build/validity")
 
@@ -39,7 +41,10 @@ def main() -> None:
         "summary": lambda: summary.main(args.records),
         "tables": tables.main,
     }
-    verbs[args.verb]()
+    try:
+        verbs[args.verb]()
+    except PapoError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ one. The batches that come before are the same ones every time, and are computed
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.validity.records import Records
 from experiments.validity.scores import batch_scores, step_length
 from experiments.validity.workbench import Batch, Side, Vector, Workbench, dot, use_threads
 from papo.model.attention import shared_prompts
@@ -27,7 +27,7 @@ OTHERS = 8
 DETAILED = 24  # batches with every size, bfloat16 and tokens
 BATCHES = {"chain_sum": 100, "mawps": 40}
 SEED = 1
-DECAY = 0.8  # of the averaged gradient, as `metrics.predict_decay`
+DECAY = 0.8  # of the averaged gradients
 SIZES = {
     "sgd": (0.001, 0.004, 0.016),
     "adam": (1e-6, 4e-6, 1.6e-5),
@@ -353,22 +353,36 @@ def others_of(bench: Workbench, batches: Iterator[Batch]) -> Others:
     return others
 
 
+def settings(bench: Workbench) -> dict[str, Any]:
+    """What decides a row, beside the code."""
+    return {
+        "config": bench.config.model_dump(mode="json"),
+        "others": OTHERS,
+        "decay": DECAY,
+        "sizes": SIZES,
+        "bf16_sizes": BF16_SIZES,
+        "changes": [TRUE_CHANGE, SHARED_CHANGE],
+    }
+
+
 def main(folder: Path, task: str, overrides: list[str]) -> None:
-    """Measure what is missing of a task's batches."""
+    """Measure what is missing of a task's batches.
+
+    Raises:
+        PapoError: an option is wrong, or the records are of other settings.
+    """
     use_threads()
-    path = folder / f"isolated-{task}.jsonl"
     tokens_folder = folder / f"tokens-{task}"
-    tokens_folder.mkdir(parents=True, exist_ok=True)
-    done = len(path.read_text().splitlines()) if path.exists() else 0
     with Workbench(task, SEED, overrides, bf16=True) as bench:
+        records = Records(folder / f"isolated-{task}.jsonl", settings(bench))
+        tokens_folder.mkdir(exist_ok=True)
         batches = bench.batches()
         study = Isolated(bench, others_of(bench, batches))
         for i, batch in enumerate(islice(batches, BATCHES[task])):
-            if i < done:
+            if i in records.done:
                 continue
             row, tokens = study.row(batch, detailed=i < DETAILED)
             if tokens:
                 torch.save(tokens, tokens_folder / f"{i:04d}.pt")
-            with path.open("a") as file:
-                file.write(json.dumps({"batch": i, **row}) + "\n")
+            records.append(i, [row])
             print(f"{task} {i + 1}/{BATCHES[task]}", flush=True)

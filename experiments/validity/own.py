@@ -5,7 +5,6 @@ A row a token, appended to `own-<task>.jsonl`; batches that are there are not me
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from experiments.validity.isolated import (
     Others,
     others_of,
     scaled,
+    settings,
 )
+from experiments.validity.records import Records
 from experiments.validity.workbench import Batch, Vector, Workbench, dot, use_threads
 from papo.policy.batch import TrainingSequence
 from papo.policy.passes import stats_of
@@ -31,21 +32,21 @@ DERIVATIVE = 0.25  # of the main step, by which its first order is differenced
 
 
 def main(folder: Path, task: str, overrides: list[str]) -> None:
-    """Measure what is missing of a task's batches."""
+    """Measure what is missing of a task's batches.
+
+    Raises:
+        PapoError: an option is wrong, or the records are of other settings.
+    """
     use_threads()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"own-{task}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {row["batch"] for row in rows}
     with Workbench(task, SEED, overrides) as bench:
+        wanted = {**settings(bench), "tokens": TOKENS}
+        records = Records(folder / f"own-{task}.jsonl", wanted)
         batches = bench.batches()
         others = others_of(bench, batches)
         for i, batch in enumerate(islice(batches, BATCHES)):
-            if i in done:
+            if i in records.done:
                 continue
-            lines = [json.dumps({"batch": i, **row}) for row in _rows(bench, others, batch, i)]
-            with path.open("a") as file:
-                file.write("\n".join(lines) + "\n")
+            records.append(i, _rows(bench, others, batch, i))
             print(f"{task} {i + 1}/{BATCHES}", flush=True)
 
 

@@ -11,7 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from papo.config import load_config
+import yaml
+
+from papo.config import TrainConfig, load_config
+from papo.config.resume import differences
 from papo.errors import PapoError
 from papo.record.jsonl import read_rows
 
@@ -51,13 +54,27 @@ def main(
         for method in methods:
             folder = (records / "runs" / f"{method}-{seed}").resolve()
             options = [f"seed={seed}", f"output_dir={folder}", *CHANGES, *overrides]
-            wanted = load_config(ROOT / CONFIGS[method], options).steps
-            done = len(_steps(folder))
+            config = load_config(ROOT / CONFIGS[method], options)
+            _check(folder, config)
+            wanted, done = config.steps, len(_steps(folder))
             print(f"{folder.name}: {done} of {wanted} steps are there", flush=True)
             if done < wanted:
                 _train(CONFIGS[method], options)
                 if len(_steps(folder)) < wanted:
                     raise PapoError(f"{folder}: the run stopped before its {wanted} steps")
+
+
+def _check(folder: Path, config: TrainConfig) -> None:
+    """Refuse a run that was made with other options."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    saved = yaml.safe_load(path.read_text())
+    told = differences(saved, config)
+    if saved["metrics"] != config.model_dump(mode="json")["metrics"]:
+        told.append("metrics")
+    if told:
+        raise PapoError(f"{folder}: a run with other options ({'; '.join(told)})")
 
 
 def _steps(folder: Path) -> set[int]:

@@ -250,4 +250,4 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 def use_threads() -> None:
     """As many as OMP_NUM_THREADS says, where it says so."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))

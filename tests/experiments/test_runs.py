@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiments.validity import runs
+from papo.config import load_config
 from papo.errors import PapoError
 
 
@@ -71,3 +73,20 @@ def test_a_wrong_option_starts_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(PapoError, match="step"):
         runs.main(tmp_path, ["stpes=4"])
     assert fake.commands == []
+
+
+def test_a_run_of_other_options_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(monkeypatch, 4)
+    runs.main(tmp_path, ["steps=4"], ["grpo"], [2])
+    folder = (tmp_path / "runs" / "grpo-2").resolve()
+    made = load_config(
+        runs.ROOT / runs.CONFIGS["grpo"],
+        ["seed=2", f"output_dir={folder}", *runs.CHANGES, "steps=4"],
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    runs.main(tmp_path, ["steps=4"], ["grpo"], [2])
+    for changed, told in (("optim.lr=1e-3", "optim.lr"), ("metrics.predict_share=1", "metrics")):
+        with pytest.raises(PapoError, match=f"grpo-2: a run with other options .*{told}"):
+            runs.main(tmp_path, ["steps=4", changed], ["grpo"], [2])

@@ -12,6 +12,7 @@ import torch
 
 from docs.drawings import asymmetry, predicted_runs, prediction_ranks, prediction_scatter
 from experiments.validity import statistics, summary, tables
+from experiments.validity.records import rows as rows_of
 from experiments.validity.summary import batches, by_token, reading, whole_runs
 from papo.errors import PapoError
 from papo.policy.prediction import rank_correlation
@@ -44,7 +45,7 @@ def found(results: Path) -> dict[str, Any]:
 def test_a_batch_is_predicted_by_its_sums_and_its_first_order(
     folder: Path, found: dict[str, Any]
 ) -> None:
-    rows = reading.rows(folder / "isolated-mawps.jsonl")
+    rows = rows_of(folder / "isolated-mawps.jsonl")
     measured = [row["measured"]["adam"]["4e-06"] for row in rows]
     adam = found["isolated"]["mawps"]["kinds"]["adam"]
     assert adam["size"] == 4e-6 and adam["batches"] == len(rows)
@@ -97,7 +98,7 @@ def test_an_empty_bin_has_no_mean(folder: Path) -> None:
 
 
 def test_shares_of_an_update(found: dict[str, Any], folder: Path) -> None:
-    rows = [r for r in reading.rows(folder / "own-chain_sum.jsonl") if r["kind"] == "sgd"]
+    rows = [r for r in rows_of(folder / "own-chain_sum.jsonl") if r["kind"] == "sgd"]
     of_sgd = found["own"]["chain_sum"]["sgd"]
     own, others = (
         sum(abs(part(row)) for row in rows)
@@ -116,7 +117,7 @@ def test_whole_runs_are_means_over_seeds(found: dict[str, Any], folder: Path) ->
     name = "polarity through AdamW"
     values = []
     for seed in ("1", "2"):
-        rows = reading.rows(folder / "runs" / f"dapo-{seed}" / "metrics.jsonl")[1:]
+        rows = rows_of(folder / "runs" / f"dapo-{seed}" / "metrics.jsonl")[1:]
         pair = [
             [row[key] for row in rows]
             for key in (whole_runs.PREDICTIONS[name], whole_runs.MEASURED)

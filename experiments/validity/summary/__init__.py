@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import host_environment, save_json
+from experiments.validity.records import rows as read
 from experiments.validity.summary import batches, by_token, reading, whole_runs
 from papo.errors import PapoError
+from papo.policy.prediction import FEWEST
 
 RESULTS = Path(__file__).parents[2] / "results"
 LARGEST = 400_000  # bytes
@@ -19,22 +21,25 @@ def summarized(records: Path) -> dict[str, Any]:
     """The study's figures, of the parts whose records are in a folder.
 
     Raises:
-        PapoError: no task has batches there.
+        PapoError: no task has batches there, or one has too few.
     """
     found: dict[str, Any] = {
         part: {} for part in ("isolated", "tokens", "asymmetry", "own", "tabular")
     }
     for task in reading.TASKS:
-        rows = reading.rows(records / f"isolated-{task}.jsonl")
+        path = records / f"isolated-{task}.jsonl"
+        rows = read(path)
         if not rows:
             continue
+        if len(rows) < FEWEST:
+            raise PapoError(f"{path}: {len(rows)} batches; expected at least {FEWEST}")
         found["isolated"][task] = batches.summarized(rows)
         kinds = found["isolated"][task]["kinds"]
         sizes = {kind: kinds[kind]["size"] for kind in reading.KINDS}
         if tokens := reading.tokens(records / f"tokens-{task}"):
             found["tokens"][task] = by_token.effects(tokens, sizes)
             found["asymmetry"][task] = by_token.asymmetry(tokens, sizes)
-        if own := reading.rows(records / f"own-{task}.jsonl"):
+        if own := read(records / f"own-{task}.jsonl"):
             found["own"][task] = by_token.whose(own)
     if not found["isolated"]:
         raise PapoError(f"records={str(records)!r}: no batches there; expected isolated-*.jsonl")

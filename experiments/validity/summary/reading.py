@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.validity.records import Row
 from experiments.validity.scores import token_scores
 from papo_kernels import TokenStats
 
 TASKS = ("chain_sum", "mawps")
 KINDS = ("sgd", "adam")  # of the steps whose tokens are looked at
-Row = dict[str, Any]
-
-
-def rows(path: Path) -> list[Row]:
-    """The finished lines of a file; none where there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def column(records: list[Row], *keys: str) -> Tensor:

@@ -43,8 +43,7 @@ def summarized(folder: Path) -> dict[str, Any]:
 
 
 def _usable(row: Row) -> bool:
-    """Of a step that was measured, and predicted in all ways: not the first, before which there is
-    no average."""
+    """Of a step that was measured, and predicted in all ways."""
     return all(row.get(name) is not None for name in (MEASURED, *PREDICTIONS.values()))
 
 

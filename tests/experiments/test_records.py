@@ -35,7 +35,7 @@ def test_records_of_other_settings_are_not_added_to(tmp_path: Path) -> None:
     path = tmp_path / "own-mawps.jsonl"
     filled(path)
     before = path.read_text()
-    with pytest.raises(PapoError, match="own-mawps.jsonl: measured with other settings than now"):
+    with pytest.raises(PapoError, match=r"own-mawps\.jsonl: measured with other settings than now"):
         Records(path, {**SETTINGS, "config": {"seed": 2}})
     assert path.read_text() == before
     path.unlink()

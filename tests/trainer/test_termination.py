@@ -302,11 +302,11 @@ def process() -> Iterator[subprocess.Popen[str]]:
 
 def test_the_launcher_is_held_until_the_rank_has_left_in_whatever_way(process) -> None:
     """It would kill the rank 30 seconds after a signal."""
-    (rank,) = psutil.Process(process.pid).children()
+    seen = psutil.Process(process.pid)
+    (rank,) = seen.children()
     process.send_signal(INT)
     assert process.stdout.readline() == "SIGTERM\n"
-    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    assert found is not None and found.si_code == os.CLD_STOPPED
+    assert seen.status() == psutil.STATUS_STOPPED
     rank.kill()
     assert process.stdout.readline() == "the launcher ends\n"
 

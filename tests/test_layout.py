@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path
-    for folder in ("papo_kernels", "papo", "benchmarks")
+    for folder in ("papo_kernels", "papo", "benchmarks", "experiments")
     for path in (ROOT / folder).rglob("*.py")
 )
 TRAIN = ROOT / "train.py"
@@ -208,11 +208,18 @@ def test_a_cycle_is_found():
 
 
 def test_packages_import_only_what_stands_below_them():
-    """train.py and the benchmarks → papo → papo_kernels; nothing imports the tests."""
+    """train.py, the benchmarks and the experiments → papo → papo_kernels; nothing imports the tests
+    or the experiments, which have the benchmarks' record of a machine and no more of them."""
     kernels, trainer = package_files("papo_kernels"), package_files("papo")
     assert offences(kernels, "papo", "train", "tests", "benchmarks") == []
     assert offences(trainer, "train", "tests", "benchmarks") == []
     assert offences([*SOURCES, TRAIN], "tests") == []
+    experiments = package_files("experiments")
+    outside = [path for path in SOURCES if path not in experiments]
+    assert offences([*outside, TRAIN], "experiments") == []
+    theirs = {found.module for path in experiments for found in imports(path)}
+    taken = {name for name in theirs if inside(name, "benchmarks")} - {"benchmarks"}
+    assert all(inside(name, "benchmarks.harness") for name in taken), taken
 
 
 def test_stages_do_not_know_each_other():

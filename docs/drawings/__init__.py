@@ -5,9 +5,20 @@ They need the standard library alone, and the same sources give the same bytes e
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from . import cluster_pipeline, cpu_kernels, entropy, five_sums, gpu_kernels
+from . import (
+    asymmetry,
+    cluster_pipeline,
+    cpu_kernels,
+    entropy,
+    five_sums,
+    gpu_kernels,
+    predicted_runs,
+    prediction_ranks,
+    prediction_scatter,
+)
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
@@ -25,4 +36,24 @@ def draw_all() -> dict[str, str]:
         "five-sums.svg": five_sums.draw(),
         "cluster-pipeline.svg": cluster_pipeline.draw(),
         "entropy.svg": entropy.draw(sorted(results.glob("main-job-*.json"))),
+        **evidence(),
+    }
+
+
+def evidence() -> dict[str, str]:
+    """The images of docs/evidence.md whose figures the newest summary of the validity study has."""
+    paths = sorted((ROOT / "experiments" / "results").glob("validity-*.json"))
+    if not paths:
+        return {}
+    summary, source = json.loads(paths[-1].read_text()), str(paths[-1].relative_to(ROOT))
+    images = {
+        "evidence-scatter.svg": ("isolated", prediction_scatter),
+        "evidence-ranks.svg": ("isolated", prediction_ranks),
+        "evidence-asymmetry.svg": ("asymmetry", asymmetry),
+        "evidence-runs.svg": ("runs", predicted_runs),
+    }
+    return {
+        name: script.draw(summary, source)
+        for name, (part, script) in images.items()
+        if summary[part]
     }

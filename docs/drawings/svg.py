@@ -105,6 +105,18 @@ class Canvas:
             f'stroke-width="{_number(width)}"{dashed} {classes}/>'
         )
 
+    def dots(
+        self, points: Sequence[Point], color: str, *, size: float = 5, opacity: float = 1
+    ) -> None:
+        """A round dot at each of `points`; `size` is its diameter."""
+        dots = "".join(f"M{_number(x)},{_number(y)}h0" for x, y in points)
+        faint = f' stroke-opacity="{_number(opacity)}"' if opacity < 1 else ""
+        classes = self._classes(stroke=color)
+        self._parts.append(
+            f'<path d="{dots}" stroke-width="{_number(size)}" stroke-linecap="round"{faint} '
+            f"{classes}/>"
+        )
+
     def svg(self) -> str:
         """The image as text."""
         width, height = map(_number, self._size)

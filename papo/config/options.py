@@ -210,8 +210,20 @@ class WeightingConfig(Section):
     source: Literal["update", "rollout"] = "update"
     """Whose polarity to use: that of the policy being updated (computed in the loss kernel), or
     that of the old policy (one more forward pass)."""
+    polarity: Literal["local", "shared"] = "local"
+    """Whose entropy polarity is about: that of the token's own position (`local`), or the mean over
+    the batch, which a token moves through the parameters that all of them share (`shared`, one
+    more forward pass). `shared` needs `source: rollout` and `metrics.predict_share` above 0."""
     sigma_decay: Decay = 0.95
     """Decay of the running mean square behind sigma."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightingConfig:
+        refuse(
+            self.polarity == "shared" and self.source != "rollout",
+            f"weighting.polarity='shared': expected weighting.source=rollout, got {self.source!r}",
+        )
+        return self
 
 
 class PhaseConfig(Section):
@@ -334,6 +346,17 @@ class MetricsConfig(Section):
     """Tokens to measure that change on, over all ranks. 0 takes all of the step's tokens, at the
     cost of one forward pass without gradient. A number takes whole completions from every part of
     the batch, at the cost of two passes over them."""
+    predict_share: Annotated[float, Field(ge=0, le=1)] = 0.125
+    """Share of a step's completions, from as few prompts as it takes, that the gradient of the
+    mean entropy is computed on before the step's updates. With it `entropy/predicted_delta` is
+    predicted. It costs one forward and one backward pass over them, and one number per weight, of
+    the compute dtype and partitioned as AdamW's moments are. 0 is off."""
+    predict_every: Positive = 1
+    """Steps from one such gradient to the next. In between, the last ones predict: less well, the
+    faster the policy changes."""
+    predict_decay: Annotated[float, Field(ge=0, le=0.99)] = 0.5
+    """Decay of these gradients' average, each time one comes; 0 takes the last alone. Beyond 0.99
+    bfloat16 would round a new one away."""
     completions: bool = True
     """Write every completion to completions.jsonl."""
 

@@ -60,6 +60,8 @@ def is_free(key: str, config: TrainConfig) -> bool:
     if key == "data.dataset":  # a path, like data.train_path
         folder = Path(config.data.dataset or "").expanduser()
         return config.data.source == "huggingface" and folder.is_dir()
+    if key.startswith("metrics.predict_"):
+        return config.weighting.polarity != "shared" or config.weighting.strength == 0.0
     parts = key.split(".")
     return any(".".join(parts[:n]) in FREE for n in range(1, len(parts) + 1))
 
@@ -69,6 +71,10 @@ def _why(key: str) -> str:
         "steps": " (optim.schedule makes the learning rate depend on it)",
         "optim.micro_batch_size": " (model.dropout depends on it)",
         "optim.max_row_tokens": " (model.dropout depends on it)",
+        **dict.fromkeys(
+            ("metrics.predict_share", "metrics.predict_every", "metrics.predict_decay"),
+            " (weighting.polarity=shared depends on it)",
+        ),
     }
     return whys.get(key, "")
 

@@ -144,6 +144,11 @@ class TrainConfig(Section):
             f"optim.max_row_tokens={optim.max_row_tokens}: expected 0 with "
             "model.attn_implementation=flash_attention_2, which takes no mask for shared prompts",
         )
+        refuse(
+            self.weighting.polarity == "shared" and not self.metrics.predict_share,
+            f"metrics.predict_share={self.metrics.predict_share}: expected > 0 with "
+            "weighting.polarity=shared, which is taken along the gradient that this share gives",
+        )
         return self
 
     def sampler_kl_bound(self, update: int) -> float:

@@ -5,6 +5,7 @@ Independent of ZeRO stage and number of ranks, and free of pickles: nothing read
     checkpoints/step-00000010/
         weights-00000-of-00002-00001.safetensors     weight/<name>[start:stop] of rank 0
         optimizer-00000-of-00002-00001.safetensors   exp_avg/..., exp_avg_sq/..., perhaps master/...
+                                                     and entropy_gradient/...
         trainer.json                                 step, cursor, shapes, the parts of the trainer
         manifest.json                                size and SHA-256 of every file
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from papo.dist import collectives
+from papo.dist.average import AVERAGE, GradientAverage
 from papo.dist.engine import Engine
 from papo.dist.export import write_model
 from papo.dist.folders import Retention, open_partial, remove, replace_folder, rotate, sweep
@@ -34,7 +36,7 @@ from papo.dist.manifest import (
     read_trainer,
     write_manifest,
 )
-from papo.dist.partition import MASTER, MOMENTS, Partition
+from papo.dist.partition import MASTER, MOMENTS, Partition, read_share
 from papo.dist.shards import WEIGHT, ShardReader, ShardWriter
 from papo.errors import PapoError
 from papo.outputs import replace_file, sync
@@ -90,6 +92,7 @@ def save(
         meta = {
             "step": step,
             "optimizer_steps": engine.optimizer_steps,
+            "averaged_gradients": engine.average.count,
             "shapes": engine.trained_shapes,
             **trainer,
         }
@@ -115,23 +118,20 @@ def _write_tensors(
         for name, parameter in engine.trained_parameters():
             partition = engine.partition(parameter)
             start = partition.share.start
-            master = _mine(partition, MASTER)
+            master = read_share(partition, MASTER)
             weight_part.add(WEIGHT, name, start, master.bfloat16() if rounded else master)
             if rounded:
                 optimizer_part.add(MASTER, name, start, master)
             for kind in moments:
-                optimizer_part.add(kind, name, start, _mine(partition, kind))
+                optimizer_part.add(kind, name, start, read_share(partition, kind))
+            if engine.average.count:
+                average = engine.average.share(name, len(partition.share))
+                optimizer_part.add(AVERAGE, name, start, average)
         weight_part.flush()
         optimizer_part.flush()
     except Exception as error:  # safetensors wraps OSError in its own type
         return {}, _explain(folder, error)
     return weight_part.entries | optimizer_part.entries, None
-
-
-def _mine(partition: Partition, kind: str) -> torch.Tensor:
-    """What this rank writes of its part."""
-    held, share = partition.read(kind), partition.share
-    return held[share.start - partition.start : share.stop - partition.start]
 
 
 def _finish(
@@ -179,12 +179,15 @@ def _not_shared(folder: Path) -> str:
     )
 
 
-def load(folder: Path, engine: Engine) -> dict[str, Any]:
+def load(folder: Path, engine: Engine, *, average: bool = True) -> dict[str, Any]:
     """Fill an engine whose optimizer state exists from a verified checkpoint; returns the trainer's
     part. A collective.
 
     Each rank reads what it holds. Moments that the checkpoint lacks, because nothing had been
-    learned yet, become 0.
+    learned yet, become 0. An average of gradients that it lacks begins anew.
+
+    Args:
+        average: whether the run has a use for the average of gradients.
 
     Raises:
         PapoError: on every rank, where the checkpoint is of another model, elements are missing or
@@ -196,9 +199,14 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         reader = ShardReader(folder, read_manifest(folder).files)
         _check(folder, reader, engine, meta)
         source = MASTER if MASTER in reader.kinds() else WEIGHT
+        engine.average.clear()
         for name, parameter in engine.trained_parameters():
-            _fill(engine.partition(parameter), reader, name, source)
+            partition = engine.partition(parameter)
+            _fill(partition, reader, name, source)
+            if average and meta["averaged_gradients"]:
+                _fill_average(engine.average, partition.share, reader, name)
     engine.optimizer_steps = meta["optimizer_steps"]
+    engine.average.count = meta["averaged_gradients"] if average else 0
     return meta
 
 
@@ -212,9 +220,10 @@ def _check(folder: Path, reader: ShardReader, engine: Engine, meta: dict[str, An
                 f"{folder}: {name} has shape {tuple(found)}, the model's is {tuple(shape)}"
             )
     learned = MOMENTS if meta["optimizer_steps"] else ()
+    averaged = (AVERAGE,) if meta["averaged_gradients"] else ()
     optional = {MASTER, *MOMENTS} & reader.kinds()
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    reader.check({WEIGHT, *learned, *optional}, numels)
+    reader.check({WEIGHT, *learned, *averaged, *optional}, numels)
 
 
 def _fill(partition: Partition, reader: ShardReader, name: str, source: str) -> None:
@@ -232,9 +241,17 @@ def _fill(partition: Partition, reader: ShardReader, name: str, source: str) -> 
             first = start - partition.start
             values[first : first + len(piece)].copy_(piece)
         partition.write(kind, values)
-    if partition.compute is not None:
-        for start, piece in reader.read(source, name, 0, partition.compute.numel()):
+    if len(partition.compute) > partition.stop - partition.start:
+        for start, piece in reader.read(source, name, 0, len(partition.compute)):
             partition.compute[start : start + len(piece)].copy_(piece)
+
+
+def _fill_average(average: GradientAverage, share: range, reader: ShardReader, name: str) -> None:
+    """Set this rank's elements of one parameter's average."""
+    values = average.share(name, len(share))
+    for start, piece in reader.read(AVERAGE, name, share.start, share.stop, ("F32", "BF16")):
+        first = start - share.start
+        values[first : first + len(piece)].copy_(piece)
 
 
 def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:

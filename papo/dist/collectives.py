@@ -62,6 +62,20 @@ def all_max(value: float) -> float:
     return float(tensor.item())
 
 
+def join(parts: Tensor) -> Tensor:
+    """A tensor of whose elements one rank each has the value and all others 0, bit for bit.
+
+    Args:
+        parts: the same shape and dtype on every rank; it is overwritten.
+    """
+    if world_size() > 1:
+        # As integers: a sum of numbers would make -0 a 0.
+        whole = parts.view(torch.uint8).to(_comm_device())
+        dist.all_reduce(whole)
+        parts.view(torch.uint8).copy_(whole)
+    return parts
+
+
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, in rank order, on every rank: small Python objects of our own."""
     if world_size() == 1:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from papo.dist import collectives
+from papo.dist.adamw import GuardedAdamW
+from papo.dist.average import GradientAverage, compute_weights
 from papo.dist.partition import (
     MASTER,
     MOMENTS,
@@ -43,24 +45,19 @@ with warnings.catch_warnings():
 
 
 class StepResult(NamedTuple):
-    """`grad_norm` before clipping, inf or NaN where the gradient is; `applied`: weights changed."""
+    """What a step did.
+
+    Attributes:
+        grad_norm: before clipping, inf or NaN where the gradient is.
+        applied: whether weights changed.
+        first_order: sum over all trained parameters of the kept average (`Engine.average_gradient`)
+            times the change of the weights that passes compute with, rounding to bfloat16 included;
+            NaN where there is none or nothing changed.
+    """
 
     grad_norm: float
     applied: bool
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves weights and moments untouched where the step was found bad.
-
-    DeepSpeed calls `step` after it has reduced the gradients: this is the last place before
-    anything changes.
-    """
-
-    blocked = False
-
-    def step(self, closure: Any = None) -> Any:
-        """One update, or none while `blocked`."""
-        return None if self.blocked else super().step(closure)
+    first_order: float = math.nan
 
 
 def local_device() -> torch.device:
@@ -90,6 +87,7 @@ class Engine:
         self._stage = ds_config["zero_optimization"]["stage"]
         self.computes_in_bf16: bool = ds_config["bf16"]["enabled"]
         self.adamw: GuardedAdamW | None = None
+        self._max_grad_norm = math.inf if optim is None else optim.max_grad_norm
         if optim is not None:
             self.adamw = GuardedAdamW(
                 [p for p in policy.parameters() if p.requires_grad],
@@ -99,6 +97,11 @@ class Engine:
                 weight_decay=optim.weight_decay,
                 fused=True,
             )
+        self._offloads = "offload_optimizer" in ds_config["zero_optimization"]
+        self.average = GradientAverage(
+            torch.bfloat16 if self.computes_in_bf16 else torch.float32,
+            torch.device("cpu") if self._offloads else self.device,
+        )
         self._view = _empty_twin(policy.causal_lm)
         # DeepSpeed makes its float32 masters from bfloat16 weights. A checkpoint's further digits
         # would be lost, and small updates with them: a master that starts on the bfloat16 grid must
@@ -160,24 +163,99 @@ class Engine:
             grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
             norm = float(nn.utils.get_total_norm(grads))
             blocked = blocked or not math.isfinite(norm)
+        parts = self._partitions() if self.has_average else []
+        before = compute_weights(parts)
+        self._ds_step(blocked)
+        norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
+        applied, first_order = not blocked and math.isfinite(norm), math.nan
+        if self.has_average and applied:
+            first_order = self.average.dot_change(self._partitions(), before)
+        return StepResult(norm, applied, first_order)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is an average of gradients."""
+        return self.average.count > 0
+
+    def average_gradient(self, decay: float) -> float:
+        """Fold what `backward` has accumulated into the kept average, in place of a step; its norm.
+
+        The norm is of all ranks' gradient, before clipping. One that is not finite is not folded.
+        Weights and AdamW's state stay as they are, bit for bit.
+
+        Args:
+            decay: of the bias-corrected average, in [0, 1).
+        """
+        assert self.adamw is not None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # streams of DeepSpeed's own write gradients
+        norm = self.average.fold(self._partitions(), decay)
+        if self._stage == 3 and not self._offloads:
+            self._zero.zero_grad()
+            self._release_gathered()
+            self._clear_buffers()
+        else:
+            self._ds_step(blocked=True)
+        return norm
+
+    def _ds_step(self, blocked: bool) -> None:
+        """DeepSpeed's step, after which no gradient is left."""
+        assert self.adamw is not None
         self.adamw.blocked = blocked
         _return_freed_memory()
         self._ds.step()
-        norm = float(self._ds.get_global_grad_norm()) if norm is None else norm
-        return StepResult(norm, applied=not blocked and math.isfinite(norm))
+        if self._stage == 3:
+            self._clear_buffers()
+
+    def _clear_buffers(self) -> None:
+        """Zero the gradients that ZeRO-3 leaves where they are: it would step a weight that the
+        next loss does not reach, such as an expert's, by the last gradient that it had."""
+        self._zero.grad_partitions_flat_buffer.zero_()
+        for flat in self._zero.fp32_partitioned_groups_flat if self._offloads else ():
+            if flat.grad is not None:
+                flat.grad.zero_()
+
+    @contextlib.contextmanager
+    def moved_along_average(self, change: float) -> Iterator[None]:
+        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
+
+        The move is the average over what AdamW would divide it by in an update. The weights come back bit for bit; float32 masters of bfloat16 weights never
+        change. Without an average nothing is moved.
+
+        Args:
+            change: first-order change of what the average is the gradient of; in nats for an
+                entropy's.
+        """
+        assert self.adamw is not None
+        if not self.has_average:
+            yield
+            return
+        self._release_gathered()
+        try:
+            parts, bound = self._partitions(), self._max_grad_norm
+            with self.average.moved(parts, self.adamw, bound, change):
+                yield
+        finally:
+            self._release_gathered()
+
+    def _release_gathered(self) -> None:
+        """Have ZeRO-3 gather weights anew, some of which it keeps from one pass to the next."""
+        if self._stage == 3:
+            self._zero.empty_partition_cache()
 
     def finite(self) -> bool:
         """Whether the weights and moments that this rank updates are; no collective."""
         assert self.adamw is not None
-        flat = [t for p, s in self.adamw.state.items() for t in (p, *(s[k] for k in MOMENTS))]
+        state = self.adamw.state
+        flat = [t for p in state for t in (p, *(state[p][k] for k in MOMENTS if k in state[p]))]
         # Among the optimizer's own tensors is padding, which DeepSpeed leaves as the memory was.
         return _all_finite(flat) or _all_finite(self._held())
 
     def _held(self) -> Iterator[Tensor]:
         """This rank's float32 masters and moments, without padding."""
-        for _, parameter in self.trained_parameters():
-            partition = self.partition(parameter)
-            yield from (partition.read(kind) for kind in (MASTER, *MOMENTS))
+        kinds = (MASTER, *MOMENTS) if self.has_moments else (MASTER,)
+        for _, partition in self._partitions():
+            yield from (partition.read(kind) for kind in kinds)
 
     @contextlib.contextmanager
     def inference_model(self) -> Iterator[PreTrainedModel]:
@@ -232,12 +310,15 @@ class Engine:
         """This rank's part of a trained parameter and of its optimizer state."""
         if self._stage == 3:
             return ZeRO3Partition(parameter, self._zero, collectives.rank())
-        if hasattr(parameter, "_hp_mapping"):
-            return FragmentPartition(parameter)
+        if self.adamw and hasattr(parameter, "_hp_mapping"):
+            return FragmentPartition(parameter, self.adamw)
         state = self.adamw.state.get(parameter, {}) if self.adamw else {}
         moments = {key: state[key] for key in MOMENTS if key in state}
         ranks = collectives.rank(), collectives.world_size()
         return ReplicatedPartition(parameter, moments, *ranks)
+
+    def _partitions(self) -> list[tuple[str, Partition]]:
+        return [(name, self.partition(p)) for name, p in self.trained_parameters()]
 
     @property
     def has_moments(self) -> bool:
@@ -247,10 +328,7 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Updates AdamW has made (its bias correction depends on it)."""
-        steps = (
-            [int(s["step"]) for s in self.adamw.state.values() if "step" in s] if self.adamw else []
-        )
-        return max(steps, default=0)
+        return self.adamw.updates if self.adamw else 0
 
     @optimizer_steps.setter
     def optimizer_steps(self, value: int) -> None:

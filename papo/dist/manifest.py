@@ -20,7 +20,7 @@ from papo.errors import PapoError
 from papo.inputs import read_bytes, read_json_object
 from papo.outputs import replace_file
 
-FORMAT = 3
+FORMAT = 4
 OTHER_FORMAT = "checkpoint format"  # so begins the only fault of an intact checkpoint
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
@@ -62,6 +62,7 @@ class TrainerState(BaseModel):
     step: _Count
     cursor: _Count = 0
     optimizer_steps: _Count
+    averaged_gradients: _Count = 0
     shapes: dict[str, list[_Count]]
     score: FiniteFloat | None = None
     bad_steps: _Count = 0

@@ -29,6 +29,7 @@ class TrainingSequence:
         group: index of its prompt among all that the step samples, -1 for `IDLE`.
         old_logp, ref_logp: float32 [len(response_ids)] or None.
         factor: the same; multiplies the advantage token by token.
+        unit_polarity: the same; what `factor` was formed from, where that is not the local one.
         kept: the ids that top-k and top-p left to draw each token from, None where neither was on.
     """
 
@@ -41,6 +42,7 @@ class TrainingSequence:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     factor: Tensor | None = None
+    unit_polarity: Tensor | None = None
     kept: KeptIds | None = None
 
 
@@ -95,6 +97,8 @@ class MicroBatch:
         old_logp, ref_logp: float32 [N] or None.
         factor: float32 [N] or None, polarity weights that `advantages` already contain
             (weighting.source: rollout).
+        unit_polarity: float32 [N] or None, shared unit polarity that these weights were formed from
+            (weighting.polarity: shared).
         keep_offsets: int64 [N + 1] or None, keep_ids: int64 [nnz] or None: what top-k and top-p
             kept for each token, as `papo_kernels.KeepSet` has it.
         segment_ids: int64 [B, T], 0 for a prompt, 1 and on for its completions, -1 for padding;
@@ -113,6 +117,7 @@ class MicroBatch:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     factor: Tensor | None = None
+    unit_polarity: Tensor | None = None
     keep_offsets: Tensor | None = None
     keep_ids: Tensor | None = None
     segment_ids: Tensor | None = None
@@ -260,6 +265,7 @@ def _token_tensors(sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
         "old_logp": per_token([s.old_logp for s in sequences]),
         "ref_logp": per_token([s.ref_logp for s in sequences]),
         "factor": factor,
+        "unit_polarity": per_token([s.unit_polarity for s in sequences]),
         **_kept_tensors([s.kept for s in sequences]),
     }
 

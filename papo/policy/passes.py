@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -37,6 +38,28 @@ class ForwardEngine(Protocol):
         """Switch dropout and the like."""
 
 
+class MovableEngine(ForwardEngine, Protocol):
+    """An engine whose weights can be moved for a pass."""
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether weights and activations of a pass are bfloat16."""
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a kept average of a gradient exists; the same on every rank."""
+
+    def moved_along_average(self, change: float) -> AbstractContextManager[None]:
+        """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
+
+        The weights come back bit for bit.
+
+        Args:
+            change: first-order change of what the average is the gradient of; in nats for an
+                entropy's.
+        """
+
+
 @contextlib.contextmanager
 def evaluating(engine: ForwardEngine) -> Iterator[None]:
     """Passes in evaluation mode: the policy's own distribution, nothing drops out."""
@@ -47,9 +70,10 @@ def evaluating(engine: ForwardEngine) -> Iterator[None]:
         engine.train(True)
 
 
-def stats_of(engine: ForwardEngine, batch: MicroBatch) -> TokenStats:
-    """Statistics of a micro-batch's tokens, float32 [N] each, without gradient."""
-    with torch.no_grad():
+def stats_of(engine: ForwardEngine, batch: MicroBatch, *, gradient: bool = False) -> TokenStats:
+    """Statistics of a micro-batch's tokens, float32 [N] each; log-prob and entropy with a gradient
+    where it is asked for."""
+    with torch.set_grad_enabled(gradient):
         return TokenStats(*engine.forward(batch.model_inputs()))
 
 

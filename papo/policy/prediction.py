@@ -1,15 +1,21 @@
-"""The entropy change predicted for a step: through AdamW, and from its gradient alone.
+"""The entropy change predicted for a step, three times: to first order in the weights, and by
+polarity, through AdamW and from the step's gradient alone.
 
-Both predictions are compared with the measured change, by rank correlation over the last steps.
+Each is compared with the measured change, by rank correlation over the last steps.
 
-Update k has the gradient g of sum token_weight * loss, and with it the prediction
+First order in the weights is G . dtheta, where G is the gradient of the mean entropy, averaged over
+the steps (papo/train/entropy.py), and dtheta what an update did to the weights. It is in nats, and
+clipping, momentum, weight decay and every term of the loss are in it.
+
+Polarity takes each token's logits for its own. Update k has the gradient g of
+sum token_weight * loss, and with it the prediction
 
     p = -sum of g_t * unit_polarity              over the tokens that train
 
 where g_t is the derivative of the policy term by the token's logp. Of the clipped surrogate, p is
 the sum of token_weight * w * polarity over the tokens that are not clipped.
 
-It is linear in g: what the optimizer does to g, it does to p.
+It is linear in g. What the optimizer does to g, it does to p:
 
     c = min(1, max_grad_norm / |g|)              clipping
     m = b1 m + (1 - b1) c p                      first moment
@@ -37,15 +43,22 @@ if TYPE_CHECKING:
 WINDOW = 50
 FEWEST = 8
 
-# The metrics of the two predictions, and what plots and tables call them.
+# The metrics of the predictions, and what plots and tables call them.
 PREDICTIONS = {
-    "entropy/predicted_delta": "through the optimizer",
-    "entropy/predicted_delta_instant": "gradient alone",
+    "entropy/predicted_delta": "first order in the weights",
+    "entropy/predicted_delta_polarity": "polarity through AdamW",
+    "entropy/predicted_delta_instant": "polarity of the gradient alone",
 }
 
 
+def correlation_of(prediction: str) -> str:
+    """The metric of the running correlation of one of `PREDICTIONS`."""
+    return prediction.replace("predicted_delta", "prediction_correlation")
+
+
 class EntropyPrediction:
-    """AdamW's averages of the prediction, and the last steps' predicted and measured changes.
+    """AdamW's averages of polarity's prediction, and the last steps' predicted and measured
+    changes.
 
     A step's figures are sums over its updates, the skipped ones left out: AdamW's moments do not
     move with them.
@@ -61,35 +74,34 @@ class EntropyPrediction:
         self._updates = 0
         self._first = 0.0
         self._second = 0.0
-        self._points: list[tuple[float, float, float]] = []
+        # The predictions of a step, in the order of `PREDICTIONS`, and its measured change.
+        self._points: list[tuple[float, ...]] = []
 
     def observe(self, updates: Sequence[Update]) -> dict[str, float]:
         """Take a step's updates, in order; those that were skipped count for nothing.
 
         Returns:
-            The step's figures by the names of their metrics; the measured change and the
-            correlations only where every applied update was measured.
+            The step's figures by the names of their metrics, NaN where nothing was predicted; the
+            measured change and the correlations only where every applied update was measured.
         """
         updates = [u for u in updates if u.applied]
-        predicted = sum(self._through_optimizer(u) for u in updates) if updates else math.nan
-        instant = sum(u.sums.predicted for u in updates) if updates else math.nan
-        figures = {
-            "entropy/predicted_delta": predicted,
-            "entropy/predicted_delta_instant": instant,
-        }
+        each = [(u.first_order, self._through_optimizer(u), u.sums.predicted) for u in updates]
+        predicted = [sum(column) for column in zip(*each, strict=True)] or [math.nan] * 3
+        figures = dict(zip(PREDICTIONS, predicted, strict=True))
         changes = [u.measured_delta for u in updates if u.measured_delta is not None]
         if len(changes) < len(updates):
             return figures
         measured = sum(changes) if updates else math.nan
-        point = (predicted, instant, measured)
-        if all(map(math.isfinite, point)):
-            self._points = [*self._points, point][-WINDOW:]
-        through, alone, real = zip(*self._points, strict=True) if self._points else [()] * 3
+        if math.isfinite(measured):
+            self._points = [*self._points, (*predicted, measured)][-WINDOW:]
+        *columns, real = zip(*self._points, strict=True) if self._points else [()] * 4
         return {
             **figures,
             "entropy/measured_delta": measured,
-            "entropy/prediction_correlation": rank_correlation(through, real),
-            "entropy/prediction_correlation_instant": rank_correlation(alone, real),
+            **{
+                correlation_of(name): rank_correlation(column, real)
+                for name, column in zip(PREDICTIONS, columns, strict=True)
+            },
         }
 
     def _through_optimizer(self, update: Update) -> float:
@@ -113,7 +125,7 @@ class EntropyPrediction:
             "updates": self._updates,
             "first": self._first,
             "second": self._second,
-            "points": [list(point) for point in self._points],
+            "points": [[x if math.isfinite(x) else None for x in p] for p in self._points],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,7 +133,7 @@ class EntropyPrediction:
         self._updates = int(state["updates"])
         self._first = state["first"]
         self._second = state["second"]
-        self._points = [(p, i, m) for p, i, m in state["points"]]
+        self._points = [tuple(math.nan if x is None else x for x in p) for p in state["points"]]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

@@ -1,4 +1,5 @@
-"""What one optimizer update was: sums over its tokens, the gradient's norm, the entropy change."""
+"""What one optimizer update was: sums over its tokens, the gradient's norm, the entropy change that
+it should make and the one that it made."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class TokenSums(NamedTuple):
         clip_low, clip_high, clip_dual: tokens on which that bound acted.
         sampler_kl: see `sampler_kl`, nats.
         absolute_advantage: |A|, weights of the old policy included.
-        predicted: first-order entropy change of a step along the policy term's gradient
-            (papo/policy/prediction.py).
+        predicted: polarity's prediction of the entropy change of a step along the policy term's
+            gradient (papo/policy/prediction.py).
     """
 
     tokens: float
@@ -116,6 +117,8 @@ class Update:
         grad_norm: before clipping.
         lr: its learning rate.
         reason: why it was skipped, empty where it was applied.
+        first_order: the averaged gradient of the mean entropy times the change of the weights,
+            nats; NaN where there is no average or it was skipped.
         measured_delta: mean entropy after it minus before, nats; None where it was not measured.
     """
 
@@ -124,6 +127,7 @@ class Update:
     grad_norm: float
     lr: float
     reason: str = ""
+    first_order: float = math.nan
     measured_delta: float | None = None
 
     @property

@@ -164,6 +164,11 @@ class WeightController:
         and not from the loss kernel."""
         return self._config.source == "rollout" and self._config.strength > 0.0
 
+    @property
+    def shared(self) -> bool:
+        """Whether that polarity is the one through all shared parameters."""
+        return self._config.polarity == "shared" and self.from_rollout
+
     def kernel_weighting(self, phase: float) -> PolarityWeighting | None:
         """Weighting for the loss kernel, None where it is not to weight.
 

@@ -56,6 +56,12 @@ METRICS: dict[str, Metric] = {
         "Mean entropy of the policy at the sampling temperature, over the tokens that train.",
     ),
     "entropy/predicted_delta": Metric(
+        "nats",
+        "The step's entropy change to first order in the weights: the averaged gradient of the "
+        "mean entropy times what AdamW did to the weights, summed over the step's updates "
+        "(docs/method.md). Null where no update was applied, and with `metrics.predict_share` 0.",
+    ),
+    "entropy/predicted_delta_polarity": Metric(
         "nats times a constant",
         "The step's entropy change as polarity predicts it, passed through AdamW (docs/method.md): "
         "the sum over the step's updates. Compare its sign and trend, not its size, with the "
@@ -63,9 +69,14 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy/predicted_delta_instant": Metric(
         "nats per unit step",
-        "The same from this step's gradient alone, per unit of step in logit space: with "
-        "`loss.surrogate: clip` the sum of token weight times w times polarity over all tokens of "
-        "the step, 0 where clipped.",
+        "Polarity's prediction from this step's gradient alone, per unit of step in logit space: "
+        "with `loss.surrogate: clip` the sum of token weight times w times polarity over all "
+        "tokens of the step, 0 where clipped.",
+    ),
+    "entropy/gradient_norm": Metric(
+        "nats per unit of weight",
+        "Norm of the gradient of the mean entropy, at the steps that take it "
+        "(`metrics.predict_every`); null where it is not finite, and then it predicts nothing.",
     ),
     "entropy/measured_delta": Metric(
         "nats",
@@ -76,6 +87,11 @@ METRICS: dict[str, Metric] = {
         "",
         "Spearman's rank correlation of `entropy/predicted_delta` and `entropy/measured_delta` "
         "over the last 50 measured steps; null before the 8th. `dH r` on screen.",
+    ),
+    "entropy/prediction_correlation_polarity": Metric(
+        "",
+        "The same of `entropy/predicted_delta_polarity`; `dH r` on screen where the one above is "
+        "null.",
     ),
     "entropy/prediction_correlation_instant": Metric(
         "", "The same of `entropy/predicted_delta_instant`."
@@ -141,7 +157,9 @@ METRICS: dict[str, Metric] = {
     "time/rollout": Metric("s", "Sampling."),
     "time/reward": Metric("s", "Waiting for verifiers."),
     "time/stats": Metric(
-        "s", "Forward passes of the old and the reference policy, where something needs them."
+        "s",
+        "Forward passes of the old and the reference policy, where something needs them; with "
+        "`metrics.predict_share` also the forward and backward passes of the entropy's gradient.",
     ),
     "time/train": Metric(
         "s",

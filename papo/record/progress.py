@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from papo.policy.prediction import PREDICTIONS, correlation_of
 from papo.record.screen import showing
 
 if TYPE_CHECKING:
@@ -85,10 +86,12 @@ class Progress:
 def step_line(step: int, total: int, metrics: Mapping[str, float], eta: float) -> str:
     """A step in one line: reward, entropy, phase, tokens/s and the time left.
 
-    How well entropy changes were predicted is among them once it is known.
+    How well entropy changes were predicted is among them once it is known: to first order in the
+    weights, or by polarity where that is not predicted.
     """
-    correlation = metrics.get("entropy/prediction_correlation", math.nan)
-    predicted = f"dH r {correlation:+.2f}  " if math.isfinite(correlation) else ""
+    correlations = (metrics.get(correlation_of(name), math.nan) for name in PREDICTIONS)
+    known = next(filter(math.isfinite, correlations), math.nan)
+    predicted = f"dH r {known:+.2f}  " if math.isfinite(known) else ""
     return (
         f"step {step}/{total}  reward {_figure(metrics['reward/mean'])}  entropy "
         f"{_figure(metrics['entropy/mean'])}  "

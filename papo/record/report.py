@@ -11,7 +11,7 @@ from typing import Any
 
 from papo.errors import PapoError
 from papo.outputs import replace_file
-from papo.policy.prediction import PREDICTIONS, rank_correlation
+from papo.policy.prediction import PREDICTIONS, correlation_of, rank_correlation
 from papo.record.jsonl import read_rows
 from papo.record.screen import showing
 
@@ -136,8 +136,8 @@ def print_table(evaluations: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Reward, entropy, phase, predicted against measured entropy change (through the optimizer and
-    from the gradient alone) and their running correlation, as a PNG.
+    """Reward, entropy, phase, the running correlations of the predicted entropy changes, and each
+    prediction against what was measured, as a PNG.
 
     Args:
         steps: rows of metrics.jsonl; a figure that is missing or null leaves a gap.
@@ -148,9 +148,11 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure = Figure(figsize=(16, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    reward, entropy, phase, *deltas, running = figure.subplots(2, 3).flatten()
+    # Four above, one for each prediction below.
+    places = figure.subplot_mosaic("aaabbbcccddd\neeeeffffgggg")
+    reward, entropy, phase, running, *deltas = places.values()
     x = [row["step"] for row in steps]
     reward.plot(x, _series(steps, "reward/mean"))
     reward.set(title="reward", xlabel="step", ylabel="mean reward")
@@ -164,8 +166,8 @@ def plot(steps: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (name, label) in zip(deltas, PREDICTIONS.items(), strict=True):
         points = _scatter_delta(axes, steps, name, label)
     figure.colorbar(points, ax=deltas[-1], label="step")
-    for suffix, label in zip(("", "_instant"), PREDICTIONS.values(), strict=True):
-        running.plot(x, _series(steps, f"entropy/prediction_correlation{suffix}"), label=label)
+    for name, label in PREDICTIONS.items():
+        running.plot(x, _series(steps, correlation_of(name)), label=label)
     running.axhline(0.0, color="gray", linewidth=0.8)
     running.set(title="running correlation", xlabel="step", ylabel="Spearman", ylim=(-1.05, 1.05))
     running.legend(loc="lower right")

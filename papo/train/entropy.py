@@ -1,15 +1,22 @@
-"""How much an update changed the mean entropy, measured on the same tokens before and after it."""
+"""The mean entropy's change by an update, measured on the same tokens before and after it, and the
+gradient that predicts it."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
 from papo.dist import collectives
+from papo.policy.batch import TrainingSequence
+from papo.policy.passes import evaluating, stats_of
 from papo.policy.update import Update
 from papo.train.stats import Passes, Pieces
+from papo.train.step import TrainingEngine
 
 T = TypeVar("T")
 
@@ -41,14 +48,10 @@ class EntropyMeasurement:
             pieces: the update's.
         """
         sequences = [s for piece in pieces for s in piece if s.weight > 0]
-        mine = [(s.group, i, len(s.response_ids)) for i, s in enumerate(sequences)]
-        everyones = sorted(collectives.gather_lists(mine))
-        share = tokens / max(1, sum(length for _, _, length in everyones))
+        total = collectives.sum_named({"tokens": sum(len(s.response_ids) for s in sequences)})
+        share = tokens / max(1.0, total["tokens"])
         if tokens and share < 1:
-            chosen = set(spread(everyones, share))
-            pieces = passes.pieces(
-                [s for place, s in zip(mine, sequences, strict=True) if place in chosen]
-            )
+            pieces = passes.pieces(share_of(sequences, share))
         elif not passes.engine.dropout:
             return cls(passes, pieces)
         return cls(passes, pieces, passes.mean_entropy(pieces))
@@ -59,6 +62,78 @@ class EntropyMeasurement:
             return update
         before = update.sums.mean(update.sums.entropy) if self.before is None else self.before
         return replace(update, measured_delta=self.passes.mean_entropy(self.pieces) - before)
+
+
+@dataclass(frozen=True)
+class EntropyGradient:
+    """The gradient of the mean entropy, averaged over the steps in the engine.
+
+    It is nearly the same from batch to batch, so that a few completions of each will do.
+
+    Attributes:
+        share: of the completions, in (0, 1].
+        decay: of the average.
+    """
+
+    engine: TrainingEngine
+    passes: Passes
+    share: float
+    decay: float
+
+    def take(self, sequences: Sequence[TrainingSequence]) -> float:
+        """Fold the gradient at the present weights into the average; a collective.
+
+        The weights, AdamW's state and the random numbers of training stay as they are.
+
+        Args:
+            sequences: this rank's.
+
+        Returns:
+            The norm of this gradient, in nats per unit of weight; NaN where no completion trains.
+        """
+        training = [s for s in sequences if s.weight > 0]
+        pieces = self.passes.pieces(share_of_prompts(training, self.share))
+        lengths = [len(s.response_ids) for piece in pieces for s in piece if s.weight > 0]
+        tokens = collectives.sum_named({"tokens": sum(lengths)})["tokens"]
+        if not tokens:
+            return math.nan
+        with evaluating(self.engine) if self.engine.dropout else contextlib.nullcontext():
+            for i, piece in enumerate(pieces):
+                batch = self.passes.batcher.batch(piece)
+                entropy = stats_of(self.engine, batch, gradient=True).entropy
+                mean = torch.where(batch.live, entropy, 0.0).sum() / tokens
+                self.engine.backward(mean, last=i == len(pieces) - 1)
+        return self.engine.average_gradient(self.decay)
+
+
+def share_of(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:
+    """This rank's part of a share of all ranks' `sequences`; a collective.
+
+    How many ranks share the sequences does not change which of them are taken.
+    """
+    mine = [(s.group, i, len(s.response_ids)) for i, s in enumerate(sequences)]
+    chosen = set(spread(sorted(collectives.gather_lists(mine)), share))
+    return [s for place, s in zip(mine, sequences, strict=True) if place in chosen]
+
+
+def share_of_prompts(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:
+    """This rank's part of a share of all ranks' `sequences`, from as few prompts as it takes; a
+    collective.
+
+    How many ranks share the sequences does not change which of them are taken. They go from rank
+    to rank, so that each has its part of the work.
+    """
+    mine = [(s.group, i, collectives.rank()) for i, s in enumerate(sequences)]
+    everyones = sorted(collectives.gather_lists(mine))
+    groups = sorted({group for group, _, _ in everyones})
+    chosen = set(spread(groups, share))
+    count, world = math.ceil(share * len(everyones)), collectives.world_size()
+    taken = [place for place in everyones if place[0] in chosen][:count]
+    parcels: list[list[TrainingSequence]] = [[] for _ in range(world)]
+    for n, (_, i, rank) in enumerate(taken):
+        if rank == collectives.rank():
+            parcels[n * world // len(taken)].append(sequences[i])
+    return collectives.exchange(parcels)
 
 
 def spread(items: Sequence[T], share: float) -> list[T]:

@@ -82,9 +82,14 @@ class Loop:
             )
         self.cursor = rounds.cursor
         phase, sampled = s.phase.phase, collected.sampled
-        updates = self._updates(experience.to_sequences(collected.groups), phase, clock)
+        sequences = experience.to_sequences(collected.groups)
+        with clock("stats"):
+            s.row_check.check(sequences)
+            gradient = self._take_entropy_gradient(sequences)
+        updates = self._updates(sequences, phase, clock)
         self.step += 1
         metrics = {
+            **gradient,
             **rollout_metrics(sampled, collected.rounds, config.reward.success),
             **update_metrics(updates),
             **s.weighting.metrics(phase),
@@ -99,6 +104,13 @@ class Loop:
         s.recorder.step(self.step, metrics, sampled)
         s.health.stop(self.step, fault)
 
+    def _take_entropy_gradient(self, sequences: list[TrainingSequence]) -> dict[str, float]:
+        """What the step's prediction is made with, where it is due; its norm."""
+        gradient, every = self.s.entropy_gradient, self.config.metrics.predict_every
+        if gradient is None or (self.s.engine.has_average and not due(every, self.step)):
+            return {}
+        return {"entropy/gradient_norm": gradient.take(sequences)}
+
     def _updates(
         self, sequences: list[TrainingSequence], phase: float, clock: StageClock
     ) -> list[Update]:
@@ -107,7 +119,6 @@ class Loop:
         torch.manual_seed(seed_of(config.seed, "dropout", self.step, collectives.rank()))
         measures = due(config.metrics.measure_entropy_every, self.step)
         with clock("stats"):
-            s.row_check.check(sequences)
             sequences = attach(sequences, s.passes, s.reference, s.weighting, phase, count)
         updates = []
         for u, part in enumerate(experience.mini_batches(sequences, count)):

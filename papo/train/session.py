@@ -24,6 +24,7 @@ from papo.record.recorder import Recorder
 from papo.reward.pool import RewardPool
 from papo.rollout import HFSampler, SamplingParams
 from papo.train import build, probe, references
+from papo.train.entropy import EntropyGradient
 from papo.train.evaluate import Evaluator, HeldOut
 from papo.train.health import Health
 from papo.train.resume import Origin
@@ -133,6 +134,10 @@ class Session:
         self.phase = PhaseController(config.phase)
         self.weighting = WeightController(config.weighting)
         self.prediction = EntropyPrediction(config.optim, self.engine.trained_numel)
+        share, decay = config.metrics.predict_share, config.metrics.predict_decay
+        self.entropy_gradient = (
+            EntropyGradient(self.engine, self.passes, share, decay) if share else None
+        )
         objective = objective_of(config.loss)
         self.updater = Updater(self.engine, self.batcher, objective, self.weighting)
         noise, wanted = config.sampler_kl_noise, config.model.probe

@@ -80,7 +80,8 @@ class RunState:
         resumed, asked = self.origin.folder, self.config.resume
         if resumed is not None:
             self._create_optimizer_state()
-            state = checkpoint.load(resumed, self.engine)
+            predicts = self.config.metrics.predict_share > 0
+            state = checkpoint.load(resumed, self.engine, average=predicts)
             step, cursor = state["step"], state["cursor"]
             self.health.bad_steps = state["bad_steps"]
             for name, part in self.parts.items():

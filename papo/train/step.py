@@ -31,6 +31,16 @@ class TrainingEngine(ForwardEngine, Protocol):
     def step(self, lr: float, *, blocked: bool) -> StepResult:
         """Clip, update (unless `blocked` or the gradient is not finite) and clear the gradients."""
 
+    def average_gradient(self, decay: float) -> float:
+        """Fold what `backward` has accumulated into the kept average, in place of a step; its norm.
+
+        Weights and AdamW's state stay as they are. A `step` tells the average's inner product with
+        the change of the weights (`StepResult.first_order`).
+
+        Args:
+            decay: of the bias-corrected average, in [0, 1).
+        """
+
 
 @dataclass(frozen=True)
 class Updater:
@@ -83,7 +93,7 @@ class Updater:
         result = self.engine.step(lr, blocked=bool(reason))
         if not reason and not result.applied:
             reason = f"gradient norm is {result.grad_norm}"
-        return Update(total, branches, result.grad_norm, lr, reason)
+        return Update(total, branches, result.grad_norm, lr, reason, result.first_order)
 
     def _branch_sums(
         self, out: PolicyLossOutput, batch: MicroBatch, gradient: Tensor
@@ -91,15 +101,19 @@ class Updater:
         """Branch sums of a micro-batch, before and after weighting, wherever that happened.
 
         Weights from the old policy (`batch.factor`) are in the advantages already. They are divided
-        out again for what is "before".
+        out again for what is "before". Where shared polarity made them, the sums are of it too.
         """
         factor = torch.ones_like(out.weight) if batch.factor is None else batch.factor
-        polarity = out.polarity / factor
+        advantages = batch.advantages / factor
+        if batch.unit_polarity is None:
+            polarity, unit_polarity = out.polarity / factor, out.unit_polarity
+        else:
+            polarity, unit_polarity = advantages * batch.unit_polarity, batch.unit_polarity
         return branch_sums(
             polarity,
-            batch.advantages / factor,
+            advantages,
             out.weight * factor,
             batch.live,
             out.clipped & (gradient == 0),
-            self.controller.shape_of(polarity, out.unit_polarity),
+            self.controller.shape_of(polarity, unit_polarity),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -81,7 +82,8 @@ def prepare() -> None:
     """
     _prctl(_SET_CHILD_SUBREAPER, 1)
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-    for name in ("matplotlib.pyplot", "reasoning_gym", "papo.train.loop"):
+    late = "deepspeed.runtime.zero.muon.muon_optimizer"  # imported by the first engine
+    for name in ("matplotlib.pyplot", "reasoning_gym", "papo.train.loop", late):
         importlib.import_module(name)
 
 
@@ -144,6 +146,8 @@ def _become_rank(
             os.execve(sys.executable, [sys.executable, _SCRIPT, *arguments], variables)
         os.environ.clear()
         os.environ.update(variables)
+        # DeepSpeed collects garbage four times an engine: not among all that has been imported.
+        gc.freeze()
         code = run(arguments)
     except BaseException:
         traceback.print_exc()

@@ -24,8 +24,11 @@ from papo.dist.engine import Engine
 from papo.dist.folders import Retention, resolve
 from papo.dist.manifest import name_of, verify
 from papo.errors import PapoError
+from papo.policy.batch import TrainingSequence
 from papo.policy.module import Policy
 from tests.distributed import tasks
+from tests.distributed.average_tasks import average, fold, whole
+from tests.distributed.average_tasks import run_average as run_average
 from tests.distributed.tasks import (
     VOCABULARY,
     Loss,
@@ -72,16 +75,27 @@ def run_save(
     dtype: str = "fp32",
     weights: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Any]:
-    """Two updates, a checkpoint, a third update."""
+    """Two updates, each after a gradient that is averaged, a checkpoint, a third of both."""
     e = make_engine(stage, tied, dtype)
     part = my_part(sequences(sum(split)), split)
     for _ in range(2):
+        fold(e, 1)
         one_update(e, part, 4, Loss(), True)
     before = whole_weights(e)
     state = saved(folder, 2, e, weights)
     assert whole_weights(e) == before
+    return {**third(e, part), "state": state}
+
+
+def third(e: Engine, part: list[TrainingSequence]) -> dict[str, Any]:
+    """Fold and update once more; what came of it."""
+    fold(e, 2)
     one_update(e, part, 4, Loss(), True)
-    return {"weights": whole_weights(e), "steps": e.optimizer_steps, "state": state}
+    return {
+        "average": whole(e, average(e)).tolist(),
+        "weights": whole_weights(e),
+        "steps": e.optimizer_steps,
+    }
 
 
 def run_load(
@@ -95,18 +109,13 @@ def run_load(
     """Load what `run_save` saved, save it again beside it, then the third update."""
     e = make_engine(stage, tied, dtype)
     part = my_part(sequences(sum(split)), split)
+    fold(e, 3)  # so that there is an average to be replaced
     one_update(e, part, 4, Loss(), False)  # so that there are moments to be filled
     found = resolve("auto", Path(folder))
     assert found is not None
     state = checkpoint.load(found, e)
     again = saved(f"{folder}-again", 2, e, weights)
-    one_update(e, part, 4, Loss(), True)
-    return {
-        "weights": whole_weights(e),
-        "steps": e.optimizer_steps,
-        "cursor": state["cursor"],
-        "state": again,
-    }
+    return {**third(e, part), "cursor": state["cursor"], "state": again}
 
 
 def run_share(folder: str, stage: int, dtype: str, bucket: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,11 +14,12 @@ from papo.dist.partition import MASTER
 from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
-from papo.train import build
-from papo.train.entropy import EntropyMeasurement
+from papo.train import build, stats
+from papo.train.entropy import EntropyGradient, EntropyMeasurement
 from papo.train.stats import attach
 from papo_kernels import Compute, PolarityWeighting
 from tests.distributed import tasks
+from tests.distributed.average_tasks import run_average as run_average
 from tests.distributed.configs import deepspeed_dict
 from tests.distributed.tasks import passes, sequences, update, whole_weights
 from tests.kernels.tracking import memory
@@ -73,8 +75,8 @@ def wide_sequences(count: int) -> list[Any]:
 
 
 def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, Any]:
-    """Allocations of statistics, forward, backward, step and measurement on `count` x 64 tokens of
-    a wide vocabulary. The second step: moments exist by then.
+    """Allocations of the entropy's gradient, statistics, forward, backward, step and measurement on
+    `count` x 64 tokens of a wide vocabulary. The second step: moments and an average exist by then.
     """
     causal_lm = small_llama(
         0,
@@ -88,10 +90,13 @@ def run_memory(dtype: str, tied: bool, count: int, chunk_mib: int) -> dict[str, 
     ).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     e = engine_of(causal_lm, dtype=dtype, chunk_bytes=chunk_mib * MiB)
     weighting = PolarityWeighting(strength=0.5, phase=0.5)
+    gradient = EntropyGradient(e, passes(e, 64), 1.0, 0.5)
+    gradient.take(wide_sequences(1))
     step(e, wide_sequences(1), weighting=weighting)
 
     def whole_step() -> None:
         part = wide_sequences(count)
+        gradient.take(part)
         old = passes(e, 64).token_stats(part)
         part = [replace(s, old_logp=o.logp) for s, o in zip(part, old, strict=True)]
         done = measured_step(e, part, weighting=weighting)
@@ -229,6 +234,66 @@ def run_source(source: str, conserve: bool) -> dict[str, Any]:
         "sums": done.sums._asdict(),
         "branches": done.branches._asdict(),
         "grad_norm": done.grad_norm,
+    }
+
+
+class Sometimes(torch.nn.Module):
+    """A layer that has another behind it, as an expert that not every token is sent to."""
+
+    def __init__(self, inner: torch.nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner, self.behind, self.on = inner, torch.nn.Linear(width, width), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return y + self.behind(y) if self.on else y
+
+
+def run_unreached(stage: int, **offload: str) -> dict[str, float]:
+    """How far an update moves a weight that its loss does not reach, after gradients that did."""
+    causal_lm = tasks.model(False)
+    layer = causal_lm.model.layers[0]
+    layer.mlp = sometimes = Sometimes(layer.mlp, causal_lm.config.hidden_size)
+    e = engine_of(causal_lm, stage=stage, **offload)
+    part = tasks.with_token_weights(sequences(8), tasks.Loss())
+    reached = dict(e.trained_parameters())
+    weights = {"unreached": "model.layers.0.mlp.behind.weight", "reached": "lm_head.weight"}
+    before = {key: e.partition(reached[n]).read(MASTER).clone() for key, n in weights.items()}
+    EntropyGradient(e, passes(e, 4), share=1.0, decay=0.0).take(part)
+    sometimes.on = False
+    step(e, part)
+    return {
+        key: float((e.partition(reached[n]).read(MASTER) - before[key]).abs().max())
+        for key, n in weights.items()
+    }
+
+
+def run_shared(stage: int) -> dict[str, Any]:
+    """An update of plain gradient descent: the change of the mean entropy by what the weights did,
+    and by what the tokens' shared polarity adds up to.
+    """
+    causal_lm = tasks.model(True)
+    with torch.no_grad():
+        causal_lm.get_input_embeddings().weight.mul_(15)
+    lr, eps = 100.0, 1e6  # steps that float32 weights show
+    policy = Policy(causal_lm, temperature=1.0)
+    e = Engine(policy, deepspeed_dict(stage, "fp32"), OptimConfig(eps=eps))
+    controller = WeightController(WeightingConfig(source="rollout", polarity="shared"))
+    part = tasks.with_token_weights(sequences(8), tasks.Loss())
+    norm = EntropyGradient(e, passes(e, 3), share=1.0, decay=0.8).take(part)
+    before = whole_weights(e)
+    with mock.patch.object(stats, "SHARED_CHANGE", 0.01):
+        part = attach(part, passes(e, 3), None, controller, 0.7, updates_per_rollout=1)
+    same = whole_weights(e) == before
+    batch = passes(e, 8).batcher.batch(part)
+    each = batch.token_weight * batch.advantages * batch.unit_polarity
+    done = step(e, part, lr=lr, controller=controller)
+    rate = lr / eps * min(1.0, 1.0 / done.grad_norm)
+    return {
+        "same": same,
+        "first_order": done.first_order,
+        "polarity": rate * norm**2 * float(each.sum()),
+        "sizes": rate * norm**2 * float(each.abs().sum()),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from papo.dist import checkpoint
+from papo.dist.average import GradientAverage
 from papo.dist.folders import Retention
 from papo.dist.manifest import (
     FORMAT,
@@ -55,6 +56,7 @@ class SmallEngine:
         self.optimizer_steps = 1
         self.computes_in_bf16 = False
         self.has_moments = True
+        self.average = GradientAverage(torch.float32, torch.device("cpu"))
         self.parameters = {
             "a.weight": torch.nn.Parameter(torch.randn(shape, generator=g)),
             "b": torch.nn.Parameter(torch.randn(5, generator=g)),
@@ -97,7 +99,7 @@ def sign(folder: Path, **changes: Any) -> None:
         keys = list(load_file(path)) if path.suffix == ".safetensors" else []
         files[name] = entry_of(path, keys)
     write_manifest(
-        folder, Manifest(format=3, resumable=True, files=files).model_copy(update=changes)
+        folder, Manifest(format=FORMAT, resumable=True, files=files).model_copy(update=changes)
     )
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from papo.dist.export import main
 from papo.dist.manifest import read_manifest, verify, write_manifest
+from tests.distributed import average_cases
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance
 
@@ -71,7 +72,7 @@ def of_two_ranks(root: Path) -> dict[str, Any]:
         for rank in (0, 1)
     }
     others = {name: (name, {"folder": str(root / name)}) for name in ("unshared", "damaged")}
-    return {**exports, **shares, **full, **others}
+    return {**exports, **shares, **full, **others, **average_cases.asked(average_cases.TWO)}
 
 
 @pytest.fixture(scope="module")
@@ -113,20 +114,24 @@ def back_on_one_rank(case: int, root: Path) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_resume_continues_exactly(results, case: int) -> None:
-    """The same weights, masters and moments, bit for bit, under every stage and number of ranks;
-    then the same updates."""
+    """The same weights, masters, moments and averaged gradient, bit for bit, under every stage and
+    number of ranks; then the same updates."""
     saved_by, loaded_by, dtype, weights, _ = CASES[case]
     saved = results[f"save-{case}"][0]
     kinds = {key.split("/")[0] for key in saved["state"]}
     masters = {"master"} if (dtype, weights) == ("bf16", "bf16") else set()
-    assert kinds == {"weight", "exp_avg", "exp_avg_sq", *masters}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq", "entropy_gradient", *masters}
     assert results[f"load-{case}"][0]["state"] == saved["state"]
     for got in results[f"load-{case}"]:
         assert got["steps"] == 3 and got["cursor"] == 5
         if saved_by == loaded_by:
-            assert got["weights"] == saved["weights"]
+            assert got["weights"] == saved["weights"] and got["average"] == saved["average"]
         else:  # sums are taken in another order; bf16 weights may round to their neighbor
             assert distance(got["weights"], saved["weights"]) < (1e-5 if dtype == "fp32" else 4e-3)
+            scale = max(map(abs, saved["average"]))
+            assert got["average"] == pytest.approx(
+                saved["average"], abs=scale * (1e-6 if dtype == "fp32" else 1e-2)
+            )
 
 
 def test_one_rank_two_ranks_one_rank_is_the_same_state(results) -> None:
@@ -206,3 +211,10 @@ def test_a_checkpoint_becomes_the_same_model(results, tmp_path: Path, capsys, ti
     assert (made / "tokenizer.json").exists() and (made / "generation_config.json").exists()
     assert main([str(folder), str(made)]) == 1
     assert "expected a new or an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", range(len(average_cases.TWO)))
+def test_two_ranks_average_gradients_beside_their_updates(results, case: int) -> None:
+    stage, dtype, _ = average_cases.TWO[case]
+    for got in results[f"average-{case}"]:
+        average_cases.check(got, stage, dtype)

@@ -164,23 +164,23 @@ def test_a_file_that_would_fill_the_memory_is_not_read(folder: Path, monkeypatch
 
 HUGE = b"9" * 5000
 MANIFESTS = {
-    "nesting": b'"format": 3, "resumable": true, "files": ' + b"[" * 100_000 + b"}",
+    "nesting": b'"format": 4, "resumable": true, "files": ' + b"[" * 100_000 + b"}",
     "huge integer": b'"format": ' + HUGE + b"}",
-    "huge size": b'"format": 3, "resumable": true, "files": {"trainer.json": {"size": '
+    "huge size": b'"format": 4, "resumable": true, "files": {"trainer.json": {"size": '
     + HUGE
     + b', "sha256": "'
     + b"0" * 64
     + b'"}}}',
-    "wrong type": b'"format": 3, "resumable": 1, "files": []}',
-    "list of files": b'"format": 3, "resumable": true, "files": ["trainer.json"]}',
-    "no files": b'"format": 3, "resumable": true, "files": {}}',
-    "another format": b'"format": 4}',
+    "wrong type": b'"format": 4, "resumable": 1, "files": []}',
+    "list of files": b'"format": 4, "resumable": true, "files": ["trainer.json"]}',
+    "no files": b'"format": 4, "resumable": true, "files": {}}',
+    "another format": b'"format": 5}',
     "format of text": b'"format": "\\n\\u0000"}',
-    "a path out of the folder": b'"format": 3, "resumable": true, "files": {"../x": {"size": 1, '
+    "a path out of the folder": b'"format": 4, "resumable": true, "files": {"../x": {"size": 1, '
     b'"sha256": "' + b"0" * 64 + b'"}}}',
-    "a null byte": b'"format": 3, "resumable": true, "files": {"a\\u0000": null}}',
+    "a null byte": b'"format": 4, "resumable": true, "files": {"a\\u0000": null}}',
     "not UTF-8": b'"format": "\xff\xfe"}',
-    "half a surrogate": b'"format": 3, "resumable": true, "files": {"\\ud800": {}}}',
+    "half a surrogate": b'"format": 4, "resumable": true, "files": {"\\ud800": {}}}',
     "a constant": b'"format": NaN}',
     "nothing": b"",
 }
@@ -195,7 +195,7 @@ def test_a_manifest_of_anything_is_one_line(folder: Path, content: bytes) -> Non
 
 def test_a_checkpoint_of_another_format_says_so(folder: Path) -> None:
     sign_text(folder, MANIFESTS["another format"])
-    assert verify(folder) == ["checkpoint format 4, this version reads 3"]
+    assert verify(folder) == ["checkpoint format 5, this version reads 4"]
 
 
 TRAINERS: dict[str, bytes] = {
@@ -215,7 +215,7 @@ def test_a_trainer_json_of_anything_is_one_line(folder: Path, content: bytes) ->
     (folder / "trainer.json").write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "keys": []}
     files = {**good["files"], "trainer.json": entry}
-    sign_text(folder, json.dumps({"format": 3, "resumable": True, "files": files})[1:].encode())
+    sign_text(folder, json.dumps({"format": 4, "resumable": True, "files": files})[1:].encode())
     (fault,) = verify(folder)
     assert fault.startswith("trainer.json: ") and one_line(fault), fault
 

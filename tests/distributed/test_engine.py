@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import average_cases
 from tests.distributed.launch import run_tasks
 from tests.distributed.test_updates import distance
 
@@ -53,14 +54,19 @@ def results(tmp_path_factory) -> dict[str, Any]:
                 "source",
                 {"source": source, "conserve": conserve},
             )
+    tasks |= {f"unreached-{stage}": ("unreached", {"stage": stage}) for stage in (2, 3)}
+    tasks["unreached-3-offloaded"] = ("unreached", {"stage": 3, **BOTH})
+    tasks |= {f"shared-{stage}": ("shared", {"stage": stage}) for stage in (1, 3)}
+    tasks |= average_cases.asked(average_cases.ALONE)
     done = run_tasks(1, tasks, "tests.distributed.engine_tasks")
     return {key: ranks[0] for key, ranks in done.items()}
 
 
 @pytest.mark.parametrize(("dtype", "tied"), [("fp32", True), ("fp32", False), ("bf16", True)])
 def test_the_logits_of_a_step_never_exist_whole(results, dtype, tied) -> None:
-    """A whole step (old statistics, forward, backward, clipping, AdamW, probe) takes the head's
-    workspace and a few copies of weight and hidden states; none of it grows with N times V.
+    """A whole step (the entropy's gradient, old statistics, forward, backward, clipping, AdamW,
+    probe) takes the head's workspace and a few copies of weight and hidden states; none of it grows
+    with N times V.
     """
     used = results[f"memory-{dtype}-{tied}"]
     assert used["largest"] <= CHUNK_MIB * MiB
@@ -110,6 +116,13 @@ def test_masters_keep_the_checkpoints_digits(results, stage) -> None:
     }
 
 
+@pytest.mark.parametrize("stage", [2, 3, "3-offloaded"])
+def test_no_gradient_is_left_for_a_weight_that_the_next_loss_does_not_reach(results, stage) -> None:
+    """Such as an expert's. ZeRO-3 keeps gradients in a buffer that it never clears."""
+    moved = results[f"unreached-{stage}"]
+    assert moved["unreached"] == 0.0 and moved["reached"] > 1e-5
+
+
 @pytest.mark.parametrize(("stage", "dtype"), FROZEN)
 def test_a_frozen_reference_runs_under_every_stage(results, stage, dtype) -> None:
     """`loss.kl_coef` > 0: an engine that has nothing to train."""
@@ -140,3 +153,18 @@ def test_polarity_of_rollout_and_update_agree_on_the_first_update(results, conse
     assert update["grad_norm"] == pytest.approx(rollout["grad_norm"], rel=1e-6)
     assert update["branches"] == pytest.approx(rollout["branches"], rel=1e-6)
     assert update["sums"]["loss"] == pytest.approx(rollout["sums"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_shared_polarity_adds_up_to_what_the_update_does(results, stage: int) -> None:
+    """To the curvature along the way that the weights are moved, by 0.01 nats, and back."""
+    got = results[f"shared-{stage}"]
+    assert got["same"]
+    assert got["first_order"] == pytest.approx(got["polarity"], abs=0.01 * got["sizes"])
+    assert abs(got["polarity"]) > 0.05 * got["sizes"]
+
+
+@pytest.mark.parametrize("case", range(len(average_cases.ALONE)))
+def test_gradients_are_averaged_beside_the_updates(results, case: int) -> None:
+    stage, dtype, _ = average_cases.ALONE[case]
+    average_cases.check(results[f"average-{case}"], stage, dtype)

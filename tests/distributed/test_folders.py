@@ -45,6 +45,22 @@ def test_nothing_learned_yet_is_resumed(tmp_path: Path) -> None:
     checkpoint.load(save(tmp_path, 2, again), engine)  # moments that are 0, and no step
 
 
+def test_an_averaged_gradient_is_loaded_where_there_is_one_and_a_use_for_it(tmp_path: Path) -> None:
+    engine: Any = SmallEngine()
+    engine.average.share("b", 5).copy_(torch.arange(5))
+    engine.average.count = 2
+    folder, without = save(tmp_path, 1, engine), save(tmp_path, 2)
+    again: Any = SmallEngine(seed=1)
+    checkpoint.load(folder, again)
+    assert again.average.count == 2
+    assert again.average.share("b", 5).tolist() == [0, 1, 2, 3, 4]
+    assert not again.average.share("a.weight", 12).any()
+    for checkpointed, average in ((without, True), (folder, False)):
+        checkpoint.load(folder, again)
+        checkpoint.load(checkpointed, again, average=average)
+        assert again.average.count == 0 and not again.average.share("b", 5).any()
+
+
 def test_auto_falls_back_to_the_newest_intact_one(tmp_path: Path, caplog: Any) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
@@ -79,8 +95,8 @@ def test_a_newer_versions_checkpoint_is_no_damaged_one(tmp_path: Path) -> None:
     """Another version may go on from it."""
     save(tmp_path, 1)
     newer = save(tmp_path, 2)
-    write_manifest(newer, read_manifest(newer).model_copy(update={"format": 4}))
-    with pytest.raises(PapoError, match=r"step-00000002: checkpoint format 4, this version"):
+    write_manifest(newer, read_manifest(newer).model_copy(update={"format": 5}))
+    with pytest.raises(PapoError, match=r"step-00000002: checkpoint format 5, this version"):
         resolve("auto", tmp_path)
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]
 

@@ -59,7 +59,8 @@ def test_a_run_leaves_what_it_promises(unbroken: Path, tiny: Path) -> None:
     steps = [r for r in rows(unbroken) if "reward/mean" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
     assert all(r["optim/skipped"] == 0 and r["entropy/mean"] > 0 for r in steps)
-    assert all(r["entropy/measured_delta"] is not None for r in steps)
+    effects = ("entropy/predicted_delta", "entropy/measured_delta")
+    assert all(r[name] is not None for r in steps for name in effects)
     assert any(abs(r["phase/phi"]) > 0 for r in steps)
     labels = [e["label"] for e in json.loads((run / "summary.json").read_text())["evaluations"]]
     assert labels == ["before", "after"]
@@ -176,8 +177,8 @@ def test_interrupted_killed_and_resumed_is_unbroken(
 
 
 def two_rank_config(folder: Path, tiny: Path) -> Path:
-    """Dynamic sampling, two updates per rollout, a KL term and kept ids: everything that makes
-    ranks differ in what they do.
+    """Dynamic sampling, two updates per rollout, a KL term, kept ids, shared polarity: everything
+    that makes ranks differ in what they do.
 
     Without dropout, which depends on the number of ranks, and in float32, in which rounding does
     not change what is drawn; with the default eps AdamW would move a weight whose gradient is
@@ -191,6 +192,7 @@ def two_rank_config(folder: Path, tiny: Path) -> Path:
         model={"dtype": "fp32", "dropout": False},
         rollout={"top_p": 0.8},
         loss={"kl_coef": 0.05, "kl_estimator": "k3+", "ratio_level": "sequence"},
+        weighting={"strength": 0.5, "shape": "tanh", "source": "rollout", "polarity": "shared"},
         optim={"lr": 1e-3, "eps": 1e-5, "micro_batch_size": 3, "updates_per_rollout": 2},
         dynamic_sampling={"max_rounds": 3},
     )
@@ -213,6 +215,7 @@ def test_two_ranks_evaluate_sample_and_train(two_ranks) -> None:
     assert all(r["optim/skipped"] == 0 for r in steps)
     # Over the whole vocabulary it would be some 0.2, which top_p cuts away from the sampler.
     assert all(abs(r["loss/sampler_kl"]) < 0.01 for r in steps)
+    assert any(r["weighting/lambda_phi"] != 0 for r in steps)
     # Evaluated before the first training step, through the same gather.
     evaluations = json.loads((folder / "run" / "summary.json").read_text())["evaluations"]
     assert [(e["label"], e["step"], e["problems"]) for e in evaluations] == [

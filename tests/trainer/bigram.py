@@ -1,5 +1,5 @@
-"""A language model of one table of logits under torch's own AdamW, with the engine's methods that
-an update calls: a step's effects without DeepSpeed.
+"""Policies under torch's own AdamW, one of them a table of logits, with the engine's methods that a
+step calls: its effects without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from papo.config import OptimConfig, WeightingConfig
 from papo.policy.batch import Batcher, TrainingSequence
+from papo.policy.module import Policy
 from papo.policy.update import Update
 from papo.policy.weighting import WeightController
 from papo.train.entropy import EntropyMeasurement
@@ -23,7 +24,61 @@ from papo_kernels import Objective, policy_loss, token_stats
 VOCABULARY = 16
 
 
-class Bigram:
+class PlainEngine:
+    """What becomes of gradients.
+
+    Attributes:
+        average: of the gradients, as `average_gradient` was given them, one for each parameter;
+            empty before the first.
+    """
+
+    def __init__(self, optim: OptimConfig, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.average: list[Tensor] = []
+        self._sum_of_shares = 0.0
+        self._optim = optim
+        self.adamw = torch.optim.AdamW(
+            parameters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+
+    @property
+    def trained_numel(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float, *, blocked: bool) -> Any:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._optim.max_grad_norm))
+        applied = not blocked and math.isfinite(norm)
+        self.adamw.param_groups[0]["lr"] = lr
+        before = [p.detach().clone() for p in self.parameters]
+        if applied:
+            self.adamw.step()
+        self.adamw.zero_grad()
+        first_order = math.nan
+        if applied and self.average:
+            triples = zip(self.average, self.parameters, before, strict=True)
+            first_order = float(sum((a * (p.detach() - b)).sum() for a, p, b in triples))
+        return SimpleNamespace(grad_norm=norm, applied=applied, first_order=first_order)
+
+    @property
+    def has_average(self) -> bool:
+        return bool(self.average)
+
+    def average_gradient(self, decay: float) -> float:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self._sum_of_shares = decay * self._sum_of_shares + 1 - decay
+            share = (1 - decay) / self._sum_of_shares
+            kept = self.average or gradients
+            self.average = [a + share * (g - a) for a, g in zip(kept, gradients, strict=True)]
+        self.adamw.zero_grad()
+        return norm
+
+
+class Bigram(PlainEngine):
     """The logits of a token are the row of the token before it.
 
     Attributes:
@@ -35,11 +90,8 @@ class Bigram:
     def __init__(self, optim: OptimConfig, logits: Tensor) -> None:
         self.table = logits.clone().requires_grad_()
         self.evaluated: list[bool] = []
-        self._optim = optim
         self._evaluating = False
-        self.adamw = torch.optim.AdamW(
-            [self.table], betas=optim.betas, eps=optim.eps, weight_decay=0.0
-        )
+        super().__init__(optim, [self.table])
 
     def train(self, mode: bool = True) -> None:
         self._evaluating = not mode
@@ -59,17 +111,15 @@ class Bigram:
             logits, batch["targets"], **tokens, objective=objective, weighting=weighting
         )
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
 
-    def step(self, lr: float, *, blocked: bool) -> Any:
-        norm = float(torch.nn.utils.clip_grad_norm_([self.table], self._optim.max_grad_norm))
-        applied = not blocked and math.isfinite(norm)
-        self.adamw.param_groups[0]["lr"] = lr
-        if applied:
-            self.adamw.step()
-        self.adamw.zero_grad()
-        return SimpleNamespace(grad_norm=norm, applied=applied)
+class PolicyEngine(PlainEngine):
+    """A transformers model in the trainer's own policy."""
+
+    def __init__(self, optim: OptimConfig, policy: Policy) -> None:
+        super().__init__(optim, list(policy.parameters()))
+        self.dropout = policy.dropout
+        self.forward, self.train = policy.forward, policy.train
+        self.train(True)
 
 
 BATCHER = Batcher(pad_id=0, max_row_tokens=0, device=torch.device("cpu"))

@@ -276,12 +276,14 @@ def test_a_mean_over_nothing_is_a_dash() -> None:
 
 @pytest.mark.parametrize(("r", "shown"), [(0.916, "dH r +0.92  "), (-0.5, "dH r -0.50  ")])
 def test_a_step_shows_how_well_entropy_changes_were_predicted(r: float, shown: str) -> None:
-    """Once there are steps enough to tell."""
+    """Once there are steps enough to tell; by polarity with `metrics.predict_share` 0."""
     name = "entropy/prediction_correlation"
     without = step_line(3, 20, FIGURES, 65.2)
-    assert step_line(3, 20, {**FIGURES, name: math.nan}, 65.2) == without
+    unknown = {**FIGURES, name: math.nan, f"{name}_polarity": math.nan}
+    assert step_line(3, 20, unknown, 65.2) == without
     expected = without.replace("1234 tok/s", f"{shown}1234 tok/s")
-    assert step_line(3, 20, {**FIGURES, name: r}, 65.2) == expected
+    assert step_line(3, 20, {**FIGURES, name: r, f"{name}_polarity": 0.1}, 65.2) == expected
+    assert step_line(3, 20, {**unknown, f"{name}_polarity": r}, 65.2) == expected
 
 
 @pytest.mark.parametrize(

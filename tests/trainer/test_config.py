@@ -124,6 +124,11 @@ def test_one_completion_per_prompt_is_refused(load):
             "phase.fast_decay=0.95",
             "phase.fast_decay=0.95: expected less than phase.slow_decay=0.95",
         ),
+        (
+            "weighting.polarity=shared",
+            "weighting.polarity='shared': expected weighting.source=rollout, got 'update'",
+        ),
+        ("weighting.polarity=global", "weighting.polarity='global': expected 'local' or 'shared'"),
         ("reward.verifier=sympy", "reward.verifier='sympy': expected `auto`"),
         ("data.source=jsonl", "data.train_path is missing"),
         ("data.dataset=null", "data.dataset is missing"),
@@ -131,12 +136,27 @@ def test_one_completion_per_prompt_is_refused(load):
         ("data.held_out_size=0", "data.held_out_size=0: expected > 0 while evaluation"),
         ("optim.updates_per_rollout=5", "expected at most rollout.prompts_per_step=4"),
         ("model.attn_implementation=flash_attention_2", "optim.max_row_tokens=2048: expected 0"),
+        (
+            "metrics.predict_share=1.5",
+            "metrics.predict_share=1.5: expected less than or equal to 1",
+        ),
+        ("metrics.predict_share=-0.1", "expected greater than or equal to 0"),
+        ("metrics.predict_share=.nan", "metrics.predict_share=nan: expected less than or equal"),
+        ("metrics.predict_every=0", "metrics.predict_every=0: expected greater than 0"),
+        ("metrics.predict_decay=0.995", "predict_decay=0.995: expected less than or equal to 0.99"),
         ("rollout=3", "rollout=3: expected a section with keys"),
         ("model={}", "model.path is missing: "),
     ],
 )
 def test_bad_value_names_key_value_and_expectation(load, override, expected):
     assert expected in refusal(load, override)
+
+
+def test_shared_polarity_without_the_gradient_that_it_is_taken_along_is_refused(load):
+    shared = ["weighting={polarity: shared, source: rollout}"]
+    assert load(*shared).weighting.polarity == "shared"
+    line = refusal(load, *shared, "metrics.predict_share=0")
+    assert "metrics.predict_share=0.0: expected > 0 with weighting.polarity=shared" in line
 
 
 def test_soft_overlong_buffer_longer_than_the_limit_is_refused(load):

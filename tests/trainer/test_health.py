@@ -250,7 +250,8 @@ class FakeSession:
         self.phase = SimpleNamespace(phase=0.0, metrics=dict, update=self.taught.append)
         self.weighting = SimpleNamespace(metrics=lambda phase: {}, update=lambda sums: None)
         self.prediction = SimpleNamespace(observe=lambda updates: {})
-        self.problems = self.sampler = self.rewards = None
+        self.row_check = SimpleNamespace(check=lambda sequences: None)
+        self.problems = self.sampler = self.rewards = self.entropy_gradient = None
 
 
 def run_of(

@@ -1,4 +1,4 @@
-"""The predicted entropy change: what AdamW makes of it, how it is kept, how well it does."""
+"""Predicted entropy changes: what AdamW makes of polarity's, how they are kept, how they do."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import torch
 
 from papo.config import OptimConfig
 from papo.policy.batch import TrainingSequence
-from papo.policy.prediction import FEWEST, WINDOW, EntropyPrediction, rank_correlation
+from papo.policy.prediction import (
+    FEWEST,
+    PREDICTIONS,
+    WINDOW,
+    EntropyPrediction,
+    correlation_of,
+    rank_correlation,
+)
 from papo.policy.update import TokenSums, Update
 from papo.policy.weighting import BranchSums
+from papo.record.metric_names import METRICS
 from tests.trainer.bigram import VOCABULARY, Bigram, measured_update
 
-THROUGH, ALONE = "entropy/predicted_delta", "entropy/predicted_delta_instant"
-MEASURED, CORRELATION = "entropy/measured_delta", "entropy/prediction_correlation"
+FIRST, THROUGH, ALONE = PREDICTIONS
+MEASURED = "entropy/measured_delta"
 
 
 def optim(**options: Any) -> OptimConfig:
@@ -26,16 +34,31 @@ def optim(**options: Any) -> OptimConfig:
 
 
 def effect(
-    instant: float, grad_norm: float = 2.0, lr: float = 0.1, measured: float | None = None
+    instant: float,
+    grad_norm: float = 2.0,
+    lr: float = 0.1,
+    measured: float | None = None,
+    first_order: float = 0.5,
 ) -> Update:
     sums = TokenSums(*[0.0] * 10)._replace(predicted=instant)
-    return Update(sums, BranchSums(*[0.0] * 11), grad_norm, lr, measured_delta=measured)
+    effects = {"first_order": first_order, "measured_delta": measured}
+    return Update(sums, BranchSums(*[0.0] * 11), grad_norm, lr, **effects)
 
 
 def random_effects(count: int, seed: int = 0) -> list[Update]:
     g = torch.Generator().manual_seed(seed)
-    rows = torch.randn(count, 2, generator=g, dtype=torch.float64).tolist()
-    return [effect(p, abs(p) + 0.1, 0.1, m) for p, m in rows]
+    rows = torch.randn(count, 3, generator=g, dtype=torch.float64).tolist()
+    return [effect(p, abs(p) + 0.1, 0.1, m, f) for p, m, f in rows]
+
+
+def test_the_metrics_are_named_once() -> None:
+    """And documented: what `observe` gives is in the table of names."""
+    assert list(PREDICTIONS) == [
+        f"entropy/predicted_delta{s}" for s in ("", "_polarity", "_instant")
+    ]
+    figures = EntropyPrediction(optim(), 4).observe(random_effects(1))
+    assert list(figures) == [*PREDICTIONS, MEASURED, *map(correlation_of, PREDICTIONS)]
+    assert set(figures) <= set(METRICS)
 
 
 # ---- through AdamW ------------------------------------------------------------------------------
@@ -45,7 +68,8 @@ def test_the_first_update_is_the_rate_times_the_prediction_over_the_gradients_rm
     """Bias correction at k = 1 gives back this gradient and its own norm."""
     options = optim(eps=1e-2)
     got = EntropyPrediction(options, 9).observe([effect(0.3, grad_norm=6.0, lr=0.5)])
-    assert got == {THROUGH: pytest.approx(0.5 * 0.3 / (6.0 / 3.0 + 1e-2)), ALONE: 0.3}
+    through = pytest.approx(0.5 * 0.3 / (6.0 / 3.0 + 1e-2))
+    assert got == {FIRST: 0.5, THROUGH: through, ALONE: 0.3}
 
 
 def test_the_momentum_of_a_constant_series_is_the_series() -> None:
@@ -85,7 +109,7 @@ def test_a_steps_figures_are_sums_over_its_updates() -> None:
     effects = random_effects(2)
     both = together.observe(effects)
     apart = [alone.observe([e]) for e in effects]
-    for name in (THROUGH, ALONE, MEASURED):
+    for name in (*PREDICTIONS, MEASURED):
         assert both[name] == pytest.approx(sum(figures[name] for figures in apart))
     assert len(together.state_dict()["points"]) == 1  # steps are compared, not updates
 
@@ -96,15 +120,24 @@ def test_a_skipped_update_leaves_the_state_as_it_leaves_adamws() -> None:
     before = prediction.state_dict()
     figures = prediction.observe([replace(effect(0.5), reason="loss is nan")])
     assert prediction.state_dict() == before
-    assert math.isnan(figures[THROUGH]) and math.isnan(figures[ALONE])
-    assert math.isnan(figures[MEASURED])
+    assert all(math.isnan(figures[name]) for name in (*PREDICTIONS, MEASURED))
+
+
+def test_a_step_is_predicted_from_the_updates_that_were_applied() -> None:
+    """A skipped one moves no weights, and its first order is NaN."""
+    done, skipped = random_effects(1)[0], effect(0.5, first_order=math.nan)
+    skipped = replace(skipped, reason="gradient norm is inf")
+    figures = EntropyPrediction(optim(), 4).observe([skipped, done, skipped])
+    assert figures == pytest.approx(EntropyPrediction(optim(), 4).observe([done]), nan_ok=True)
+    assert figures[FIRST] == done.first_order
 
 
 def test_a_prediction_that_is_no_number_spoils_no_later_one() -> None:
     prediction, other = EntropyPrediction(optim(), 4), EntropyPrediction(optim(), 4)
     figures = prediction.observe([effect(math.nan, measured=0.1)])
     other.observe([effect(0.0, measured=0.1)])
-    assert math.isnan(figures[ALONE]) and prediction.state_dict()["points"] == []
+    assert math.isnan(figures[ALONE])
+    assert prediction.state_dict()["points"] == [[0.5, 0.0, None, 0.1]]
     assert prediction.observe([effect(0.5)]) == other.observe([effect(0.5)])
     json.dumps(prediction.state_dict(), allow_nan=False)
 
@@ -116,8 +149,8 @@ def test_what_was_not_measured_has_neither_a_change_nor_a_correlation() -> None:
     prediction = EntropyPrediction(optim(), 4)
     for e in random_effects(FEWEST):
         figures = prediction.observe([e])
-    assert -1.0 <= figures[CORRELATION] <= 1.0
-    assert set(prediction.observe([effect(0.5)])) == {THROUGH, ALONE}
+    assert all(-1.0 <= figures[correlation_of(name)] <= 1.0 for name in PREDICTIONS)
+    assert set(prediction.observe([effect(0.5)])) == set(PREDICTIONS)
     assert len(prediction.state_dict()["points"]) == FEWEST
 
 
@@ -125,25 +158,44 @@ def test_correlations_are_of_the_last_steps_and_need_some() -> None:
     prediction, points = EntropyPrediction(optim(betas=(0.5, 0.9)), 4), []
     for k, e in enumerate(random_effects(WINDOW + 10), start=1):
         figures = prediction.observe([e])
-        points.append((figures[THROUGH], figures[ALONE], figures[MEASURED]))
-        through, alone, measured = zip(*points[-WINDOW:], strict=True)
-        if k < FEWEST:
-            assert math.isnan(figures[CORRELATION])
-        else:
-            assert figures[CORRELATION] == rank_correlation(through, measured)
-            assert figures[f"{CORRELATION}_instant"] == rank_correlation(alone, measured)
-    assert figures[CORRELATION] != figures[f"{CORRELATION}_instant"]
+        points.append([figures[name] for name in (*PREDICTIONS, MEASURED)])
+        *columns, measured = zip(*points[-WINDOW:], strict=True)
+        for name, column in zip(PREDICTIONS, columns, strict=True):
+            correlation = figures[correlation_of(name)]
+            if k < FEWEST:
+                assert math.isnan(correlation)
+            else:
+                assert correlation == rank_correlation(column, measured)
+    assert len({figures[correlation_of(name)] for name in PREDICTIONS}) == len(PREDICTIONS)
+
+
+def test_without_an_average_gradient_polarity_is_compared_all_the_same() -> None:
+    """`metrics.predict_share` 0, or a run that goes on with another value."""
+    effects = [replace(e, first_order=math.nan) for e in random_effects(WINDOW)]
+    prediction, other = EntropyPrediction(optim(), 4), EntropyPrediction(optim(), 4)
+    for e, known in zip(effects, random_effects(WINDOW), strict=True):
+        figures, expected = prediction.observe([e]), other.observe([known])
+    for name in (FIRST, correlation_of(FIRST)):
+        assert math.isnan(figures.pop(name)) and math.isfinite(expected.pop(name))
+    assert figures == expected
+    json.dumps(prediction.state_dict(), allow_nan=False)
+    for e in random_effects(FEWEST):
+        figures = prediction.observe([e])
+    last = random_effects(FEWEST)
+    expected = rank_correlation([e.first_order for e in last], [e.measured_delta for e in last])
+    assert figures[correlation_of(FIRST)] == expected
 
 
 def test_a_resumed_prediction_is_unbroken_bit_for_bit() -> None:
     effects = random_effects(WINDOW + 20)
+    effects[30] = replace(effects[30], first_order=math.nan)
     unbroken = EntropyPrediction(optim(), 4)
     expected = [unbroken.observe([e]) for e in effects]
     first, second = EntropyPrediction(optim(), 4), EntropyPrediction(optim(), 4)
     got = [first.observe([e]) for e in effects[:60]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     got += [second.observe([e]) for e in effects[60:]]
-    assert got[FEWEST:] == expected[FEWEST:]  # the first have NaN, which equals nothing
+    assert got[60:] == expected[60:]
     assert second.state_dict() == unbroken.state_dict()
 
 
@@ -201,5 +253,5 @@ def test_the_weights_move_by_the_momentum_and_so_does_the_prediction() -> None:
         part = [replace(s, advantage=sign * s.advantage) for s in completions(k)]
         done, measurement = measured_update(engine, part, lr=1e-3)
         figures = prediction.observe([measurement.measure(done)])
-    assert figures[CORRELATION] > 0.85
-    assert figures[f"{CORRELATION}_instant"] < 0.7
+    assert figures[correlation_of(THROUGH)] > 0.85
+    assert figures[correlation_of(ALONE)] < 0.7

@@ -205,7 +205,7 @@ class Stepped(PlainEngine):
 
     def step(self, lr: float, *, blocked: bool) -> Any:
         self.steps += not blocked
-        return SimpleNamespace(grad_norm=1.0, applied=not blocked)
+        return SimpleNamespace(grad_norm=1.0, applied=not blocked, first_order=math.nan)
 
 
 def update(sampler_logp: torch.Tensor, bound: float) -> tuple[Stepped, Any]:

@@ -53,13 +53,15 @@ def test_summary_holds_evaluations_their_change_and_the_last_step() -> None:
 
 
 def delta_rows(count: int) -> list[dict[str, Any]]:
-    """Steps whose entropy changes one prediction ranks right and the other the wrong way."""
+    """Steps whose entropy changes two predictions rank right and the last the wrong way; polarity
+    predicts none of the last step."""
     return [
         step_row(
             k,
             **{
                 "entropy/measured_delta": float(k),
                 "entropy/predicted_delta": float(k**3),
+                "entropy/predicted_delta_polarity": None if k == count else float(k),
                 "entropy/predicted_delta_instant": -float(k),
             },
         )
@@ -75,18 +77,22 @@ def test_summary_and_plot_tell_how_well_entropy_changes_were_predicted(
     rows = [*delta_rows(9), step_row(10), step_row(11, **{"entropy/measured_delta": None})]
     assert summary([], rows)["prediction_correlation"] == {
         "predicted_delta": pytest.approx(1.0),
+        "predicted_delta_polarity": pytest.approx(1.0),
         "predicted_delta_instant": pytest.approx(-1.0),
     }
-    few = summary([], delta_rows(7))["prediction_correlation"]
-    assert few == {"predicted_delta": None, "predicted_delta_instant": None}
-    titles: list[str] = []
+    few = summary([], delta_rows(8))["prediction_correlation"]
+    assert list(few.values()) == [pytest.approx(1.0), None, pytest.approx(-1.0)]
+    drawn: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, path, **_: titles.extend(a.get_title() for a in self.axes)
+        Figure,
+        "savefig",
+        lambda self, path, **_: drawn.extend((a.get_title(), a.get_xlabel()) for a in self.axes),
     )
     plot(rows, tmp_path / "curves.png")
-    assert [t for t in titles if "entropy change" in t] == [
-        "entropy change of a step (Spearman 1.00)",
-        "entropy change of a step (Spearman -1.00)",
+    assert [d for d in drawn if "entropy change" in d[0]] == [
+        ("entropy change of a step (Spearman 1.00)", "predicted, first order in the weights"),
+        ("entropy change of a step (Spearman 1.00)", "predicted, polarity through AdamW"),
+        ("entropy change of a step (Spearman -1.00)", "predicted, polarity of the gradient alone"),
     ]
 
 

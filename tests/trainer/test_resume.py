@@ -103,6 +103,25 @@ def test_a_difference_is_the_option_and_both_values(now: dict, lines: list) -> N
         assert told == lines
 
 
+@pytest.mark.parametrize(
+    ("polarity", "strength"), [("local", 0.5), ("shared", 0.5), ("shared", 0.0)]
+)
+def test_what_predicts_is_free_where_no_weight_depends_on_it(
+    polarity: str, strength: float
+) -> None:
+    weighting = {"source": "rollout", "polarity": polarity, "strength": strength}
+    changed = {"predict_share": 0.5, "predict_every": 2, "predict_decay": 0.9}
+    told = differences(
+        saved(config(weighting=weighting)), config(weighting=weighting, metrics=changed)
+    )
+    if polarity == "local" or not strength:
+        assert told == []
+    else:
+        assert {line.split()[0] for line in told} == {f"metrics.{name}" for name in changed}
+        assert len(told) == len(changed)
+        assert all(line.endswith("(weighting.polarity=shared depends on it)") for line in told)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_steps_are_free_where_the_learning_rate_does_not_depend_on_them(schedule: str) -> None:
     before = saved(config(optim={"schedule": schedule}))

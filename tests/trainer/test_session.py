@@ -321,9 +321,13 @@ def test_a_checkpoint_says_what_it_is_of_and_how_good(
     }
 
 
-def test_a_resumed_run_has_its_checkpoints_count_of_bad_steps(tmp_path: Path, monkeypatch) -> None:
-    """So it stops where the unbroken one does."""
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_resumed_run_has_its_checkpoints_state(tmp_path: Path, monkeypatch, share: float) -> None:
+    """The count of bad steps, so that it stops where the unbroken one does; the average gradient
+    where it predicts with it. One that is averaged no more would predict from the past."""
     made = config(tmp_path, "auto")
+    metrics = made.metrics.model_copy(update={"predict_share": share})
+    made = made.model_copy(update={"metrics": metrics})
     folder = without_tensors(tmp_path / "checkpoints" / "step-00000002", bad_steps=2)
     health = Health(made.health, SimpleNamespace(finite=lambda: True), tmp_path, made.steps)
     recorder = SimpleNamespace(
@@ -331,10 +335,11 @@ def test_a_resumed_run_has_its_checkpoints_count_of_bad_steps(tmp_path: Path, mo
     )
     parts: list[Any] = [Origin.of(folder, False, print), None, None, {}, {}]
     state = {"step": 2, "cursor": 8, "bad_steps": 2, "evaluations": []}
-    monkeypatch.setattr(checkpoint, "load", lambda *args: state)
+    asked: list[bool] = []
+    monkeypatch.setattr(checkpoint, "load", lambda *_, average: asked.append(average) or state)
     monkeypatch.setattr(RunState, "_create_optimizer_state", lambda self: None)
     assert RunState(made, *parts, health, recorder).resume() == (2, 8)
-    assert health.bad_steps == 2
+    assert health.bad_steps == 2 and asked == [share > 0]
 
 
 def test_accuracies_of_0_beside_rewards_that_are_not_are_explained_once(

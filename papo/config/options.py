@@ -347,7 +347,7 @@ class MetricsConfig(Section):
     cost of one forward pass without gradient. A number takes whole completions from every part of
     the batch, at the cost of two passes over them."""
     predict_share: Annotated[float, Field(ge=0, le=1)] = 0.125
-    """Share of a step's completions, from as few prompts as it takes, that the gradient of the
+    """Share of a step's completions, taken from every part of the batch, that the gradient of the
     mean entropy is computed on before the step's updates. With it `entropy/predicted_delta` is
     predicted. It costs one forward and one backward pass over them, and one number per weight, of
     the compute dtype and partitioned as AdamW's moments are. 0 is off."""

@@ -71,7 +71,7 @@ class EntropyGradient:
     It is nearly the same from batch to batch, so that a few completions of each will do.
 
     Attributes:
-        share: of the completions, in (0, 1].
+        share: of the completions, in (0, 1]; taken from every part of the batch.
         decay: of the average.
     """
 
@@ -92,7 +92,7 @@ class EntropyGradient:
             The norm of this gradient, in nats per unit of weight; NaN where no completion trains.
         """
         training = [s for s in sequences if s.weight > 0]
-        pieces = self.passes.pieces(share_of_prompts(training, self.share))
+        pieces = self.passes.pieces(share_of(training, self.share))
         lengths = [len(s.response_ids) for piece in pieces for s in piece if s.weight > 0]
         tokens = collectives.sum_named({"tokens": sum(lengths)})["tokens"]
         if not tokens:
@@ -114,26 +114,6 @@ def share_of(sequences: Sequence[TrainingSequence], share: float) -> list[Traini
     mine = [(s.group, i, len(s.response_ids)) for i, s in enumerate(sequences)]
     chosen = set(spread(sorted(collectives.gather_lists(mine)), share))
     return [s for place, s in zip(mine, sequences, strict=True) if place in chosen]
-
-
-def share_of_prompts(sequences: Sequence[TrainingSequence], share: float) -> list[TrainingSequence]:
-    """This rank's part of a share of all ranks' `sequences`, from as few prompts as it takes; a
-    collective.
-
-    How many ranks share the sequences does not change which of them are taken. They go from rank
-    to rank, so that each has its part of the work.
-    """
-    mine = [(s.group, i, collectives.rank()) for i, s in enumerate(sequences)]
-    everyones = sorted(collectives.gather_lists(mine))
-    groups = sorted({group for group, _, _ in everyones})
-    chosen = set(spread(groups, share))
-    count, world = math.ceil(share * len(everyones)), collectives.world_size()
-    taken = [place for place in everyones if place[0] in chosen][:count]
-    parcels: list[list[TrainingSequence]] = [[] for _ in range(world)]
-    for n, (_, i, rank) in enumerate(taken):
-        if rank == collectives.rank():
-            parcels[n * world // len(taken)].append(sequences[i])
-    return collectives.exchange(parcels)
 
 
 def spread(items: Sequence[T], share: float) -> list[T]:

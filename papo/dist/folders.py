@@ -17,7 +17,6 @@ from typing import NamedTuple
 from papo.dist import collectives
 from papo.dist.manifest import (
     OTHER_FORMAT,
-    TRAINER,
     TrainerState,
     read_manifest,
     read_trainer,

@@ -104,8 +104,11 @@ class Termination:
                 self._launcher.hold()
             self._again_from = time.monotonic() + _SAME_PRESS_SECONDS
         elif number != signal.SIGHUP and time.monotonic() >= self._again_from:
-            self._leave_by(number, "the run ends at once; --resume auto continues from the newest "
-                           "checkpoint, if there is one")
+            self._leave_by(
+                number,
+                "the run ends at once; --resume auto continues from the newest "
+                "checkpoint, if there is one",
+            )
 
     def _leave_by(self, number: signal.Signals, what: str) -> NoReturn:
         self.leaving_by = number.name

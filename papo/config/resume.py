@@ -29,6 +29,7 @@ FREE = frozenset(
         *("model.probe", "loss.max_sampler_kl", "reward.timeout_s", "reward.memory_mib"),
     }
 )
+_PREDICTS = "metrics.predict_"
 _SHOWN_CHARACTERS = 40
 
 
@@ -60,7 +61,7 @@ def is_free(key: str, config: TrainConfig) -> bool:
     if key == "data.dataset":  # a path, like data.train_path
         folder = Path(config.data.dataset or "").expanduser()
         return config.data.source == "huggingface" and folder.is_dir()
-    if key.startswith("metrics.predict_"):
+    if key.startswith(_PREDICTS):
         return config.weighting.polarity != "shared" or config.weighting.strength == 0.0
     parts = key.split(".")
     return any(".".join(parts[:n]) in FREE for n in range(1, len(parts) + 1))
@@ -71,11 +72,9 @@ def _why(key: str) -> str:
         "steps": " (optim.schedule makes the learning rate depend on it)",
         "optim.micro_batch_size": " (model.dropout depends on it)",
         "optim.max_row_tokens": " (model.dropout depends on it)",
-        **dict.fromkeys(
-            ("metrics.predict_share", "metrics.predict_every", "metrics.predict_decay"),
-            " (weighting.polarity=shared depends on it)",
-        ),
     }
+    if key.startswith(_PREDICTS):
+        return " (weighting.polarity=shared depends on it)"
     return whys.get(key, "")
 
 

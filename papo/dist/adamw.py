@@ -26,7 +26,7 @@ class GuardedAdamW(torch.optim.AdamW):
         """Updates made so far (the bias correction depends on it)."""
         return max((int(s["step"]) for s in self.state.values() if "step" in s), default=0)
 
-    def divisor(self, exp_avg_sq: Tensor | None, gradient: Tensor) -> Tensor:
+    def divisor(self, exp_avg_sq: Tensor | None, gradient: Tensor, updates: int) -> Tensor:
         """What an update with this gradient would divide its mean gradient by.
 
         The gradient's own square is in it, as it is in an update's: where there has never been a
@@ -34,10 +34,11 @@ class GuardedAdamW(torch.optim.AdamW):
 
         Args:
             exp_avg_sq: second moments, None before the first update.
+            updates: made so far.
         """
         group = self.param_groups[0]
         decay = group["betas"][1]
         square = gradient.square().mul_(1 - decay)
         if exp_avg_sq is not None:
             square.add_(exp_avg_sq, alpha=decay)
-        return square.div_(1 - decay ** (self.updates + 1)).sqrt_().add_(group["eps"])
+        return square.div_(1 - decay ** (updates + 1)).sqrt_().add_(group["eps"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,11 +63,7 @@ class GradientAverage:
 
     def fold(self, parts: Named, decay: float) -> float:
         """Fold the present gradients in, unless they are not finite; their norm. A collective."""
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
-        for _, partition in parts:
-            for (piece,) in _chunks(read_share(partition, GRADIENT)):
-                square += _sum(piece.square()).to(self._device)
-        norm = math.sqrt(collectives.sum_named({"square": square})["square"])
+        norm = self._norm(read_share(partition, GRADIENT) for _, partition in parts)
         if not math.isfinite(norm):
             return norm
         self.count += 1
@@ -88,13 +84,13 @@ class GradientAverage:
         Args:
             before: `compute_weights` before the change.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for name, partition in parts:
-            after = read_share(partition, COMPUTE)
-            for kept, new, old in _chunks(self._shares[name], after, before[name]):
-                change = new.float().sub_(old) if new.dtype != torch.float32 else new - old
-                total += _sum(change.to(kept.device).mul_(kept))
-        return collectives.sum_named({"product": total})["product"]
+        return self._summed(
+            (new.float() - old).to(kept.device).mul_(kept)
+            for name, partition in parts
+            for kept, new, old in _chunks(
+                self._shares[name], read_share(partition, COMPUTE), before[name]
+            )
+        )
 
     @contextlib.contextmanager
     def moved(
@@ -107,17 +103,13 @@ class GradientAverage:
             max_grad_norm: that it would be clipped to.
             change: inner product of average and move, where the average is not 0.
         """
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
-        for name, partition in parts:
-            for (kept,) in _chunks(self.share(name, len(partition.share))):
-                square += _sum(kept.float().square())
-        norm = math.sqrt(collectives.sum_named({"square": square})["square"])
+        norm = self._norm(self.share(name, len(partition.share)) for name, partition in parts)
         clip = min(1.0, max_grad_norm / norm) if norm else 1.0
-        product = torch.zeros((), dtype=torch.float64, device=self._device)
-        for name, partition in parts:
-            for _, kept, direction in self._directions(name, partition, adamw, clip):
-                product += _sum(direction.mul_(kept))
-        length = collectives.sum_named({"product": product})["product"]
+        length = self._summed(
+            direction.mul_(kept)
+            for name, partition in parts
+            for _, kept, direction in self._directions(name, partition, adamw, clip)
+        )
         scale = change / length if length else 0.0
         masters = compute_weights([part for part in parts if part[1].is_master])
         try:
@@ -138,14 +130,27 @@ class GradientAverage:
         self, name: str, partition: Partition, adamw: GuardedAdamW, clip: float
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """First element, average, and average over AdamW's divisor (float32), a chunk at a time."""
-        kept = self.share(name, len(partition.share))
-        second = read_share(partition, MOMENTS[1]) if adamw.updates else kept
+        kept, updates = self.share(name, len(partition.share)), adamw.updates
+        second = read_share(partition, MOMENTS[1]) if updates else kept
         first = 0
         for chunk, exp_avg_sq in _chunks(kept, second):
             clipped = chunk.to(exp_avg_sq.device).float() * clip
-            divisor = adamw.divisor(exp_avg_sq if adamw.updates else None, clipped)
+            divisor = adamw.divisor(exp_avg_sq if updates else None, clipped, updates)
             yield first, chunk, chunk.float() / divisor.to(chunk.device)
             first += len(chunk)
+
+    def _norm(self, tensors: Iterable[Tensor]) -> float:
+        """Of tensors whose parts the ranks have; a collective."""
+        pieces = (piece for tensor in tensors for (piece,) in _chunks(tensor))
+        return math.sqrt(self._summed(piece.float().square() for piece in pieces))
+
+    def _summed(self, pieces: Iterable[Tensor]) -> float:
+        """All elements of chunks, over all ranks; a collective."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for piece in pieces:
+            # Float32 is enough for as few numbers as a CPU's chunk has, and faster there.
+            total += piece.sum(dtype=torch.float64 if piece.is_cuda else None).to(self._device)
+        return collectives.sum_named({"total": total})["total"]
 
 
 def compute_weights(parts: Named) -> dict[str, Tensor]:
@@ -177,9 +182,3 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same pieces of 1-D tensors, small enough that temporaries of them do not count."""
     size = _CHUNK_CUDA if any(t.is_cuda for t in tensors) else _CHUNK
     return zip(*(t.split(size) for t in tensors), strict=True)
-
-
-def _sum(piece: Tensor) -> Tensor:
-    """Of a chunk, to be added up in float64: float32 is enough for as few as a CPU's, and faster
-    there."""
-    return piece.sum(dtype=torch.float64) if piece.is_cuda else piece.sum()

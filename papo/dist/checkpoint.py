@@ -13,8 +13,7 @@ Independent of ZeRO stage and number of ranks, and free of pickles: nothing read
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -237,21 +236,27 @@ def _fill(partition: Partition, reader: ShardReader, name: str, source: str) -> 
         stored = source if kind == MASTER else kind
         if stored not in reader.kinds():
             values.zero_()
-        for start, piece in reader.read(stored, name, partition.start, partition.stop):
-            first = start - partition.start
-            values[first : first + len(piece)].copy_(piece)
+        _read_into(
+            values, partition.start, reader.read(stored, name, partition.start, partition.stop)
+        )
         partition.write(kind, values)
     if len(partition.compute) > partition.stop - partition.start:
-        for start, piece in reader.read(source, name, 0, len(partition.compute)):
-            partition.compute[start : start + len(piece)].copy_(piece)
+        compute = partition.compute
+        _read_into(compute, 0, reader.read(source, name, 0, len(compute)))
 
 
 def _fill_average(average: GradientAverage, share: range, reader: ShardReader, name: str) -> None:
     """Set this rank's elements of one parameter's average."""
-    values = average.share(name, len(share))
-    for start, piece in reader.read(AVERAGE, name, share.start, share.stop, ("F32", "BF16")):
-        first = start - share.start
-        values[first : first + len(piece)].copy_(piece)
+    pieces = reader.read(AVERAGE, name, share.start, share.stop, ("F32", "BF16"))
+    _read_into(average.share(name, len(share)), share.start, pieces)
+
+
+def _read_into(
+    values: torch.Tensor, first: int, pieces: Iterable[tuple[int, torch.Tensor]]
+) -> None:
+    """Set a parameter's elements from `first` on, by pieces with the places that they begin at."""
+    for start, piece in pieces:
+        values[start - first : start - first + len(piece)].copy_(piece)
 
 
 def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:

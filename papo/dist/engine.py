@@ -28,7 +28,6 @@ from papo.dist.partition import (
     ReplicatedPartition,
     ZeRO3Partition,
 )
-from papo.errors import PapoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,7 +185,6 @@ class Engine:
         Args:
             decay: of the bias-corrected average, in [0, 1).
         """
-        assert self.adamw is not None
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # streams of DeepSpeed's own write gradients
         norm = self.average.fold(self._partitions(), decay)
@@ -219,8 +217,9 @@ class Engine:
     def moved_along_average(self, change: float) -> Iterator[None]:
         """Forward passes inside see weights moved along the kept average, scaled as by AdamW.
 
-        The move is the average over what AdamW would divide it by in an update. The weights come back bit for bit; float32 masters of bfloat16 weights never
-        change. Without an average nothing is moved.
+        The move is the average over what AdamW would divide it by in an update. The weights come
+        back bit for bit; float32 masters of bfloat16 weights never change. Without an average
+        nothing is moved.
 
         Args:
             change: first-order change of what the average is the gradient of; in nats for an

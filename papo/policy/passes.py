@@ -19,7 +19,7 @@ from papo_kernels import Objective, PolarityWeighting, PolicyLossOutput, TokenSt
 
 
 class ForwardEngine(Protocol):
-    """What passes need of `papo.dist.engine.Engine`."""
+    """What passes need of `papo.dist.engine.Engine`, or of a `Policy` without one."""
 
     @property
     def dropout(self) -> bool:
@@ -34,7 +34,7 @@ class ForwardEngine(Protocol):
     ) -> tuple[Tensor, ...]:
         """`papo.policy.module.Policy.forward`."""
 
-    def train(self, mode: bool = True) -> None:
+    def train(self, mode: bool = True) -> object:
         """Switch dropout and the like."""
 
 

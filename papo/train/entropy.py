@@ -91,12 +91,12 @@ class EntropyGradient:
         Returns:
             The norm of this gradient, in nats per unit of weight; NaN where no completion trains.
         """
-        training = [s for s in sequences if s.weight > 0]
-        pieces = self.passes.pieces(share_of(training, self.share))
-        lengths = [len(s.response_ids) for piece in pieces for s in piece if s.weight > 0]
-        tokens = collectives.sum_named({"tokens": sum(lengths)})["tokens"]
+        taken = share_of([s for s in sequences if s.weight > 0], self.share)
+        mine = sum(len(s.response_ids) for s in taken)
+        tokens = collectives.sum_named({"tokens": mine})["tokens"]
         if not tokens:
             return math.nan
+        pieces = self.passes.pieces(taken)
         with evaluating(self.engine) if self.engine.dropout else contextlib.nullcontext():
             for i, piece in enumerate(pieces):
                 batch = self.passes.batcher.batch(piece)

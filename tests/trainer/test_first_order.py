@@ -157,7 +157,7 @@ def test_first_order_is_the_measured_change_of_a_small_step_and_polarity_is_not(
 def trained(
     share: float, dropout: bool, steps: int = 5
 ) -> tuple[PlainEngine, list[Update], Any, list[dict[str, float]]]:
-    """Steps of two updates by the session's own stages; the random numbers' state after them, and
+    """Steps of two updates by the stages of `Session`; the random numbers' state after them, and
     what was said of the entropy's gradient."""
     config = TrainConfig(
         name="test",

@@ -335,7 +335,7 @@ def test_a_gradient_is_divided_as_an_update_would_divide_it(updates: int) -> Non
         adamw.step()
     gradient = torch.randn(8, generator=g)
     second = adamw.state[weight]["exp_avg_sq"].clone() if updates else None
-    divided = gradient / adamw.divisor(second, gradient)
+    divided = gradient / adamw.divisor(second, gradient, adamw.updates)
     before = weight.detach().clone()
     weight.grad = gradient.clone()
     adamw.step()

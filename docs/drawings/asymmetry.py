@@ -42,13 +42,9 @@ def draw(summary: dict[str, Any], source: str, task: str = "chain_sum") -> str:
                 canvas, (left, TOPS[row]), found, f"{name} {kind}", (f"{label}: {title}", "nats")
             )
     tokens = sum(sum(found[sign]["tokens"]) for sign in SIGNS)
-    canvas.text(
-        18,
-        HEIGHT - 12,
+    canvas.note(
         f"Means over {tokens:,} tokens of {task}; lines: 95% of 1,000 bootstrap samples of the "
         f"batches. {source}",
-        color="muted",
-        size=11.5,
     )
     return canvas.svg()
 

@@ -39,13 +39,9 @@ def draw(paths: Sequence[Path]) -> str:
         canvas.path([_place(i + 1, v) for i, v in enumerate(values)], color, width=1.8, dash=dash)
         ends.append((_place(STEPS, values[-1])[1], name, color, dash))
     _labels(canvas, ends)
-    canvas.text(
-        18,
-        HEIGHT - 12,
+    canvas.note(
         "SmolLM2-135M-Instruct on sums of two one-digit numbers; one seed a line. "
         "benchmarks/results/main-job-*.json",
-        color="muted",
-        size=11.5,
     )
     return canvas.svg()
 

@@ -42,13 +42,9 @@ def draw(summary: dict[str, Any], source: str) -> str:
             title = f"{method}: {SERIES[name]}"
             value = found["predictions"]["first order"][name]["value"]
             _panel(canvas, (left, top), _lines(series, name), title, value)
-    canvas.text(
-        18,
-        HEIGHT - 12,
+    canvas.note(
         "Lines: first seed, polarity through AdamW. ρ: first order's rank correlation, mean of the "
         f"seeds. {source}",
-        color="muted",
-        size=11.5,
     )
     return canvas.svg()
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.validity.names import SCORES
+
 from .plot import Panel
+from .prediction_scatter import KINDS
 from .svg import Canvas
 
 WIDTH = 880
 LEFT, TOP, PITCH, PLOT_WIDTH, GAP = 206, 84, 22, 126, 42
 GOAL = 0.9
-KINDS = {"sgd": "SGD", "adam": "Adam, β_{1} = 0"}
 LABELS = {
-    "polarity": "polarity",
-    "sampled term": "its sampled term alone",
-    "STEER, signed": "STEER's score, signed",
-    "covariance": "covariance (Clip-Cov)",
-    "A·L": "A·L (REPO)",
-    "polarity over step length": "polarity over step length",
-    "calibrated": "calibrated sums",
+    **SCORES,
     "own": "gradient of its own tokens",
     "own quarter": "of a quarter of them",
     "own prompt": "of those of one prompt",
@@ -58,12 +54,8 @@ def draw(summary: dict[str, Any], source: str) -> str:
         _column(canvas, left, y, rows, found)
         canvas.text(left, 54, task, size=12, color="muted")
         canvas.text(left, 71, KINDS[kind], bold=True)
-    canvas.text(
-        18,
-        height - 12,
+    canvas.note(
         f"Lines: 95% of 10,000 bootstrap samples of the batches. Green: {GOAL}. {source}",
-        color="muted",
-        size=11.5,
     )
     return canvas.svg()
 

@@ -36,12 +36,8 @@ def draw(summary: dict[str, Any], source: str) -> str:
     for row, kind in enumerate(KINDS):
         for column, predictor in enumerate(PREDICTORS):
             _panel(canvas, summary["isolated"], (row, column), kind, predictor)
-    canvas.text(
-        18,
-        HEIGHT - 12,
+    canvas.note(
         f"ρ: Spearman's rank correlation over batches. Dashes: predicted = measured. {source}",
-        color="muted",
-        size=11.5,
     )
     return canvas.svg()
 

@@ -83,6 +83,10 @@ class Canvas:
         classes = self._classes(fill=color)
         self._parts.append(f"<text {_attributes(x=x, y=y)}{more} {classes}>{_spans(words)}</text>")
 
+    def note(self, words: str) -> None:
+        """A line at the foot of the picture."""
+        self.text(18, self._size[1] - 12, words, color="muted", size=11.5)
+
     def path(
         self,
         points: Sequence[Point],

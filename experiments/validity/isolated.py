@@ -123,16 +123,22 @@ class EntropyGradients:
         )
 
 
-def scaled(kind: str, gradient: Vector, square: Vector) -> Iterator[Tensor]:
-    """What a step of size 1 subtracts from the weights, a tensor at a time."""
+def divisors(kind: str, gradient: Vector, square: Vector) -> Iterator[Tensor]:
+    """What `sgd` and `adam` divide the gradient by, a tensor at a time."""
     for g, v in zip(gradient, square, strict=True):
         if kind == "sgd":
-            yield g
-        elif kind == "sign":
-            yield g.sign()
+            yield torch.ones(())
         else:
-            mean = (v * OTHERS + g.square()) / (OTHERS + 1)
-            yield g / (mean.sqrt() + 1e-8)
+            yield ((v * OTHERS + g.square()) / (OTHERS + 1)).sqrt() + 1e-8
+
+
+def scaled(kind: str, gradient: Vector, square: Vector) -> Iterator[Tensor]:
+    """What a step of size 1 subtracts from the weights, a tensor at a time."""
+    if kind == "sign":
+        yield from (g.sign() for g in gradient)
+    else:
+        pairs = zip(gradient, divisors(kind, gradient, square), strict=True)
+        yield from (g / d for g, d in pairs)
 
 
 def block_of(name: str) -> int:
@@ -278,13 +284,9 @@ class Isolated:
         return found
 
     def _preconditioned(self, kind: str, gradient: Vector, vector: Vector) -> Vector:
-        """P times a vector, P being what `scaled` multiplies the gradient with."""
-        if kind == "sgd":
-            return vector
-        squares = zip(vector, gradient, self._others.square, strict=True)
-        return [
-            x / (((v * OTHERS + g.square()) / (OTHERS + 1)).sqrt() + 1e-8) for x, g, v in squares
-        ]
+        """A vector divided as a step divides the gradient."""
+        divided = divisors(kind, gradient, self._others.square)
+        return [x / d for x, d in zip(vector, divided, strict=True)]
 
     def _logp_moved(self, batch: Batch, along: Vector, size: float) -> Tensor:
         with self._bench.moved(along, size):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from experiments.validity.isolated import (
     MAIN,
-    OTHERS,
     SEED,
     Others,
+    divisors,
     others_of,
     scaled,
     settings,
@@ -56,7 +56,7 @@ def _rows(bench: Workbench, others: Others, batch: Batch, seed: int) -> list[dic
     gradient = bench.policy_gradient(micro, side)
     base = side.stats(micro)
     changes: dict[str, tuple[Tensor, Tensor]] = {}
-    factors: dict[str, Vector] = {}
+    divided: dict[str, Vector] = {}
     for kind in KINDS:
         step = list(scaled(kind, gradient, others.square))
         size = MAIN[kind]
@@ -65,12 +65,7 @@ def _rows(bench: Workbench, others: Others, batch: Batch, seed: int) -> list[dic
             for s in (-size, -DERIVATIVE * size, DERIVATIVE * size)
         )
         changes[kind] = (after - base.entropy, (up - down) / (2.0 * DERIVATIVE))
-        squares = zip(gradient, others.square, strict=True)
-        factors[kind] = (
-            [torch.ones(()) for _ in gradient]
-            if kind == "sgd"
-            else [1.0 / (((v * OTHERS + g * g) / (OTHERS + 1)).sqrt() + 1e-8) for g, v in squares]
-        )
+        divided[kind] = list(divisors(kind, gradient, others.square))
     every = [(s, k) for s in batch.sequences for k in range(len(s.response_ids))]
     places = [(s, k, n) for n, (s, k) in enumerate(every) if s.advantage != 0.0]
     g = torch.Generator().manual_seed(seed)
@@ -79,8 +74,8 @@ def _rows(bench: Workbench, others: Others, batch: Batch, seed: int) -> list[dic
     for sequence, k, n in drawn:
         up_logp, up_entropy = _token_gradients(bench, sequence, k)
         for kind in KINDS:
-            triples = zip(up_logp, up_entropy, factors[kind], strict=True)
-            product = sum(dot(a * f, b) for a, b, f in triples)
+            triples = zip(up_logp, up_entropy, divided[kind], strict=True)
+            product = sum(dot(a / d, b) for a, b, d in triples)
             measured, total = (float(x[n]) for x in changes[kind])
             rows.append(
                 {
@@ -108,7 +103,7 @@ def _entropy_moved(bench: Workbench, batch: Batch, step: Vector, size: float) ->
 def _token_gradients(bench: Workbench, sequence: TrainingSequence, k: int) -> tuple[Vector, Vector]:
     """Of the log-prob and of the entropy of a completion's token `k`."""
     side = bench.float32
-    stats = stats_of(side.engine, bench.micro([sequence]), gradient=True)
+    stats = stats_of(side.policy, bench.micro([sequence]), gradient=True)
     stats.logp[k].backward(retain_graph=True)
     logp = side.take_gradient()
     stats.entropy[k].backward()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.validity.names import SCORES
 from papo.errors import PapoError
 
 ROOT = Path(__file__).parents[2]
@@ -20,15 +21,6 @@ RESULTS = ROOT / "experiments" / "results"
 KINDS = {"sgd": "SGD", "adam": "Adam", "sign": "sign", "adam-bf16": "Adam, bfloat16"}
 TOKEN_KINDS = ("sgd", "adam")
 TASKS = {"chain_sum": "chain_sum", "mawps": "MAWPS"}
-SCORES = {
-    "polarity": "polarity",
-    "sampled term": "its sampled term alone",
-    "STEER, signed": "STEER's score, signed",
-    "covariance": "covariance (Clip-Cov)",
-    "A·L": "A·L (REPO)",
-    "polarity over step length": "polarity over step length",
-    "calibrated": "calibrated sums",
-}
 FIRST_ORDER = {
     "own": "own tokens, all",
     "own quarter": "own tokens, a quarter",

@@ -17,7 +17,7 @@ from torch import Tensor
 from papo.config import load_config
 from papo.data.problems import ProblemSource
 from papo.model.load import eos_ids, load_causal_lm, load_tokenizer
-from papo.policy.batch import Batcher, LossInputs, MicroBatch, ModelInputs, TrainingSequence
+from papo.policy.batch import Batcher, MicroBatch, TrainingSequence
 from papo.policy.module import Policy
 from papo.policy.objective import objective_of
 from papo.policy.passes import loss_of, stats_of
@@ -26,7 +26,7 @@ from papo.reward.pool import RewardPool
 from papo.rollout import HFSampler
 from papo.train import experience
 from papo.train.rounds import SamplingRounds
-from papo_kernels import Objective, PolarityWeighting, TokenStats
+from papo_kernels import TokenStats
 
 Vector = list[Tensor]  # one tensor per parameter, of its shape
 
@@ -40,29 +40,6 @@ TASKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 # Rows of the padded batches are multiples of it, as in the trainer on a CPU.
 _WIDTHS = 32
-
-
-class LocalEngine:
-    """`papo.policy.passes.ForwardEngine` without DeepSpeed."""
-
-    dropout = False
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def forward(
-        self,
-        batch: ModelInputs,
-        tokens: LossInputs | None = None,
-        objective: Objective | None = None,
-        weighting: PolarityWeighting | None = None,
-    ) -> tuple[Tensor, ...]:
-        """`Policy.forward`."""
-        return self.policy(batch, tokens, objective, weighting)
-
-    def train(self, mode: bool = True) -> None:
-        """Switch dropout and the like."""
-        self.policy.train(mode)
 
 
 @dataclass(frozen=True)
@@ -110,17 +87,15 @@ class Side:
     """
 
     policy: Policy
-    engine: LocalEngine = field(init=False)
     parameters: Vector = field(init=False)
 
     def __post_init__(self) -> None:
-        self.engine = LocalEngine(self.policy)
         self.parameters = list(self.policy.causal_lm.parameters())
         self.policy.train(True)
 
     def stats(self, micro: MicroBatch) -> TokenStats:
         """Float32 [N] each."""
-        return stats_of(self.engine, micro)
+        return stats_of(self.policy, micro)
 
     def take_gradient(self) -> Vector:
         """What `backward` has left, in float32; 0 from then on."""
@@ -214,12 +189,12 @@ class Workbench:
 
     def policy_gradient(self, micro: MicroBatch, side: Side) -> Vector:
         """Of the policy loss."""
-        loss_of(side.engine, micro, self._objective, None).loss.backward()
+        loss_of(side.policy, micro, self._objective, None).loss.backward()
         return side.take_gradient()
 
     def entropy_gradient(self, sequences: Sequence[TrainingSequence], side: Side) -> Vector:
         """Of the sum of the tokens' entropies."""
-        stats_of(side.engine, self.micro(sequences), gradient=True).entropy.sum().backward()
+        stats_of(side.policy, self.micro(sequences), gradient=True).entropy.sum().backward()
         return side.take_gradient()
 
     @contextlib.contextmanager
